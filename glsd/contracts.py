@@ -1,0 +1,112 @@
+"""What the rooms of the house hand to each other: the shape alphabet, the batch types, the user's error.
+
+Shape letters in signatures: b images, v views, g global, l local, n patches, d backbone width, k prototypes,
+e bottleneck or embedding width, h w pixels, c channels, m crops. Rows of several views are view-major: row = view * b + image.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from torch import Tensor
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us: one line that names the file, key or value, what was expected, what to do.
+
+    The launch scripts print it without a traceback and exit with code 2; anything else that is raised is our bug.
+    """
+
+
+def pick(choices: dict, name: str, what: str):
+    """Return ``choices[name]``; an unknown name raises UserError with the nearest known one."""
+    if name in choices:
+        return choices[name]
+    raise UserError(f"unknown {what} {name!r}: expected one of {', '.join(map(str, choices))}{nearest(name, choices)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# Columns of the photometric parameters of one crop. Every column has a value that means "leave as it is", so no apply
+# flags are needed: brightness/contrast/saturation 1, hue 0, grayscale 0, blur_sigma 0, solarize 0.
+# jitter_order is the index (0..23) of a permutation of (brightness, contrast, saturation, hue), lexicographic.
+PHOTOMETRIC_FIELDS = (
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "jitter_order",
+    "grayscale",
+    "blur_sigma",
+    "solarize",
+)
+
+
+class BrokenSample(NamedTuple):
+    """One sample that could not be read, and what stood in for it."""
+
+    epoch: int
+    position: int  # place in the epoch's order
+    index: int  # dataset position of the broken sample
+    key: str
+    reason: str
+    replaced_by: int  # dataset position of the stand-in
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropBatch:
+    """One pretraining batch of b images, g global and l local crops each; crop rows are view-major.
+
+    A box is ``x0 y0 x1 y1`` in source pixels at the outer pixel edges (a whole image is ``0 0 w h``); x0 > x1 means the
+    crop was mirrored, so a flip is a swapped box. ``*_photometric`` stays on the CPU: the device code plans its work from it
+    without waiting for the device.
+    """
+
+    global_crops: UInt8[Tensor, "gb 3 h w"]
+    local_crops: UInt8[Tensor, "lb 3 hl wl"]  # lb = 0 when there are no local crops
+    global_boxes: Float64[Tensor, "gb 4"]
+    local_boxes: Float64[Tensor, "lb 4"]
+    global_photometric: Float32[Tensor, "gb f"]  # columns: PHOTOMETRIC_FIELDS
+    local_photometric: Float32[Tensor, "lb f"]
+    indices: Int64[Tensor, " b"]  # dataset positions of the images really used
+    keys: tuple[str, ...]
+    broken: tuple[BrokenSample, ...] = ()
+
+    def pin_memory(self) -> "CropBatch":
+        """Return the batch with its device-bound tensors in pinned memory (called by the DataLoader)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> "CropBatch":
+        """Return the batch with crops, boxes and indices on ``device``, copied asynchronously when pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, move) -> "CropBatch":
+        host_only = ("global_photometric", "local_photometric")
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self,
+            **{k: move(v) for k, v in tensors.items() if isinstance(v, Tensor) and k not in host_only},
+        )
+
+
+class Match(NamedTuple):
+    """For every student patch: which teacher patch of one teacher view it answers to, and how much that counts."""
+
+    index: Int64[Tensor, "b n"]  # 0 .. n_teacher-1, within the same image
+    weight: Float[Tensor, "b n"]  # 0 = rejected
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledBatch:
+    """Images for evaluation or metric learning; index -1 marks padding rows that must be dropped."""
+
+    images: Float32[Tensor, "b 3 h w"]
+    labels: Int64[Tensor, " b"]  # -1 = no label
+    indices: Int64[Tensor, " b"]
