@@ -1,0 +1,230 @@
+"""The typed configuration: frozen dataclasses hold the only defaults, a YAML holds what differs, flags override both.
+
+Only the stories see these classes; the parts below take plain keyword values.
+"""
+
+import dataclasses
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from glsd.contracts import UserError, nearest
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how it is cropped.
+
+    Args:
+        shards: Brace pattern or glob of tar shards, or a list of them, e.g. 'shards/train-{000000..000146}.tar'.
+        num_workers: Loader processes per rank; 0 reads in the training process. The result does not depend on it.
+        global_size: Side of a global crop in pixels.
+        local_size: Side of a local crop in pixels.
+        num_local: Local crops per image (there are always 2 global ones).
+        global_scale: Share of the image's area that a global crop covers, smallest and largest.
+        local_scale: Share of the image's area that a local crop covers, smallest and largest.
+        jitter_prob: Share of crops whose brightness, contrast, saturation and hue are jittered.
+        jitter: Strengths of brightness, contrast, saturation and hue jitter.
+        grayscale_prob: Share of crops turned gray.
+        blur_prob: Share of blurred crops: first global, second global, local.
+        solarize_prob: Share of solarised crops: first global, second global, local.
+        flip_prob: Share of crops mirrored left-right.
+        window_shards: Samples are shuffled within this many (shuffled) shards.
+        max_bad_fraction: Stop when more than this share of an epoch's samples turned out unreadable.
+    """
+
+    shards: str | list[str] = ""
+    num_workers: int = 2
+    global_size: int = 224
+    local_size: int = 96
+    num_local: int = 8
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    jitter_prob: float = 0.8
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    grayscale_prob: float = 0.2
+    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    flip_prob: float = 0.5
+    window_shards: int = 16
+    max_bad_fraction: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The backbone.
+
+    Args:
+        backbone: Name of a timm Vision Transformer or Swin model.
+        init: 'random', 'timm' (timm's pretrained weights) or a weights file (safetensors, or torch state dict).
+        drop_path: Stochastic depth of the student's last block (linear from 0 at the first); the teacher has none.
+        pool: What the global loss looks at: the class token or the mean of the patch tokens (always mean for Swin).
+        timm_args: Extra arguments of timm's create_model, e.g. {patch_size: 4, depth: 3}.
+    """
+
+    backbone: str = "vit_small_patch16_224"
+    init: str = "random"
+    drop_path: float = 0.1
+    pool: Literal["cls", "mean"] = "cls"
+    timm_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """The projection heads on the global and the patch features.
+
+    Args:
+        num_prototypes: Outputs of the head (k).
+        hidden_dim: Width of the hidden layers.
+        bottleneck_dim: Width of the normalised vector before the prototypes.
+        num_layers: Linear layers before the prototypes.
+        batch_norm: Batch normalisation in the hidden layers.
+        trainable_gain: Learn the length of each prototype (the papers' norm_last_layer = false).
+        shared: One head for class token and patches instead of one each.
+    """
+
+    num_prototypes: int = 65536
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    num_layers: int = 3
+    batch_norm: bool = False
+    trainable_gain: bool = False
+    shared: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Global and local self-distillation.
+
+    Args:
+        global_weight: Weight of the global loss; unset = 0.5 beside a local loss, 1 alone (as published).
+        local_weight: Weight of the local loss.
+        hinge: Geometric matching rejects patches farther apart than half the diagonal of the larger one.
+        hinge_factor: Multiplies that distance.
+        local_mean: Mean over all student patches (as published) or over the accepted ones.
+        geometric_weight: Share of the geometric matches with matching 'both'.
+        similarity_weight: Share of the similarity matches with matching 'both'.
+        student_temp: Temperature of the student.
+        teacher_temp: Temperature of the teacher after its warm-up.
+        warmup_teacher_temp: Temperature of the teacher in the first epoch.
+        warmup_teacher_temp_epochs: Epochs over which the teacher's temperature rises, 0 = constant.
+        centering: Against collapse: 'ema' (centre of the teacher's logits, as published) or 'sinkhorn' (Sinkhorn-Knopp).
+        center_momentum: Momentum of the EMA centre.
+        sinkhorn_iterations: Rounds of Sinkhorn-Knopp.
+    """
+
+    global_weight: float | None = None
+    local_weight: float = 0.5
+    hinge: bool = True
+    hinge_factor: float = 1.0
+    local_mean: Literal["all", "accepted"] = "all"
+    geometric_weight: float = 0.5
+    similarity_weight: float = 0.5
+    student_temp: float = 0.1
+    teacher_temp: float = 0.04
+    warmup_teacher_temp: float = 0.04
+    warmup_teacher_temp_epochs: int = 0
+    centering: Literal["ema", "sinkhorn"] = "ema"
+    center_momentum: float = 0.9
+    sinkhorn_iterations: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser and schedules; everything is a function of the step.
+
+    Args:
+        epochs: Passes over the data.
+        batch_size: Images per optimizer step over all ranks and accumulation steps; never changes with the hardware.
+        accumulate_steps: Micro-batches per optimizer step on each rank.
+        lr: Learning rate at batch size 256, scaled linearly with batch_size.
+        min_lr: Learning rate at the end.
+        warmup_epochs: Epochs of linear learning rate warm-up.
+        weight_decay: Weight decay at the start.
+        weight_decay_end: Weight decay at the end.
+        teacher_momentum: Momentum of the teacher at the start, rising to 1.
+        clip_grad: Largest gradient norm, 0 = off.
+        clip_mode: Norm of each parameter on its own (as published) or of all together.
+        freeze_prototypes_epochs: Epochs in which the heads' last layer does not move.
+        precision: 'no' = float32, 'bf16' = bfloat16 autocast (softmax and statistics stay float32).
+        max_steps: Stop after this many steps (schedules stay those of all epochs), 0 = run all epochs.
+    """
+
+    epochs: int = 100
+    batch_size: int = 256
+    accumulate_steps: int = 1
+    lr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup_epochs: int = 10
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    teacher_momentum: float = 0.996
+    clip_grad: float = 3.0
+    clip_mode: Literal["parameter", "global"] = "parameter"
+    freeze_prototypes_epochs: int = 1
+    precision: Literal["no", "bf16"] = "no"
+    max_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What is written while it trains.
+
+    Args:
+        log_every: Steps between lines of metrics.jsonl (the only host synchronisation).
+        checkpoint_every: Steps between checkpoints.
+        keep_checkpoints: Checkpoints kept on disk, at least 2 (a damaged one falls back to the one before).
+        probe_every: Steps between k-NN probes of the teacher, 0 = never.
+        probe_train_shards: Labelled shards that vote in the k-NN probe.
+        probe_val_shards: Labelled shards that are classified in the k-NN probe.
+        probe_k: Neighbours that vote in the probe.
+        probe_images: At most this many images of each probe set.
+    """
+
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    probe_every: int = 0
+    probe_train_shards: str | list[str] = ""
+    probe_val_shards: str | list[str] = ""
+    probe_k: int = 20
+    probe_images: int = 10000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pretrain a vision backbone without labels.
+
+    Args:
+        out: Run directory: config, metrics, pictures, checkpoints.
+        seed: Every random draw is a function of it and of epoch and sample, or step and rank.
+        matching: How student patches find teacher patches: by place, by feature, both (weighted), or no local loss.
+        resume: 'auto' goes on from the last checkpoint in out, 'never' refuses a folder that already has one.
+    """
+
+    out: str = "runs/pretrain"
+    seed: int = 0
+    matching: Literal["geometric", "similarity", "both", "none"] = "geometric"
+    resume: Literal["auto", "never"] = "never"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser whose errors are one line with the nearest known key."""
+
+    known: typing.ClassVar[list[str]] = []
+
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        raise UserError(_one_line(message, type(self).known))
