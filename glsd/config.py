@@ -1,21 +1,10 @@
-"""The typed configuration: frozen dataclasses hold the only defaults, a YAML holds what differs, flags override both.
+"""The typed configuration: these frozen dataclasses hold the only defaults; glsd.command_line reads YAML and flags over them.
 
 Only the stories see these classes; the parts below take plain keyword values.
 """
 
-import dataclasses
-import sys
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-
-from glsd.contracts import UserError, nearest
-
-Config = TypeVar("Config")
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +210,62 @@ class PretrainConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
 
 
-class _Parser(ArgumentParser):
-    """jsonargparse's parser whose errors are one line with the nearest known key."""
+@dataclass(frozen=True, kw_only=True)
+class EvalDataConfig:
+    """The labelled images that measure a backbone.
 
-    known: typing.ClassVar[list[str]] = []
+    Args:
+        train_shards: Labelled shards that vote (k-NN) or train the classifier (linear): brace pattern, glob, or a list.
+        val_shards: Labelled shards that are classified.
+        resize: Short side in pixels before the centre crop.
+        crop: Side of the centre crop in pixels.
+        batch_size: Images per forward pass and rank.
+        num_workers: Loader processes per rank.
+        limit: At most this many images of each set, evenly spread; 0 = all.
+    """
 
-    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-        raise UserError(_one_line(message, type(self).known))
+    train_shards: str | list[str] = ""
+    val_shards: str | list[str] = ""
+    resize: int = 256
+    crop: int = 224
+    batch_size: int = 64
+    num_workers: int = 2
+    limit: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measure a frozen backbone on labelled images.
+
+    Args:
+        model: Run folder, checkpoint folder, 'timm:NAME' (timm's pretrained weights) or a weights file.
+        backbone: timm name of the network that a weights file belongs to; a run folder knows its own.
+        features: Which network of a run: its teacher, its student, or the initial one before the first step.
+        pool: Class token or mean of the patch tokens; unset = as the run was trained, class token otherwise.
+        protocol: 'knn' (weighted nearest neighbours) or 'linear' (classifier trained on the cached features).
+        k: Numbers of neighbours that vote.
+        temperature: A neighbour votes with weight exp(cosine / temperature).
+        backend: Neighbour search by faiss or torch, the same numbers; auto = faiss on the CPU when it is installed.
+        linear_epochs: Epochs of the linear classifier.
+        linear_lr: Learning rates at batch size 256; with several, the best on a held-out tenth of the training set.
+        linear_batch_size: Images per step of the linear classifier.
+        precision: Forward passes in float32 ('no') or bfloat16 autocast ('bf16').
+        seed: Seed of the linear classifier.
+        out: Folder of evals.json; unset = the run folder, or only printed when the model is not a run.
+    """
+
+    model: str = ""
+    backbone: str = ""
+    features: Literal["teacher", "student", "initial"] = "teacher"
+    pool: Literal["cls", "mean"] | None = None
+    protocol: Literal["knn", "linear"] = "knn"
+    k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
+    temperature: float = 0.07
+    backend: Literal["auto", "faiss", "torch"] = "auto"
+    linear_epochs: int = 100
+    linear_lr: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
+    linear_batch_size: int = 256
+    precision: Literal["no", "bf16"] = "no"
+    seed: int = 0
+    out: str = ""
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)

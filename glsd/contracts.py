@@ -25,7 +25,9 @@ def pick(choices: dict, name: str, what: str):
     """Return ``choices[name]``; an unknown name raises UserError with the nearest known one."""
     if name in choices:
         return choices[name]
-    raise UserError(f"unknown {what} {name!r}: expected one of {', '.join(map(str, choices))}{nearest(name, choices)}")
+    raise UserError(
+        f"unknown {what} {name!r}: expected one of {', '.join(map(str, choices))}{nearest(name, choices)}"
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -54,7 +56,7 @@ class BrokenSample(NamedTuple):
 
     epoch: int
     position: int  # place in the epoch's order
-    index: int  # dataset position of the broken sample
+    index: int  # type: ignore[assignment]  # dataset position of the broken sample; shadows tuple.index on purpose
     key: str
     reason: str
     replaced_by: int  # dataset position of the stand-in
@@ -99,7 +101,7 @@ class CropBatch:
 class Match(NamedTuple):
     """For every student patch: which teacher patch of one teacher view it answers to, and how much that counts."""
 
-    index: Int64[Tensor, "b n"]  # 0 .. n_teacher-1, within the same image
+    index: Int64[Tensor, "b n"]  # type: ignore[assignment]  # 0 .. n_teacher-1, within the same image
     weight: Float[Tensor, "b n"]  # 0 = rejected
 
 

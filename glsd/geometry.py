@@ -39,5 +39,7 @@ def squared_half_diagonals(boxes: Float[Tensor, "m 4"], crop_size: int, stride: 
 def grid_side(crop_size: int, stride: int) -> int:
     """Return the number of patches along one side; UserError if not even one fits."""
     if crop_size < stride:
-        raise UserError(f"crop size {crop_size} is smaller than one patch of {stride} pixels: use a larger crop")
+        raise UserError(
+            f"crop size {crop_size} is smaller than one patch of {stride} pixels: use a larger crop"
+        )
     return crop_size // stride

@@ -1,10 +1,16 @@
 """Shared fixtures: one thread per process, the photographs when they are at hand."""
 
+import io
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from glsd.data.pack import pack_samples
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -17,5 +23,55 @@ def photos() -> Path:
     """The folder with pretrain_caltech101/ and dml_grocery81/, from $GLSD_PHOTOS or ../shared/data beside the checkout."""
     folder = Path(os.environ.get("GLSD_PHOTOS", Path(__file__).parents[2] / "shared" / "data"))
     if not (folder / "pretrain_caltech101").is_dir():
-        pytest.skip(f"no photographs: {folder} has no pretrain_caltech101/ (set GLSD_PHOTOS to the folder that has)")
+        pytest.skip(
+            f"no photographs: {folder} has no pretrain_caltech101/ (set GLSD_PHOTOS to the folder that has)"
+        )
     return folder
+
+
+@pytest.fixture(scope="session")
+def digit_shards(tmp_path_factory) -> Path:
+    """Folder with train-a-000000.tar, train-b-000000.tar (48 labelled 40x40 digits) and val-000000.tar (24)."""
+    folder = tmp_path_factory.mktemp("digits")
+    digits = load_digits()
+
+    def samples(chosen):
+        for i in chosen:
+            pixels = (digits.images[i] * 15.9375).astype(np.uint8).repeat(5, 0).repeat(5, 1)
+            file = io.BytesIO()
+            Image.fromarray(pixels).convert("RGB").save(file, "PNG")
+            yield file.getvalue(), "png", int(digits.target[i])
+
+    pack_samples(samples(range(24)), folder, prefix="train-a")
+    pack_samples(samples(range(24, 48)), folder, prefix="train-b")
+    pack_samples(samples(range(48, 72)), folder, prefix="val")
+    return folder
+
+
+@pytest.fixture
+def tiny_run(digit_shards, tmp_path):
+    """A function (name, **changes of dotted keys) -> argv of a pretraining run that takes milliseconds a step."""
+
+    def argv(name: str = "run", **changes) -> list[str]:
+        values = {
+            "out": str(tmp_path / name),
+            "data.shards": f"{digit_shards}/train-*.tar",
+            "data.num_workers": 0,
+            "data.global_size": 32,
+            "data.local_size": 16,
+            "data.num_local": 2,
+            "model.backbone": "vit_tiny_patch16_224",
+            "model.timm_args": "{patch_size: 8, depth: 2, embed_dim: 32, num_heads: 2}",
+            "head.num_prototypes": 64,
+            "head.hidden_dim": 32,
+            "head.bottleneck_dim": 16,
+            "optim.epochs": 4,
+            "optim.batch_size": 8,
+            "optim.warmup_epochs": 1,
+            "watch.log_every": 1,
+            "watch.checkpoint_every": 100,
+        }
+        values |= {key.replace("__", "."): value for key, value in changes.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return argv

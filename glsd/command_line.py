@@ -1,0 +1,143 @@
+"""Configuration at the door: defaults, then YAML files, then flags; and back to YAML. jsonargparse does the typed parsing."""
+
+import dataclasses
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from glsd.contracts import UserError, nearest
+
+Config = TypeVar("Config")
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser with the error of ours: one line, the nearest known key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+        message = message.replace("Parser key", "key").replace("typing.Literal", "one of ")
+        message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message).replace(
+            "Expected a ", "expected "
+        )
+        raise UserError(" ".join(message.split()))
+
+
+def load(config_class: type[Config], argv: list[str]) -> Config:
+    """Return the configuration of a command line: defaults, then each ``--config FILE``, then flags.
+
+    ``--help`` and ``--print_config`` print and exit. Raises UserError for an unknown key (with the nearest known one),
+    a value of the wrong type or a file that cannot be read.
+    """
+    parser = _Parser(
+        prog=Path(sys.argv[0]).name, description=(config_class.__doc__ or "").strip().splitlines()[0]
+    )
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file with what differs from the defaults."
+    )
+    parser.add_class_arguments(config_class, as_group=False)
+    _check_flags(argv, config_class)
+    namespace = parser.parse_args(argv)
+    values = {f.name: parser.instantiate(namespace)[f.name] for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return config_class(**values)
+
+
+def load_file(config_class: type[Config], path: Path) -> Config:
+    """Return the configuration stored in one YAML file (of a run directory, say). Raises UserError as ``load`` does."""
+    return load(config_class, ["--config", str(path)])
+
+
+def dump(cfg: Any) -> str:
+    """Return the whole configuration as YAML that ``load`` reads back to an equal one."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(cfg)), sort_keys=False, default_flow_style=None)
+
+
+def differences(cfg: Any) -> dict[str, Any]:
+    """Return the dotted keys whose values differ from the defaults: what makes this run special."""
+    mine, default = _flatten(dataclasses.asdict(cfg)), _flatten(dataclasses.asdict(type(cfg)()))
+    return {key: value for key, value in mine.items() if key not in default or default[key] != value}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _dotted_keys(config_class: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for f in dataclasses.fields(config_class):
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(f.type):
+            keys += _dotted_keys(f.type, f"{prefix}{f.name}.")
+    return keys
+
+
+def _check_flags(argv: list[str], config_class: Any) -> None:
+    """Look at keys before jsonargparse does: its message for an unknown one names neither the file nor a neighbour."""
+    known = _dotted_keys(config_class)
+    builtin = {"help", "config", "print_config"}
+    for place, word in enumerate(argv):
+        if not word.startswith("--"):
+            continue
+        name, _, value = word[2:].partition("=")
+        free = any(name.startswith(f"{key}.") for key in known if _is_free(config_class, key))
+        if name not in known and name not in builtin and not free:
+            raise UserError(
+                f"unknown flag --{name}{_hint(name, [*known, *builtin], '--')} (all flags: --help)"
+            )
+        if name == "config":
+            file = value or (argv[place + 1] if place + 1 < len(argv) else "")
+            _check_file(Path(file), config_class)
+
+
+def _is_free(config_class: Any, key: str) -> bool:
+    head, _, rest = key.partition(".")
+    kind = {f.name: f.type for f in dataclasses.fields(config_class)}[head]
+    return _is_free(kind, rest) if rest else typing.get_origin(kind) is dict
+
+
+def _check_file(path: Path, config_class: Any) -> None:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UserError(f"cannot read config file {path}: {problem.strerror}") from problem
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise UserError(
+            f"config file {path} is not valid YAML: {' '.join(str(problem).split())}"
+        ) from problem
+    _check_tree(tree, config_class, "", path)
+
+
+def _check_tree(tree: Any, config_class: Any, prefix: str, path: Path) -> None:
+    if not isinstance(tree, dict):
+        where = f"key '{prefix[:-1]}'" if prefix else "the file"
+        raise UserError(f"config file {path}: {where} must hold 'key: value' lines, not {tree!r}")
+    kinds = {f.name: f.type for f in dataclasses.fields(config_class)}
+    for key, value in tree.items():
+        if key not in kinds:
+            known = [prefix + name for name in kinds] + _dotted_keys(config_class, prefix)
+            raise UserError(
+                f"config file {path}: unknown key '{prefix}{key}'{_hint(f'{prefix}{key}', known)}"
+            )
+        if dataclasses.is_dataclass(kinds[key]):
+            _check_tree(value, kinds[key], f"{prefix}{key}.", path)
+
+
+def _hint(name: str, known: list[str], dashes: str = "") -> str:
+    """The nearest dotted key; a name given without its group (``--lr``) finds the one that ends in it."""
+    for key in known:
+        if key.rpartition(".")[2] == name:
+            return f"; did you mean {dashes + key!r}?"
+    hint = nearest(name, known)
+    return hint.replace("'", f"'{dashes}", 1) if hint else ""

@@ -1,0 +1,191 @@
+"""From one image to its crops: what is drawn for each crop, and the one resize that cuts it.
+
+A crop is the pixels inside a box of the source image, resized to a square; its colours are changed later, on
+the training device (photometric.py), from numbers that are drawn here.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32, Float64, UInt8
+from torch import Tensor
+
+from glsd.contracts import PHOTOMETRIC_FIELDS, UserError
+from glsd.data.decode import decode
+
+NUM_GLOBAL = 2
+NUM_TRIES = 10  # draws of a box before the centred fallback
+ASPECT = (3 / 4, 4 / 3)  # width / height of a box
+BLUR_SIGMA = (0.1, 2.0)  # pixels of the resized crop
+
+# One uniform number per decision and crop. A decision always reads its own column, so no setting moves the
+# numbers of another.
+DECISIONS = ("x", "y", "flip", "jitter", "blur", *PHOTOMETRIC_FIELDS)
+DRAWS = {name: column for column, name in enumerate(DECISIONS)}
+AREA_DRAWS = slice(len(DRAWS), len(DRAWS) + NUM_TRIES)
+ASPECT_DRAWS = slice(AREA_DRAWS.stop, AREA_DRAWS.stop + NUM_TRIES)
+NUM_DRAWS = ASPECT_DRAWS.stop
+STREAM = 0x63726F7073  # keeps these numbers apart from other users of the same seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropSpec:
+    """Which crops are cut and how they are changed; the two global crops and the local ones have their own rates.
+
+    Sizes in pixels, scales as shares of the image's area, ``*_prob`` as shares of crops. ``jitter`` holds the
+    strengths of brightness, contrast, saturation (factor within 1 +- strength, never below 0) and hue (shift
+    within +- strength turns). ``blur_prob`` and ``solarize_prob``: first global, second global, every local crop.
+    A wrong value raises UserError naming ``data.<key>``.
+    """
+
+    global_size: int = 224
+    local_size: int = 96
+    num_local: int = 8
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    jitter_prob: float = 0.8
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    grayscale_prob: float = 0.2
+    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    flip_prob: float = 0.5
+
+    def __post_init__(self) -> None:
+        for key in ("global_size", "local_size"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "a size of at least 1 pixel")
+        _require(self.num_local >= 0, "num_local", self.num_local, "0 or more")
+        for key in ("global_scale", "local_scale"):
+            scale = getattr(self, key)
+            ok = 0 < scale[0] <= scale[1] <= 1
+            _require(ok, key, scale, "two shares of the area with 0 < smallest <= largest <= 1")
+        for key in ("jitter_prob", "grayscale_prob", "flip_prob"):
+            _require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "a probability between 0 and 1")
+        for key in ("blur_prob", "solarize_prob"):
+            rates = getattr(self, key)
+            ok = all(0 <= rate <= 1 for rate in rates)
+            _require(ok, key, rates, "three probabilities: first global, second global, local crops")
+        ok = all(0 <= v < math.inf for v in self.jitter) and self.jitter[3] <= 0.5
+        _require(ok, "jitter", self.jitter, "four strengths >= 0 (hue: at most 0.5)")
+
+    @property
+    def num_crops(self) -> int:
+        """Crops per image, the global ones first."""
+        return NUM_GLOBAL + self.num_local
+
+
+class CropPlan(NamedTuple):
+    """What was drawn for the crops of one image, global crops first."""
+
+    boxes: Float64[Tensor, "m 4"]  # x0 y0 x1 y1 in source pixels at the outer pixel edges; x0 > x1 = mirrored
+    photometric: Float32[Tensor, "m f"]  # columns: PHOTOMETRIC_FIELDS
+
+
+class CroppedSample(NamedTuple):
+    """The crops of one image and how they were made, global crops first."""
+
+    global_crops: UInt8[Tensor, "g 3 h w"]
+    local_crops: UInt8[Tensor, "l 3 hl wl"]
+    boxes: Float64[Tensor, "m 4"]
+    photometric: Float32[Tensor, "m f"]
+
+
+def crop_sample(raw: bytes, spec: CropSpec, *, seed: int, epoch: int, position: int) -> CroppedSample:
+    """Decode one image file and cut its crops; a function of its arguments alone.
+
+    Raises BrokenImage if the bytes are no usable image.
+    """
+    image = decode(raw)
+    plan = draw(spec, height=image.shape[1], width=image.shape[2], seed=seed, epoch=epoch, position=position)
+    return CroppedSample(
+        global_crops=cut(image, plan.boxes[:NUM_GLOBAL], spec.global_size),
+        local_crops=cut(image, plan.boxes[NUM_GLOBAL:], spec.local_size),
+        boxes=plan.boxes,
+        photometric=plan.photometric,
+    )
+
+
+def draw(spec: CropSpec, *, height: int, width: int, seed: int, epoch: int, position: int) -> CropPlan:
+    """Return box and photometric parameters of every crop of a ``height`` x ``width`` image.
+
+    The numbers depend on (seed, epoch, position) alone, not on what was drawn before or in which process. A box
+    covers a share of the area uniform in the scale, with an aspect log-uniform in 3/4 .. 4/3, in whole pixels, at
+    a uniform place; after ten tries that do not fit it is the largest centred box within the aspect limits.
+    Source: augmentation of DINO (arXiv 2104.14294) and GLSD (arXiv 2207.14676).
+    """
+    u = uniforms(spec.num_crops, seed=seed, epoch=epoch, position=position)
+    boxes = torch.from_numpy(_boxes(spec, u, height=height, width=width))
+    return CropPlan(boxes, torch.from_numpy(_photometric_parameters(spec, u)))
+
+
+def uniforms(num_crops: int, *, seed: int, epoch: int, position: int) -> np.ndarray:
+    """Return (num_crops, NUM_DRAWS) float64 in [0, 1).
+
+    Philox is counter-based: (seed, epoch, position) select a stream directly, and its raw output never changes
+    between releases of numpy (the distributions built upon it may). seed: any integer; epoch, position: >= 0.
+    """
+    # Explicit uint64: numpy turns a list of mixed large and small integers into float64 and loses digits.
+    key = np.array([seed % 2**64, STREAM], dtype=np.uint64)
+    counter = np.array([0, 0, position, epoch], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=counter)
+    raw = bits.random_raw(num_crops * NUM_DRAWS).reshape(num_crops, NUM_DRAWS)
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+def cut(image: UInt8[Tensor, "3 h w"], boxes: Float[Tensor, "m 4"], size: int) -> UInt8[Tensor, "m 3 s s"]:
+    """Return the pixels of every box resized to a square (bicubic, antialiased), mirrored if x0 > x1.
+
+    Boxes lie on whole pixels inside the image. Channels-last images are fast: decode returns them so.
+    """
+    crops = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
+    for crop, (x0, y0, x1, y1) in zip(crops, boxes.long().tolist(), strict=True):
+        region = image[None, :, y0:y1, min(x0, x1) : max(x0, x1)]
+        resized = F.interpolate(region, (size, size), mode="bicubic", antialias=True)[0]
+        crop.copy_(resized.flip(-1) if x0 > x1 else resized)
+    return crops
+
+
+def _boxes(spec: CropSpec, u: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    low, high = np.array([spec.global_scale] * NUM_GLOBAL + [spec.local_scale] * spec.num_local).T[:, :, None]
+    area = height * width * (low + (high - low) * u[:, AREA_DRAWS])
+    aspect = np.exp(math.log(ASPECT[0]) + (math.log(ASPECT[1]) - math.log(ASPECT[0])) * u[:, ASPECT_DRAWS])
+    w = np.rint(np.sqrt(area * aspect))
+    h = np.rint(np.sqrt(area / aspect))
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = (np.arange(len(u)), fits.argmax(axis=1))
+    found = fits.any(axis=1)
+    fallback_w = min(width, max(1, round(height * ASPECT[1])))
+    fallback_h = min(height, max(1, round(width / ASPECT[0])))
+    w = np.where(found, w[first], fallback_w)
+    h = np.where(found, h[first], fallback_h)
+    x = np.where(found, np.floor(u[:, DRAWS["x"]] * (width - w + 1)), (width - fallback_w) // 2)
+    y = np.where(found, np.floor(u[:, DRAWS["y"]] * (height - h + 1)), (height - fallback_h) // 2)
+    flip = u[:, DRAWS["flip"]] < spec.flip_prob
+    return np.stack([np.where(flip, x + w, x), y, np.where(flip, x, x + w), y + h], axis=1)
+
+
+def _photometric_parameters(spec: CropSpec, u: np.ndarray) -> np.ndarray:
+    def per_crop(rates: tuple[float, float, float]) -> np.ndarray:
+        return np.array([*rates[:NUM_GLOBAL], *[rates[2]] * spec.num_local])
+
+    columns = dict.fromkeys(PHOTOMETRIC_FIELDS, np.zeros(len(u)))
+    jittered = u[:, DRAWS["jitter"]] < spec.jitter_prob
+    for name, strength in zip(("brightness", "contrast", "saturation"), spec.jitter[:3], strict=True):
+        low, high = max(0.0, 1 - strength), 1 + strength
+        columns[name] = np.where(jittered, low + (high - low) * u[:, DRAWS[name]], 1.0)
+    columns["hue"] = np.where(jittered, spec.jitter[3] * (2 * u[:, DRAWS["hue"]] - 1), 0.0)
+    columns["jitter_order"] = np.where(jittered, np.floor(24 * u[:, DRAWS["jitter_order"]]), 0.0)
+    columns["grayscale"] = u[:, DRAWS["grayscale"]] < spec.grayscale_prob
+    low, high = BLUR_SIGMA
+    blurred = u[:, DRAWS["blur"]] < per_crop(spec.blur_prob)
+    columns["blur_sigma"] = np.where(blurred, low + (high - low) * u[:, DRAWS["blur_sigma"]], 0.0)
+    columns["solarize"] = u[:, DRAWS["solarize"]] < per_crop(spec.solarize_prob)
+    return np.stack([columns[name] for name in PHOTOMETRIC_FIELDS], axis=1).astype(np.float32)
+
+
+def _require(ok: bool, key: str, value: object, expected: str) -> None:
+    if not ok:
+        raise UserError(f"data.{key} is {value!r}: expected {expected}")

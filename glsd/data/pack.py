@@ -1,0 +1,240 @@
+"""From folders of images to tar shards: the original bytes, a label each, an index beside each shard."""
+
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from glsd.contracts import UserError
+from glsd.data.decode import BrokenImage, decode
+from glsd.data.order import permutation
+from glsd.data.shard_index import BLOCK, IMAGE_EXTENSIONS, build_index, index_path, write_index
+from glsd.data.shards import find_shards
+
+CLASSES_FILE = "classes.json"
+SHUFFLE_STREAM = 0x7061636B
+SAMPLE_OVERHEAD = 4 * BLOCK  # image header, padding of the image, label header, label
+
+Sample = tuple[bytes, str, int | None]  # bytes of the image file, its extension, its label
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSummary:
+    """What was packed and what was left out."""
+
+    num_images: int
+    shards: tuple[Path, ...]
+    classes: tuple[str, ...] = ()  # in the order of their labels; empty = no labels
+    skipped: dict[str, int] = field(default_factory=dict)  # files that are no images, by extension
+    unreadable: tuple[tuple[str, str], ...] = ()  # path and reason
+
+
+def pack_folder(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    prefix: str = "train",
+    shard_megabytes: int = 256,
+    shuffle_seed: int = 0,
+    full_check: bool = False,
+) -> PackSummary:
+    """Pack all images below a folder, shuffled, into ``dst/{prefix}-{000000}.tar`` with an index beside each.
+
+    If every image lies in some subfolder, the first-level subfolders are the classes (sorted; their names go
+    to ``dst/classes.json``, and a later call into the same ``dst`` uses the same numbers); otherwise there
+    are no labels. Hidden files are skipped. An image whose header cannot be read is left out and listed;
+    ``full_check`` decodes every image. Raises UserError if ``src`` holds no usable image, or ``dst`` cannot
+    be written or already has shards of that prefix.
+    """
+    src, dst = Path(src), Path(dst)
+    paths, skipped = find_images(src)
+    names = sorted({path.parts[0] for path in paths}) if all(len(p.parts) > 1 for p in paths) else []
+    labels = _labels(names, dst, src)
+    unreadable: list[tuple[str, str]] = []
+
+    def samples() -> Iterator[Sample]:
+        order = permutation(len(paths), seed=shuffle_seed, stream=SHUFFLE_STREAM)
+        for number in tqdm(order, f"packing {src}", unit=" images", disable=None):
+            path = paths[number]
+            try:
+                raw = (src / path).read_bytes()
+                _check(raw, full_check)
+            except (OSError, BrokenImage) as error:
+                unreadable.append((str(path), str(error)))
+                continue
+            yield raw, path.suffix[1:].lower(), labels[path.parts[0]] if labels else None
+
+    shards, count = _write_shards(samples(), dst, prefix, shard_megabytes, tuple(labels), source=str(src))
+    return PackSummary(
+        num_images=count,
+        shards=shards,
+        classes=tuple(labels),
+        skipped=skipped,
+        unreadable=tuple(unreadable),
+    )
+
+
+def pack_samples(
+    samples: Iterable[Sample],
+    dst: str | Path,
+    *,
+    prefix: str = "train",
+    shard_megabytes: int = 256,
+    classes: Sequence[str] = (),
+) -> PackSummary:
+    """Pack (image bytes, extension, label or None) in the order given, unchecked; the rest as pack_folder."""
+    shards, count = _write_shards(samples, Path(dst), prefix, shard_megabytes, tuple(classes), source="input")
+    return PackSummary(num_images=count, shards=shards, classes=tuple(classes))
+
+
+def index_shards(patterns: str | Sequence[str]) -> int:
+    """Write the index beside each shard anew and return their number of samples; UserError as open_shards."""
+    total = 0
+    for path in tqdm(find_shards(patterns), "indexing shards", disable=None):
+        index = build_index(path)
+        write_index(index, index_path(path), shard_name=os.path.basename(path))
+        total += len(index)
+    return total
+
+
+def find_images(src: Path) -> tuple[list[Path], dict[str, int]]:
+    """Return the images below a folder, sorted, relative to it, and the number of other files by extension.
+
+    Links to folders are followed, each folder is visited once. Raises UserError if there is no image.
+    """
+    if not src.is_dir():
+        raise UserError(
+            f"{src} is not a folder" if src.exists() else f"folder {src} does not exist: check the path"
+        )
+    paths: list[Path] = []
+    skipped: Counter[str] = Counter()
+    visited: set[str] = set()
+    for folder, subfolders, files in os.walk(src, followlinks=True, onerror=_unreadable_folder):
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix[1:] in IMAGE_EXTENSIONS and not name.startswith("."):
+                paths.append(Path(folder, name).relative_to(src))
+            else:
+                skipped[suffix or "(none)"] += 1
+    if not paths:
+        found = f"none of its {sum(skipped.values())} files is one" if skipped else "it is empty"
+        raise UserError(f"no images in {src}: {found}; expected {', '.join(sorted(IMAGE_EXTENSIONS))}")
+    return sorted(paths, key=lambda path: path.as_posix()), dict(skipped.most_common())
+
+
+def _unreadable_folder(error: OSError) -> None:
+    raise UserError(f"cannot read folder {error.filename}: {error.strerror}") from error
+
+
+def _check(raw: bytes, full_check: bool) -> None:
+    """Raise BrokenImage for bytes that cannot be an image; by the header alone unless ``full_check``."""
+    if full_check:
+        decode(raw)
+        return
+    try:
+        Image.open(io.BytesIO(raw)).close()
+    except Image.UnidentifiedImageError as error:
+        raise BrokenImage("not an image of a known format" if raw else "empty file (0 bytes)") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BrokenImage(str(error)) from error
+
+
+def _labels(names: list[str], dst: Path, src: Path) -> dict[str, int]:
+    """The label of each class name; those that an earlier packing into ``dst`` gave are kept."""
+    file = dst / CLASSES_FILE
+    if names and file.is_file():
+        try:
+            known = [str(name) for name in json.loads(file.read_text())]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"cannot read {file} ({error}): expected a JSON list of class names") from error
+        new = [name for name in names if name not in set(known)]
+        if new:
+            raise UserError(
+                f"{src} has the class {new[0]!r}, which {file} of an earlier packing lacks: "
+                "pack into another folder"
+            )
+        names = known
+    return {name: label for label, name in enumerate(names)}
+
+
+def _write_shards(
+    samples: Iterable[Sample],
+    dst: Path,
+    prefix: str,
+    shard_megabytes: int,
+    classes: tuple[str, ...],
+    *,
+    source: str,
+) -> tuple[tuple[Path, ...], int]:
+    """Write all into a hidden folder inside ``dst``, then move it up: half a packing never looks whole."""
+    if shard_megabytes < 1:
+        raise UserError(f"shard_megabytes is {shard_megabytes}: expected at least 1")
+    if not prefix or "/" in prefix or prefix.startswith("."):
+        raise UserError(f"prefix {prefix!r}: expected the beginning of a file name, such as train")
+    work = dst / f".{prefix}.packing"
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+        old = sorted(dst.glob(f"{prefix}-*.tar"))
+        if old:
+            raise UserError(f"{dst} already has {old[0].name}: choose another prefix or an empty folder")
+        work.mkdir()
+    except FileExistsError as error:
+        if not dst.is_dir():
+            raise UserError(f"cannot write to {dst}: it is not a folder") from error
+        raise UserError(
+            f"{work} was left by an interrupted packing, or one is running: delete it and start again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot write to {dst}: {error.strerror or error}") from error
+    try:
+        paths, count = _fill(samples, work, prefix, shard_megabytes * 2**20)
+        if not count:
+            raise UserError(f"no usable image in {source}: nothing was packed")
+        if classes:
+            (work / CLASSES_FILE).write_text(json.dumps(classes, indent=1) + "\n")
+        # Indices first: a shard is there only when its index is.
+        for path in sorted(work.iterdir(), key=lambda path: path.suffix == ".tar"):
+            os.replace(path, dst / path.name)
+    except OSError as error:
+        raise UserError(f"cannot write to {dst}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return tuple(dst / path.name for path in paths), count
+
+
+def _fill(samples: Iterable[Sample], folder: Path, prefix: str, shard_bytes: int) -> tuple[list[Path], int]:
+    paths: list[Path] = []
+    count = 0
+    rows = iter(samples)
+    sample = next(rows, None)
+    while sample is not None:
+        path = folder / f"{prefix}-{len(paths):06d}.tar"
+        with open(path, "wb") as file:
+            with TarWriter(file, encoder=False, mtime=0) as tar:
+                size = 0
+                while sample is not None and (not size or size + len(sample[0]) <= shard_bytes):
+                    raw, extension, label = sample
+                    members = {extension: raw} if label is None else {extension: raw, "cls": b"%d" % label}
+                    tar.write({"__key__": f"{count:08d}", **members})
+                    size += len(raw) + SAMPLE_OVERHEAD
+                    count += 1
+                    sample = next(rows, None)
+            file.flush()
+            os.fsync(file.fileno())
+        write_index(build_index(path), index_path(path), shard_name=path.name)
+        paths.append(path)
+    return paths, count

@@ -1,0 +1,185 @@
+"""Jitter, grayscale, blur, solarise, normalise: a whole batch of uint8 crops at once, on the device they are on."""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+
+from glsd.contracts import PHOTOMETRIC_FIELDS
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, in 0..1, as the published backbones expect
+STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601: the gray of an RGB pixel
+# What counts as >= 128 after rounding to 0..255: values are not rounded here.
+SOLARIZE_THRESHOLD = 127.5 / 255
+# On the CPU this many values are changed at a time, so that they stay in its cache from one change to the next.
+CPU_CHUNK_VALUES = 2**18
+
+# The value of a column that leaves the crop as it is.
+NEUTRAL = {
+    name: 1.0 if name in ("brightness", "contrast", "saturation") else 0.0 for name in PHOTOMETRIC_FIELDS
+}
+COLUMN = {name: column for column, name in enumerate(PHOTOMETRIC_FIELDS)}
+
+
+def photometric(
+    crops: UInt8[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]
+) -> Float32[Tensor, "m 3 h w"]:
+    """Return the crops changed as their parameters say, then normalised with MEAN and STD.
+
+    crops: on any device; parameters: columns PHOTOMETRIC_FIELDS, on the CPU, where the work is planned without waiting
+    for the device: a change is computed only for the crops that need it. Order: the four jitters in the crop's own
+    order, grayscale, blur (sigma in pixels, edges repeated), solarise. Values stay within 0..1 after each change.
+    Source: augmentation of DINO (arXiv 2104.14294).
+    """
+    changed = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+    whole = max(1, len(crops))
+    size = max(1, CPU_CHUNK_VALUES // max(1, crops[:1].numel())) if crops.device.type == "cpu" else whole
+    with torch.autocast(crops.device.type, enabled=False):
+        for start in range(0, len(crops), size):
+            rows = slice(start, start + size)
+            x = torch.div(crops[rows], 255, out=changed[rows])
+            _apply(x, parameters[rows])
+            for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+                x[:, channel].sub_(mean).div_(std)
+    return changed
+
+
+class Task(NamedTuple):
+    """One change, of the crops that need it."""
+
+    change: str  # key of CHANGES, column of the parameters
+    rows: list[int]
+
+
+def plan(parameters: Float32[Tensor, "m f"]) -> list[Task]:
+    """Return the changes to make: one after the other they serve every crop in its own order of jitters."""
+    table = parameters.tolist()
+    tasks = []
+    for turn, jitter in itertools.product(range(len(JITTERS)), JITTERS):
+        mine = [i for i, row in enumerate(table) if ORDERS[int(row[COLUMN["jitter_order"]])][turn] == jitter]
+        tasks.append(Task(jitter, mine))
+    tasks += [Task(change, list(range(len(table)))) for change in ("grayscale", "blur_sigma", "solarize")]
+    needed = [
+        Task(change, [i for i in rows if table[i][COLUMN[change]] != NEUTRAL[change]])
+        for change, rows in tasks
+    ]
+    return [task for task in needed if task.rows]
+
+
+def _apply(x: Float32[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]) -> None:
+    tasks = plan(parameters)
+    if not tasks:
+        return
+    # One upload for all index lists, one for all values.
+    rows = _upload(torch.tensor([row for task in tasks for row in task.rows]), x.device)
+    values = _upload(torch.cat([parameters[task.rows, COLUMN[task.change]] for task in tasks]), x.device)
+    start = 0
+    for change, numbers in tasks:
+        end = start + len(numbers)
+        everything = len(numbers) == len(x)
+        some = x if everything else x.index_select(0, rows[start:end])
+        CHANGES[change](some, values[start:end].view(-1, 1, 1, 1))
+        if not everything:
+            x.index_copy_(0, rows[start:end], some)
+        start = end
+
+
+def brightness(x: Float32[Tensor, "m 3 h w"], factor: Float32[Tensor, "m 1 1 1"]) -> None:
+    """Scale every value."""
+    x.mul_(factor).clamp_(0, 1)
+
+
+def contrast(x: Float32[Tensor, "m 3 h w"], factor: Float32[Tensor, "m 1 1 1"]) -> None:
+    """Scale the distance of every value from the mean gray of its crop."""
+    mean = _gray(x.mean(dim=(2, 3), keepdim=True))
+    x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def saturation(x: Float32[Tensor, "m 3 h w"], factor: Float32[Tensor, "m 1 1 1"]) -> None:
+    """Scale the distance of every pixel from its own gray."""
+    gray = _gray(x)
+    x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
+
+
+def hue(x: Float32[Tensor, "m 3 h w"], shift: Float32[Tensor, "m 1 1 1"]) -> None:
+    """Turn the hue by ``shift`` turns at equal saturation and value (HSV).
+
+    With hue h in 0..6, value v and chroma c, a channel is v - c + c * s(h), where s rises and falls linearly: for red it is
+    |h - 3| - 1, for green 2 - |h - 2|, for blue 2 - |h - 4|, each clamped to 0..1.
+    """
+    red, green, blue = x.unbind(1)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = high - low
+    inverse = chroma.clamp(
+        min=1e-12
+    ).reciprocal_()  # gray pixels have no hue: chroma 0 leaves them as they are
+    h = torch.where(high == green, (blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4))
+    h = torch.where(high == red, (green - blue).mul_(inverse), h).add_(6 * shift[:, 0])
+    h.sub_((h * (1 / 6)).floor_(), alpha=6)
+    shares = ((h - 3).abs_().sub_(1), (h - 2).abs_().neg_().add_(2), (h - 4).abs_().neg_().add_(2))
+    for channel, share in enumerate(shares):
+        torch.addcmul(low, chroma, share.clamp_(0, 1), out=x[:, channel])
+
+
+def grayscale(x: Float32[Tensor, "m 3 h w"], _: Float32[Tensor, "m 1 1 1"]) -> None:
+    """Replace every channel by the gray of its pixel."""
+    x.copy_(_gray(x).expand_as(x))
+
+
+def blur(x: Float32[Tensor, "m 3 h w"], sigma: Float32[Tensor, "m 1 1 1"]) -> None:
+    """Blur by a Gaussian of ``sigma`` pixels; beyond the border the border pixel goes on.
+
+    A separable filter is one matrix from the left and one from the right; here that is faster than a convolution with a
+    kernel per crop, on the CPU as well, and the border is part of the matrix.
+    """
+    count, _, height, width = x.shape
+    down = gaussian_matrix(sigma, height)[:, 0]
+    across = gaussian_matrix(sigma, width)[:, 0]
+    rows_done = torch.bmm(x.reshape(count, 3 * height, width), across.mT).view_as(x)
+    for channel in range(3):  # one product for all three would copy the matrices
+        x[:, channel] = torch.bmm(down, rows_done[:, channel])
+
+
+def gaussian_matrix(sigma: Float32[Tensor, "m 1 1 1"], size: int) -> Float32[Tensor, "m 1 s s"]:
+    """Return the matrices that blur a line of ``size`` pixels whose end pixels go on for ever; rows sum to 1."""
+    place = torch.arange(size, device=sigma.device)
+    kernel = torch.exp(-0.5 * (place / sigma) ** 2)
+    # Nothing is lost beyond 6 sigma in float32, and the denormal numbers there make CPUs a hundred times slower.
+    kernel = torch.where(place > 6 * sigma, 0, kernel)
+    beyond = kernel.flip(-1).cumsum(-1).flip(-1)  # all that lies at this distance and farther on one side
+    matrix = kernel[..., 0, (place[:, None] - place).abs()]
+    matrix[..., 0] = beyond[..., 0, :]
+    matrix[..., -1] = beyond[..., 0, :].flip(-1)
+    return matrix / (2 * beyond[..., :1] - kernel[..., :1])
+
+
+def solarize(x: Float32[Tensor, "m 3 h w"], _: Float32[Tensor, "m 1 1 1"]) -> None:
+    """Invert the values that round to 128 or more of 255."""
+    torch.where(x >= SOLARIZE_THRESHOLD, 1 - x, x, out=x)
+
+
+CHANGES = {
+    "brightness": brightness,
+    "contrast": contrast,
+    "saturation": saturation,
+    "hue": hue,
+    "grayscale": grayscale,
+    "blur_sigma": blur,
+    "solarize": solarize,
+}
+JITTERS = PHOTOMETRIC_FIELDS[:4]
+ORDERS = tuple(itertools.permutations(JITTERS))
+
+
+def _gray(x: Float32[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 1 h w"]:
+    red, green, blue = x.split(1, dim=1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def _upload(host: Tensor, device: torch.device) -> Tensor:
+    # From pageable memory the copy would wait for the device.
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -1,0 +1,150 @@
+"""Endless batches of crops for pretraining: resume-exact, the same whatever the workers and prefetching."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from glsd.contracts import BrokenSample, CropBatch, UserError
+from glsd.data.crops import NUM_GLOBAL, CroppedSample, CropSpec, crop_sample
+from glsd.data.decode import BrokenImage
+from glsd.data.order import EpochOrder, epoch_length, random_words, rank_positions
+from glsd.data.shards import ShardSet
+from glsd.data.workers import make_loader, raised
+
+STAND_IN_STREAM = 0x7374616E64696E
+MAX_STAND_INS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainSample:
+    """The crops of one image, and which image that was."""
+
+    crops: CroppedSample
+    index: int
+    key: str
+    broken: tuple[BrokenSample, ...]  # the samples that could not be read in its place
+
+
+class PretrainDataset(Dataset):
+    """Cropped samples by (epoch, position).
+
+    A sample that cannot be read is replaced by another one, drawn from (seed, epoch, position, attempt); the
+    stand-in keeps the crops of the position. So each item is a function of the shards, the seed and (epoch,
+    position) alone.
+    """
+
+    def __init__(self, shards: ShardSet, *, seed: int, window_shards: int, crop_spec: CropSpec):
+        self.shards = shards
+        self.seed = seed
+        self.window_shards = window_shards
+        self.crop_spec = crop_spec
+        self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
+        self._order(0)  # refuses a window of no shards now, not in a worker
+
+    def __getitem__(self, place: tuple[int, int]) -> PretrainSample:
+        """Raises UserError if the sample and all its stand-ins are unreadable."""
+        epoch, position = place
+        unreadable: list[tuple[int, str, str]] = []
+        for index in self._candidates(epoch, position):
+            try:
+                raw = self.shards.read(index)
+                crops = crop_sample(raw, self.crop_spec, seed=self.seed, epoch=epoch, position=position)
+            except BrokenImage as error:
+                unreadable.append((index, self.shards.key(index), str(error)))
+                continue
+            broken = tuple(BrokenSample(epoch, position, *what, replaced_by=index) for what in unreadable)
+            return PretrainSample(crops, index, self.shards.key(index), broken)
+        index, key, reason = unreadable[0]
+        raise UserError(
+            f"sample {key!r} of shard {self.shards.shard_of(index)} cannot be read ({reason}), nor can any "
+            f"of the {MAX_STAND_INS} drawn in its place: check the shards"
+        )
+
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[PretrainSample] | UserError:
+        """Return a batch of samples, or the UserError as a value: the DataLoader would wrap it otherwise."""
+        try:
+            return [self[place] for place in places]
+        except UserError as error:
+            return error
+
+    def _order(self, epoch: int) -> EpochOrder:
+        if epoch not in self._orders:
+            self._orders[epoch] = EpochOrder(
+                self.shards.shard_sizes, seed=self.seed, epoch=epoch, window_shards=self.window_shards
+            )
+            if len(self._orders) > 2:  # a batch may straddle two epochs
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    def _candidates(self, epoch: int, position: int) -> Iterator[int]:
+        yield self._order(epoch)[position]
+        words = random_words(
+            MAX_STAND_INS, seed=self.seed, stream=STAND_IN_STREAM, epoch=epoch, part=position
+        )
+        yield from (int(word) % len(self.shards) for word in words)
+
+
+def pretrain_loader(
+    shards: ShardSet,
+    *,
+    crop_spec: CropSpec,
+    seed: int,
+    window_shards: int,
+    consumed: int,
+    batch_size: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[CropBatch]:
+    """Return this rank's endless micro-batches from sample number ``consumed`` on.
+
+    ``consumed`` counts over all epochs and ranks; ``batch_size`` is that of one optimizer step over all ranks,
+    ``micro_batch`` what comes out at a time. Epochs hold whole batches (order.epoch_length). Raises UserError
+    for sizes that do not divide each other, and while iterating for a shard that vanished or samples that
+    cannot be replaced.
+    """
+    dataset = PretrainDataset(shards, seed=seed, window_shards=window_shards, crop_spec=crop_spec)
+    batches = rank_positions(
+        consumed=consumed,
+        epoch_length=epoch_length(len(shards), batch_size),
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        micro_batch=micro_batch,
+    )
+    return raised(
+        make_loader(dataset, batches, collate=collate, num_workers=num_workers, pin_memory=pin_memory)
+    )
+
+
+def collate(samples: list[PretrainSample] | UserError) -> CropBatch | UserError:
+    """Return one batch with view-major rows: all first global crops, all second ones, and so on."""
+    if isinstance(samples, UserError):
+        return samples
+    crops = [sample.crops for sample in samples]
+    global_views, local_views = slice(None, NUM_GLOBAL), slice(NUM_GLOBAL, None)
+    return CropBatch(
+        global_crops=_rows([crop.global_crops for crop in crops]),
+        local_crops=_rows([crop.local_crops for crop in crops]),
+        global_boxes=_rows([crop.boxes[global_views] for crop in crops]),
+        local_boxes=_rows([crop.boxes[local_views] for crop in crops]),
+        global_photometric=_rows([crop.photometric[global_views] for crop in crops]),
+        local_photometric=_rows([crop.photometric[local_views] for crop in crops]),
+        indices=torch.tensor([sample.index for sample in samples]),
+        keys=tuple(sample.key for sample in samples),
+        broken=tuple(broken for sample in samples for broken in sample.broken),
+    )
+
+
+def _rows(per_image: list[Tensor]) -> Tensor:
+    views = range(len(per_image[0]))
+    if not views:
+        return per_image[0].clone()  # no local crops: keep the shape of the rows
+    # In a worker default_collate writes straight into shared memory, which saves a copy of every batch.
+    return default_collate([image[view] for view in views for image in per_image])

@@ -1,0 +1,206 @@
+"""One forward of self-distillation: the student's views, their matches with the teacher's, the losses. What accelerate wraps."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor, nn
+
+from glsd.geometry import patch_centers, squared_half_diagonals
+from glsd.losses.center import sinkhorn_center
+from glsd.losses.distill import LocalLoss, Matches, global_loss, local_loss, match_views
+from glsd.losses.prototype_ce import PrototypeCE
+from glsd.models.heads import ProjectionHead
+from glsd.models.multicrop import MultiCrop, Views
+
+NUM_GLOBAL = 2
+
+
+class Pixels(NamedTuple):
+    """Augmented, normalised crops of b images on the training device; rows are view-major."""
+
+    global_crops: Float32[Tensor, "gb 3 h w"]
+    local_crops: Float32[Tensor, "lb 3 hl wl"]
+    global_boxes: Float64[Tensor, "gb 4"]
+    local_boxes: Float64[Tensor, "lb 4"]
+
+
+class TeacherSays(NamedTuple):
+    """What the teacher contributes to one micro-batch; nothing of it needs a gradient."""
+
+    views: Views
+    global_prototypes: Float[Tensor, "k e"]
+    local_prototypes: Float[Tensor, "k e"] | None
+    global_center: Float[Tensor, " k"]
+    local_center: Float[Tensor, " k"]
+    temp: float
+
+
+class Distilled(NamedTuple):
+    """Losses and statistics of one micro-batch, all small; ``local`` is None without a local loss."""
+
+    loss: Float[Tensor, ""]  # weighted total
+    image: PrototypeCE
+    patch: LocalLoss | None
+
+
+class Distillation(nn.Module):
+    """The student together with its losses, so that one DDP forward returns scalars and small statistics only.
+
+    matching: 'geometric', 'similarity', 'both' or 'none'; global_weight None = 0.5 beside a local loss and 1 alone, as
+    published; the other arguments as in losses.distill. Source: GLSD (arXiv 2207.14676), DINO (arXiv 2104.14294).
+    """
+
+    def __init__(
+        self,
+        student: MultiCrop,
+        *,
+        matching: str,
+        global_weight: float | None = None,
+        local_weight: float = 0.5,
+        hinge: bool = True,
+        hinge_factor: float = 1.0,
+        local_mean: Literal["all", "accepted"] = "all",
+        geometric_weight: float = 0.5,
+        similarity_weight: float = 0.5,
+        student_temp: float = 0.1,
+    ):
+        super().__init__()
+        self.student = student
+        self.matching = matching
+        alone = matching == "none"
+        self.global_weight = (1.0 if alone else 0.5) if global_weight is None else global_weight
+        self.local_weight = local_weight
+        self.match_views = partial(
+            match_views,
+            "geometric" if matching == "none" else matching,
+            hinge=hinge,
+            hinge_factor=hinge_factor,
+            geometric_weight=geometric_weight,
+            similarity_weight=similarity_weight,
+        )
+        self.local_mean: Literal["all", "accepted"] = local_mean
+        self.student_temp = student_temp
+
+    def forward(self, pixels: Pixels, teacher: TeacherSays) -> Distilled:
+        """Return the losses of one micro-batch."""
+        b = len(pixels.global_crops) // NUM_GLOBAL
+        views = self.student(pixels.global_crops, pixels.local_crops, num_images=b)
+        image = global_loss(
+            views.cls.unflatten(0, (-1, b)),
+            teacher.views.cls.unflatten(0, (-1, b)),
+            self.student.global_head.prototypes.weight(),
+            teacher.global_prototypes,
+            center=teacher.global_center,
+            student_temp=self.student_temp,
+            teacher_temp=teacher.temp,
+        )
+        total = self.global_weight * image.loss
+        head, teacher_patches = self.student.local_head, teacher.views.global_patches
+        if head is None or teacher_patches is None or teacher.local_prototypes is None:  # matching none
+            return Distilled(total, image, None)
+        patch = local_loss(
+            _by_view([views.global_patches, views.local_patches], b),
+            teacher_patches.unflatten(0, (-1, b)),
+            head.prototypes.weight(),
+            teacher.local_prototypes,
+            matches=self.match(pixels, views, teacher.views),
+            center=teacher.local_center,
+            student_temp=self.student_temp,
+            teacher_temp=teacher.temp,
+            mean=self.local_mean,
+        )
+        return Distilled(total + self.local_weight * patch.loss, image, patch)
+
+    @torch.no_grad()
+    def match(self, pixels: Pixels, views: Views, teacher: Views) -> Matches:
+        """Return the matches of every pair of teacher and student view, by place and/or by backbone feature.
+
+        With matching 'none', where only pictures ask, by place.
+        """
+        b = len(pixels.global_crops) // NUM_GLOBAL
+        stride = self.student.backbone.stride
+        resolutions = [(pixels.global_boxes, pixels.global_crops.shape[-1])]
+        if len(pixels.local_boxes):
+            resolutions.append((pixels.local_boxes, pixels.local_crops.shape[-1]))
+        return self.match_views(
+            centers=_by_view([patch_centers(boxes, size, stride) for boxes, size in resolutions], b),
+            squared_halves=_by_view(
+                [squared_half_diagonals(boxes, size, stride) for boxes, size in resolutions], b
+            ),
+            student_features=_by_view([views.global_features, views.local_features], b),
+            teacher_features=teacher.global_features.unflatten(0, (-1, b)),
+        )
+
+
+@torch.no_grad()
+def ask_teacher(
+    teacher: MultiCrop,
+    global_crops: Float32[Tensor, "gb 3 h w"],
+    *,
+    centers: dict[str, Float[Tensor, " k"]],
+    temp: float,
+    sinkhorn_iterations: int = 0,
+) -> TeacherSays:
+    """Return the teacher's views of the global crops; sinkhorn_iterations > 0 takes the centres from this batch (of all ranks)."""
+    views = teacher(global_crops, num_images=len(global_crops) // NUM_GLOBAL)
+
+    def center(name: str, head: ProjectionHead, rows: Float[Tensor, "r e"]) -> Float[Tensor, " k"]:
+        if not sinkhorn_iterations:
+            return centers[name]
+        return sinkhorn_center(head.prototypes(rows), teacher_temp=temp, iterations=sinkhorn_iterations)
+
+    local = teacher.local_head
+    return TeacherSays(
+        views=views,
+        global_prototypes=teacher.global_head.prototypes.weight(),
+        local_prototypes=None if local is None else local.prototypes.weight(),
+        global_center=center("global", teacher.global_head, views.cls),
+        local_center=centers["local"]
+        if local is None
+        else center("local", local, _rows(views.global_patches)),
+        temp=temp,
+    )
+
+
+def _rows(patches: Float[Tensor, "b n e"] | None) -> Float[Tensor, "r e"]:
+    if patches is None:
+        raise ValueError("a network with a local head gives patch vectors")
+    return patches.flatten(0, 1)
+
+
+def _by_view(groups: list[Tensor | None], num_images: int) -> list[Tensor]:
+    """Split the rows of each resolution into (views, images); a resolution without crops is left out."""
+    return [group.unflatten(0, (-1, num_images)) for group in groups if group is not None]
+
+
+def mean_values(outs: Sequence[Distilled]) -> dict[str, Float[Tensor, ""]]:
+    """Return what the meters show of a step's micro-batches, by name."""
+    named = [
+        {
+            "loss": out.loss,
+            "global_loss": out.image.loss,
+            "global_teacher_entropy": out.image.teacher_entropy,
+            **(
+                {
+                    "local_loss": out.patch.loss,
+                    "local_teacher_entropy": out.patch.teacher_entropy,
+                    "matched_share": out.patch.matched_share,
+                }
+                if out.patch
+                else {}
+            ),
+        }
+        for out in outs
+    ]
+    return {name: torch.stack([values[name].detach() for values in named]).mean() for name in named[0]}
+
+
+def mean_logits(outs: Sequence[Distilled]) -> dict[str, Float[Tensor, " k"]]:
+    """Return the teacher's mean raw logits over a step's micro-batches, for the centres of the same names."""
+    means = {"global": torch.stack([out.image.teacher_mean for out in outs]).mean(0)}
+    if outs[0].patch is not None:
+        means["local"] = torch.stack([out.patch.teacher_mean for out in outs if out.patch]).mean(0)
+    return means

@@ -1,0 +1,59 @@
+"""evals.json: every evaluation of a model with its protocol, one record after the other."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from glsd.contracts import UserError
+
+FILE = "evals.json"
+
+
+def append_record(folder: Path, record: dict[str, Any]) -> None:
+    """Add a record to the folder's evals.json; written under a temporary name and renamed, so never half there.
+
+    Raises UserError if the file cannot be written or is no list of records.
+    """
+    path, draft = folder / FILE, _draft(folder)
+    text = json.dumps([*_read(path), record], indent=1) + "\n"
+    try:
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as problem:
+        raise UserError(f"cannot write {path}: {problem.strerror}; choose another folder") from problem
+
+
+def cannot_write(folder: Path) -> UserError | None:
+    """Return why evals.json cannot be written there, to know it before the long part; makes the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _draft(folder).touch()
+        _draft(folder).unlink()
+        _read(folder / FILE)
+    except UserError as problem:
+        return problem
+    except OSError as problem:
+        return UserError(
+            f"cannot write {FILE} to {folder}: {problem.strerror}; choose another folder with --out"
+        )
+    return None
+
+
+def _draft(folder: Path) -> Path:
+    return folder / f".{FILE}.{os.getpid()}.tmp"
+
+
+def _read(path: Path) -> list:
+    if not path.exists():
+        return []
+    try:
+        records = json.loads(path.read_text())
+    except ValueError as problem:
+        raise UserError(f"{path} is not JSON ({problem}): move it away") from problem
+    if not isinstance(records, list):
+        raise UserError(f"{path} holds no list of evaluations: move it away")
+    return records

@@ -1,0 +1,183 @@
+"""The global and the local loss: which rows of student and teacher are compared, and how much each counts.
+
+A pair (q, v) is teacher view q and student view v != q. The teacher sees the first g views (the global
+crops), the student all of them, so views 0 .. g-1 of both are the same crops.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from glsd.contracts import Match, UserError, pick
+from glsd.losses.match import geometric, similarity
+from glsd.losses.prototype_ce import PrototypeCE, prototype_ce
+
+# For every pair (q, v) the matches of all matchers in use, with the matcher's share already in the weight.
+Matches = dict[tuple[int, int], tuple[Match, ...]]
+
+MATCHINGS = {
+    "geometric": ("geometric",),
+    "similarity": ("similarity",),
+    "both": ("geometric", "similarity"),
+}
+
+
+class LocalLoss(NamedTuple):
+    """The fields of PrototypeCE over patch rows, and how many patches found a partner."""
+
+    loss: Float[Tensor, ""]
+    teacher_mean: Float[Tensor, " k"]
+    teacher_entropy: Float[Tensor, ""]
+    matched_share: Float[Tensor, ""]  # share of matches with a weight above 0, over all pairs
+
+
+def view_pairs(num_teacher_views: int, num_student_views: int) -> list[tuple[int, int]]:
+    """Return all pairs (q, v), v != q; UserError if there is none, that is for a single crop."""
+    pairs = [(q, v) for q in range(num_teacher_views) for v in range(num_student_views) if v != q]
+    if not pairs:
+        raise UserError(
+            "self-distillation compares crops of one image: at least 2 per image are needed, got 1"
+        )
+    return pairs
+
+
+def global_loss(
+    student_cls: Float[Tensor, "v b e"],
+    teacher_cls: Float[Tensor, "g b e"],
+    student_prototypes: Float[Tensor, "k e"],
+    teacher_prototypes: Float[Tensor, "k e"],
+    *,
+    center: Float[Tensor, " k"],
+    student_temp: float,
+    teacher_temp: float,
+) -> PrototypeCE:
+    """Return the mean over pairs (q, v) and images of the cross-entropy of their image-level vectors.
+
+    Source: DINO (arXiv 2104.14294, eq. 3), divided by the number of pairs as in its published code.
+    """
+    num_views, num_images, _ = student_cls.shape
+    pairs = view_pairs(len(teacher_cls), num_views)
+    image = torch.arange(num_images, device=student_cls.device)
+    teacher_view = torch.arange(len(teacher_cls), device=student_cls.device)
+    student_view = torch.arange(num_views, device=student_cls.device)
+    index = (teacher_view * num_images + image[:, None]).repeat(num_views, 1)  # (v*b, g)
+    other_view = teacher_view != student_view.repeat_interleave(num_images)[:, None]
+    return prototype_ce(
+        student_cls.flatten(0, 1),
+        teacher_cls.flatten(0, 1),
+        student_prototypes,
+        teacher_prototypes,
+        index=index,
+        weight=other_view.to(center.dtype) / (len(pairs) * num_images),
+        center=center,
+        student_temp=student_temp,
+        teacher_temp=teacher_temp,
+    )
+
+
+def local_loss(
+    student_patches: Sequence[Float[Tensor, "_ b _ e"]],
+    teacher_patches: Float[Tensor, "g b n e"],
+    student_prototypes: Float[Tensor, "k e"],
+    teacher_prototypes: Float[Tensor, "k e"],
+    *,
+    matches: Matches,
+    center: Float[Tensor, " k"],
+    student_temp: float,
+    teacher_temp: float,
+    mean: Literal["all", "accepted"] = "all",
+) -> LocalLoss:
+    """Return the mean over pairs (q, v) of the weighted mean cross-entropy of matched patches.
+
+    student_patches: one entry (views, b, patches, e) per resolution, global views first; matches: from
+    match_views, one entry per pair. mean 'all' divides by all student patches of a view, so that rejected
+    ones weaken the loss (as published); 'accepted' by those with a weight above 0 (a pair without any counts
+    as 0).
+    Source: GLSD (arXiv 2207.14676).
+    """
+    _, num_images, num_teacher, _ = teacher_patches.shape
+    device = teacher_patches.device
+    first_row = torch.arange(num_images, device=device)[:, None] * num_teacher  # within a view
+    index, weight, accepted = [], [], []
+    num_kinds = max(map(len, matches.values()))
+    patches_per_view = [group.shape[2] for group in student_patches for _ in group]
+    for v, num_patches in enumerate(patches_per_view):
+        columns, shares = [], []
+        for q in range(len(teacher_patches)):
+            for match in matches.get((q, v), ()):
+                kept = match.weight > 0
+                count = kept.sum().clamp(min=1) if mean == "accepted" else num_images * num_patches
+                columns.append((q * num_images * num_teacher + first_row + match.index).flatten())
+                shares.append((match.weight / count / len(matches)).flatten().to(center.dtype))
+                accepted.append(kept.flatten())
+        # A global view has one teacher view less than a local one: fill up with entries that weigh nothing.
+        for _ in range(len(teacher_patches) * num_kinds - len(columns)):
+            columns.append(torch.zeros(num_images * num_patches, dtype=torch.int64, device=device))
+            shares.append(torch.zeros(num_images * num_patches, dtype=center.dtype, device=device))
+        index.append(torch.stack(columns, dim=1))
+        weight.append(torch.stack(shares, dim=1))
+    result = prototype_ce(
+        torch.cat([patches.flatten(0, 2) for patches in student_patches]),
+        teacher_patches.flatten(0, 2),
+        student_prototypes,
+        teacher_prototypes,
+        index=torch.cat(index),
+        weight=torch.cat(weight),
+        center=center,
+        student_temp=student_temp,
+        teacher_temp=teacher_temp,
+    )
+    return LocalLoss(*result, torch.cat(accepted).to(center.dtype).mean())
+
+
+def match_views(
+    matching: str,
+    *,
+    centers: Sequence[Float[Tensor, "_ b _ 2"]] = (),
+    squared_halves: Sequence[Float[Tensor, "_ b"]] = (),
+    student_features: Sequence[Float[Tensor, "_ b _ d"]] = (),
+    teacher_features: Float[Tensor, "g b n d"] | None = None,
+    hinge: bool = True,
+    hinge_factor: float = 1.0,
+    geometric_weight: float = 0.5,
+    similarity_weight: float = 0.5,
+) -> Matches:
+    """Return the matches of every pair (q, v), by place ('geometric'), by feature ('similarity') or by both.
+
+    Sequences have one entry per resolution, as in local_loss; the first one holds the views that the teacher
+    sees too. 'geometric' needs centers (geometry.patch_centers) and squared_halves
+    (geometry.squared_half_diagonals), 'similarity' the patch features of both backbones. 'both' gives every
+    student patch two matches, weighted geometric_weight and similarity_weight. Raises UserError for another
+    matching.
+    """
+    kinds = pick(MATCHINGS, matching, "matching")
+    shares = (geometric_weight, similarity_weight) if matching == "both" else (1.0,)
+    center = [view for group in centers for view in group]
+    half = [view for group in squared_halves for view in group]
+    student = [view for group in student_features for view in group]
+    teacher = [] if teacher_features is None else list(teacher_features)
+
+    def match(kind: str, q: int, v: int) -> Match:
+        if kind == "similarity":
+            return similarity(student[v], teacher[q])
+        return geometric(
+            center[v],
+            center[q],
+            student_half=half[v],
+            teacher_half=half[q],
+            hinge=hinge,
+            hinge_factor=hinge_factor,
+        )
+
+    num_teacher_views = len(centers[0]) if "geometric" in kinds else len(teacher)
+    num_student_views = len(center) if "geometric" in kinds else len(student)
+    matches: Matches = {}
+    for q, v in view_pairs(num_teacher_views, num_student_views):
+        found = [match(kind, q, v) for kind in kinds]
+        matches[q, v] = tuple(
+            Match(index, share * weight) for (index, weight), share in zip(found, shares, strict=True)
+        )
+    return matches

@@ -1,0 +1,97 @@
+"""The projection head: features -> bottleneck vectors of length 1, and the prototypes they meet."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from glsd.contracts import UserError
+
+
+class Prototypes(nn.Module):
+    """The last layer of a head: logit k = <vector, prototype k>, prototype = gain * direction / |direction|.
+
+    With the gain frozen at 1 (the papers' norm_last_layer = true) and vectors of length 1 logits are cosines.
+    Source: DINO (arXiv 2104.14294), weight normalisation (arXiv 1602.07868).
+    """
+
+    def __init__(self, num_prototypes: int, dim: int, *, trainable_gain: bool = False):
+        super().__init__()
+        bound = dim**-0.5  # what a linear layer without bias starts with
+        self.direction = nn.Parameter(torch.empty(num_prototypes, dim).uniform_(-bound, bound))
+        self.gain = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=trainable_gain)
+
+    def weight(self) -> Float[Tensor, "k e"]:
+        """Return the prototypes in float32 or better: the rows that ``losses.prototype_ce`` takes."""
+        with torch.autocast(self.direction.device.type, enabled=False):
+            return _at_least_float32(self.gain) * F.normalize(
+                _at_least_float32(self.direction), dim=1, eps=1e-12
+            )
+
+    def forward(self, vectors: Float[Tensor, "r e"]) -> Float[Tensor, "r k"]:
+        """Return the logits of bottleneck vectors; only for small r * k, training goes through the loss."""
+        weight = self.weight()
+        return F.linear(vectors.to(weight.dtype), weight)
+
+
+class ProjectionHead(nn.Module):
+    """A small MLP whose output has length 1, and its prototypes.
+
+    num_layers linear layers before the normalisation, GELU (and batch normalisation before it) between them.
+    Linear weights start N(0, 0.02), biases 0; the start is a function of ``seed`` alone and leaves the global
+    random state untouched. Give the global and the local head different seeds. Raises UserError for sizes
+    below 1. Source: DINO (arXiv 2104.14294), projection head; golden files head_*.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        *,
+        num_prototypes: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        num_layers: int = 3,
+        batch_norm: bool = False,
+        trainable_gain: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        sizes = {
+            "num_prototypes": num_prototypes,
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "num_layers": num_layers,
+        }
+        for key, value in sizes.items():
+            if value < 1:
+                raise UserError(f"head.{key} is {value}: expected at least 1")
+        self.in_dim, self.bottleneck_dim, self.num_prototypes = in_dim, bottleneck_dim, num_prototypes
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the layers are made on the CPU: no other generator is touched
+            torch.default_generator.manual_seed(seed)
+            self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, num_layers, batch_norm)
+            self.prototypes = Prototypes(num_prototypes, bottleneck_dim, trainable_gain=trainable_gain)
+
+    def forward(self, features: Float[Tensor, "r d"]) -> Float[Tensor, "r e"]:
+        """Return bottleneck vectors of length 1 (of a zero vector: zero) in float32 or better."""
+        vectors = self.mlp(features)
+        with torch.autocast(vectors.device.type, enabled=False):
+            return F.normalize(_at_least_float32(vectors), dim=1, eps=1e-12)
+
+
+def _mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int, batch_norm: bool) -> nn.Sequential:
+    dims = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+    layers: list[nn.Module] = []
+    for i in range(num_layers):
+        linear = nn.Linear(dims[i], dims[i + 1])
+        nn.init.normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+        layers.append(linear)
+        if i < num_layers - 1:
+            layers += [nn.BatchNorm1d(hidden_dim), nn.GELU()] if batch_norm else [nn.GELU()]
+    return nn.Sequential(*layers)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,210 @@
+"""Weights from outside or from our own runs into a backbone or a head: every tensor accounted for."""
+
+import argparse
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from timm.models import eva, swin_transformer, swin_transformer_v2, vision_transformer
+from torch import Tensor, nn
+
+from glsd.contracts import UserError
+from glsd.models.pos_embed import resample_pos_embed
+
+State = dict[str, Tensor]
+
+# Where training programs keep the network in their checkpoint, best first (the teacher is the better one).
+_CONTAINERS = ("teacher", "ema_model", "model_ema", "state_dict", "model", "student")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "net.", "encoder.")
+# What checkpoints hold besides a backbone: classifiers, projection heads, tokens of masked-image training.
+_NOT_BACKBONE = (
+    "head", "head_dense", "head_dist", "heads", "fc", "classifier", "global_head", "local_head", "attn_pool",
+    "mlp", "last_layer", "prototypes", "dino_head", "ibot_head", "mask_token", "pre_logits", "projectors",
+)  # fmt: skip
+_TIMM_FORMS = {
+    "VisionTransformer": vision_transformer.checkpoint_filter_fn,
+    "Eva": eva.checkpoint_filter_fn,
+    "SwinTransformer": swin_transformer.checkpoint_filter_fn,
+    "SwinTransformerV2": swin_transformer_v2.checkpoint_filter_fn,
+}
+
+# What damaged files raise, and files that would need code to be run.
+_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError)
+
+
+class LoadReport(NamedTuple):
+    """How well weights fitted: tensors of the network that were filled, of how many, and what did not fit."""
+
+    matched: int
+    total: int
+    missing: tuple[str, ...]  # tensors of the network that the file lacks
+    mismatched: tuple[str, ...]  # "name: shape in the file, shape in the network"
+    unexpected: tuple[str, ...]  # tensors of the file that belong to a backbone, but not to this one
+    ignored: tuple[str, ...]  # heads and the like
+
+    def __str__(self) -> str:
+        parts = [f"{self.matched} of {self.total} tensors matched"]
+        for what in ("missing", "mismatched", "unexpected"):
+            names = getattr(self, what)
+            if names:
+                parts.append(
+                    f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                )
+        if self.ignored:
+            parts.append(f"{len(self.ignored)} of heads and the like left out")
+        return ", ".join(parts)
+
+
+def read_weights(path: str | Path) -> State:
+    """Return the tensors of a weights file by their names in the network, wrappers and prefixes taken off.
+
+    path: a .safetensors file, a torch file (read with weights_only=True), or one of our checkpoint folders
+    (its teacher.safetensors). Where a file holds teacher and student, the teacher is taken. Raises UserError
+    if there is no such file, it is damaged, needs code to be unpickled, or holds no network.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "teacher.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"weights {str(path)!r}: no such file (expected .safetensors, a torch file or a checkpoint)"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            # Published DINO checkpoints keep their command line beside the weights; a Namespace runs no code.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"weights {str(path)!r} cannot be read as plain tensors: {reason}") from error
+    return _strip_prefixes(_find_state(content, str(path)), str(path))
+
+
+def load_weights(net: Any, state: State, *, source: str, partial: bool = False) -> LoadReport:
+    """Copy ``state`` (named as by timm, DINO, DINOv2/3, EsViT or us) into a timm network, say what fitted.
+
+    A position embedding of another grid is resampled as in the forward pass; no other tensor is. source:
+    named in errors. Raises UserError unless every tensor of the network is filled and every backbone tensor
+    of the file is used; with ``partial`` only if nothing fits.
+    """
+    own: State = net.state_dict()
+    if "pos_embed" in state and "pos_embed" in own:
+        state = {**state, "pos_embed": _fit_pos_embed(net, state["pos_embed"], source)}
+    found, ignored = _leave_out_heads(_to_timm_names(net, state), own)
+    matched = {
+        name: tensor for name, tensor in found.items() if name in own and tensor.shape == own[name].shape
+    }
+    report = LoadReport(
+        matched=len(matched),
+        total=len(own),
+        missing=tuple(name for name in own if name not in found),
+        mismatched=tuple(
+            f"{name}: {tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the network"
+            for name, tensor in found.items()
+            if name in own and name not in matched
+        ),
+        unexpected=tuple(name for name in found if name not in own),
+        ignored=ignored,
+    )
+    misfit = report.missing or report.mismatched or report.unexpected
+    if not matched or (misfit and not partial):
+        raise UserError(
+            f"weights {source!r} are not of this network: {report}; check model.backbone and model.timm_args"
+        )
+    net.load_state_dict(matched, strict=False)
+    return report
+
+
+def reference_head_name(name: str) -> str:
+    """Return our name of a projection head's tensor from the one in DINO, EsViT and GLSD checkpoints."""
+    # A head of one layer is a bare linear layer there.
+    name = re.sub(r"^mlp\.(weight|bias)$", r"mlp.0.\1", name)
+    name = re.sub(r"^last_layer\.(weight_g|parametrizations\.weight\.original0)$", "prototypes.gain", name)
+    return re.sub(
+        r"^last_layer\.(weight_v|parametrizations\.weight\.original1)$", "prototypes.direction", name
+    )
+
+
+def load_reference_head(head: nn.Module, state: State, *, source: str = "head weights") -> None:
+    """Copy a projection head's tensors with reference names (``mlp.N.*``, ``last_layer.weight_g``) into ours.
+
+    Raises UserError if a tensor is missing, left over or of another shape.
+    """
+    found = {reference_head_name(name): tensor for name, tensor in state.items()}
+    own = head.state_dict()
+    wrong = sorted(own.keys() ^ found.keys())
+    wrong += [name for name in own.keys() & found.keys() if own[name].shape != found[name].shape]
+    if wrong:
+        raise UserError(
+            f"{source}: {', '.join(wrong[:4])} missing, left over or of another shape for this head"
+        )
+    head.load_state_dict(found)
+
+
+def _find_state(content: Any, path: str) -> State:
+    """Go down to the dictionary that holds tensors."""
+    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(
+            f"weights {path!r} hold no network: expected tensors, or one of {', '.join(_CONTAINERS)}"
+        )
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _strip_prefixes(state: State, path: str) -> State:
+    for role in ("teacher.", "student."):
+        if any(name.startswith(role) for name in state):
+            state = {name.removeprefix(role): value for name, value in state.items() if name.startswith(role)}
+    stripped: State = {}
+    for name, value in state.items():
+        short = name
+        while prefix := next((p for p in _PREFIXES if short.startswith(p)), None):
+            short = short.removeprefix(prefix)
+        if short in stripped:
+            raise UserError(
+                f"weights {path!r} hold two tensors that would be {short!r}: save one network per file"
+            )
+        stripped[short] = value
+    return stripped
+
+
+def _leave_out_heads(found: State, own: State) -> tuple[State, tuple[str, ...]]:
+    ignored = tuple(name for name in found if name.split(".")[0] in _NOT_BACKBONE and name not in own)
+    return {name: tensor for name, tensor in found.items() if name not in ignored}, ignored
+
+
+def _fit_pos_embed(net: Any, pos_embed: Tensor, source: str) -> Tensor:
+    """Resample a file's position embedding to the network's grid; entries without a place stay in front."""
+    own_prefix = 0 if net.no_embed_class else net.num_prefix_tokens
+    # DINOv2 with registers: the file has an entry for the class token that timm folds into the token itself.
+    for num_prefix in (own_prefix, 1, 0):
+        side = math.isqrt(max(pos_embed.shape[1] - num_prefix, 0))
+        if pos_embed.ndim == 3 and side and side * side == pos_embed.shape[1] - num_prefix:
+            return resample_pos_embed(pos_embed, num_prefix, (side, side), net.patch_embed.grid_size)
+    if pos_embed.shape == net.pos_embed.shape:  # a grid that is not square, but the network's own
+        return pos_embed
+    raise UserError(
+        f"weights {source!r}: a position embedding of shape {tuple(pos_embed.shape)} is of no square grid"
+    )
+
+
+def _to_timm_names(net: Any, state: State) -> State:
+    """Rename with timm's own tables, but take back what they resample beyond the position embedding."""
+    if net.state_dict().keys() <= state.keys():
+        return state
+    found: State = _TIMM_FORMS[type(net).__name__]({**state}, net)
+    for name in found:
+        if name.endswith(("patch_embed.proj.weight", "relative_position_bias_table")) and name in state:
+            found[name] = state[name]
+    return found

@@ -1,0 +1,241 @@
+"""The first story: a student and its momentum teacher look at crops of unlabelled images until they agree."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from glsd.command_line import dump
+from glsd.config import PretrainConfig
+from glsd.contracts import CropBatch, UserError
+from glsd.data.crops import CropSpec
+from glsd.data.photometric import photometric
+from glsd.data.pretrain_loader import pretrain_loader
+from glsd.data.shards import ShardSet, open_shards
+from glsd.distillation import Pixels, ask_teacher, mean_logits, mean_values
+from glsd.losses.center import ema_center
+from glsd.optim.clip import CLIPPERS
+from glsd.optim.ema import ema_update
+from glsd.pretrain_build import State, build
+from glsd.pretrain_plan import Plan, Rates, make_plan, rates_at, step_seed
+from glsd.runtime import checkpoint, dist
+from glsd.runtime.checkpoint import Checkpoint
+from glsd.runtime.meters import Meters
+from glsd.runtime.run import Run, catch_signals, open_run, rewind
+from glsd.watch import StepReport, advise, check, describe, draw_first_batch, hold_on_bad_gradient, probe
+
+
+def pretrain(cfg: PretrainConfig) -> Path:
+    """Pretrain as configured and return the run directory; when asked to stop (TERM, USR1, INT) save and return early.
+
+    Raises UserError for what in the configuration, the data or the checkpoint cannot work, before the first step where
+    that can be known; a run that already has checkpoints keeps them.
+    """
+    accelerator = start(cfg)
+    shards = open_shards(cfg.data.shards)
+    plan = make_plan(cfg, len(shards))
+    state = build(cfg, accelerator)
+    run = open_run(Path(cfg.out), resolved_config=dump(cfg), resume=cfg.resume == "auto")
+    saved = restore(cfg, state, run, shards)
+    meters = Meters(run.folder, total_steps=plan.last_step, start_step=state.step, device=accelerator.device)
+    meters.say(describe(cfg, plan, state))
+    if saved is not None:
+        meters.load_state(saved.state["meters"])
+        meters.say(f"resumed from {saved.path} at step {saved.step}")
+    batches = make_batches(cfg, plan, shards, state.step * cfg.optim.batch_size)
+    since_check: list[StepReport] = []
+    with catch_signals() as signal_name:
+        if state.step == 0:
+            first = next(batches)
+            batches = itertools.chain([first], batches)
+            draw_first_batch(run, state.losses, state.teacher, augment(first.to(accelerator.device)), first)
+            probe(cfg, meters, state, accelerator)
+        while state.step < plan.last_step:
+            rates = rates_at(cfg, plan, state.step)
+            since_check.append(train_step(cfg, rates, state, batches, meters, accelerator))
+            state.step += 1
+            meters.advance(state.step, images=plan.micro_batch * cfg.optim.accumulate_steps)
+            last = state.step == plan.last_step
+            flushing = last or state.step % cfg.watch.log_every == 0
+            stopping = asked_to_stop(signal_name(), agree=flushing)
+            saving = last or bool(stopping) or state.step % cfg.watch.checkpoint_every == 0
+            if flushing or saving:
+                check(cfg, plan, state, run, since_check)
+                since_check.clear()
+            if flushing:
+                row = meters.flush(state.step, **rates.shown())
+                advise(cfg, plan, state, row, meters)
+            if cfg.watch.probe_every and (last or state.step % cfg.watch.probe_every == 0):
+                probe(cfg, meters, state, accelerator)
+            if saving:
+                save(cfg, state, meters, run, shards)
+            if stopping:
+                meters.say(f"stopped by {stopping} after step {state.step}; go on with --resume auto")
+                break
+    meters.close()
+    return run.folder
+
+
+def start(cfg: PretrainConfig) -> Accelerator:
+    """Join the other ranks; the teacher and the loader stay out of accelerate's hands, only the student is prepared."""
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    precision = cfg.optim.precision
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[ddp]
+    )
+    dist.check_world(accelerator.num_processes)
+    return accelerator
+
+
+def make_batches(cfg: PretrainConfig, plan: Plan, shards: ShardSet, consumed: int) -> Iterator[CropBatch]:
+    """Return this rank's endless micro-batches from sample number ``consumed`` on."""
+    d = cfg.data
+    spec = CropSpec(
+        global_size=d.global_size,
+        local_size=d.local_size,
+        num_local=d.num_local,
+        global_scale=d.global_scale,
+        local_scale=d.local_scale,
+        jitter_prob=d.jitter_prob,
+        jitter=d.jitter,
+        grayscale_prob=d.grayscale_prob,
+        blur_prob=d.blur_prob,
+        solarize_prob=d.solarize_prob,
+        flip_prob=d.flip_prob,
+    )
+    return pretrain_loader(
+        shards,
+        crop_spec=spec,
+        seed=cfg.seed,
+        window_shards=d.window_shards,
+        consumed=consumed,
+        batch_size=cfg.optim.batch_size,
+        micro_batch=plan.micro_batch,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        num_workers=d.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def augment(batch: CropBatch) -> Pixels:
+    """Change the colours of all crops, on the device they are on."""
+    return Pixels(
+        global_crops=photometric(batch.global_crops, batch.global_photometric),
+        local_crops=photometric(batch.local_crops, batch.local_photometric),
+        global_boxes=batch.global_boxes,
+        local_boxes=batch.local_boxes,
+    )
+
+
+def train_step(
+    cfg: PretrainConfig,
+    rates: Rates,
+    state: State,
+    batches: Iterator[CropBatch],
+    meters: Meters,
+    accelerator: Accelerator,
+) -> StepReport:
+    """Take one optimizer step, without waiting for the device; from the first bad gradient on the weights do not move."""
+    decay, no_decay = state.optimizer.param_groups
+    decay["lr"], decay["weight_decay"], no_decay["lr"] = rates.lr, rates.weight_decay, rates.lr
+    torch.manual_seed(step_seed(cfg.seed, state.step, dist.rank()))  # stochastic depth
+    num_micro, used, outs = cfg.optim.accumulate_steps, [], []
+    for micro in range(num_micro):
+        with meters.waiting():
+            batch = next(batches)
+        used.append(batch)
+        pixels = augment(batch.to(accelerator.device))
+        with accelerator.autocast():
+            says = ask_teacher(
+                state.teacher,
+                pixels.global_crops,
+                centers=state.centers,
+                temp=rates.teacher_temp,
+                sinkhorn_iterations=cfg.loss.sinkhorn_iterations if cfg.loss.centering == "sinkhorn" else 0,
+            )
+        # Gradients travel between ranks with the last micro-batch only.
+        with nullcontext() if micro == num_micro - 1 else accelerator.no_sync(state.model):
+            out = state.model(pixels, says)
+            accelerator.backward(out.loss / num_micro)
+        outs.append(out)
+    norms = CLIPPERS[cfg.optim.clip_mode](state.student.parameters(), cfg.optim.clip_grad)
+    values = {**mean_values(outs), "grad_norm": torch.linalg.vector_norm(norms)}
+    hold_on_bad_gradient(state, values)
+    if rates.freeze_prototypes:
+        for name, parameter in state.student.named_parameters():
+            if "prototypes" in name:
+                parameter.grad = None
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    ema_update(state.teacher, state.student, rates.momentum)
+    for kind, mean in mean_logits(outs).items():
+        state.centers[kind] = ema_center(
+            state.centers[kind], dist.all_reduce_mean(mean), cfg.loss.center_momentum
+        )
+    for name, value in values.items():
+        meters.add(name, value)
+    return StepReport(
+        keys=tuple(key for batch in used for key in batch.keys),
+        broken=tuple(broken for batch in used for broken in batch.broken),
+    )
+
+
+def asked_to_stop(signal_name: str, *, agree: bool) -> str:
+    """Return the signal that any rank got; ranks compare notes at flushes only, one process looks at every step."""
+    if dist.world_size() == 1:
+        return signal_name
+    return next((name for name in dist.gather_objects(signal_name) if name), "") if agree else ""
+
+
+def save(cfg: PretrainConfig, state: State, meters: Meters, run: Run, shards: ShardSet) -> None:
+    """Write a checkpoint from which the run goes on as if it had never stopped."""
+    meters.sync()
+    checkpoint.save(
+        run.checkpoints,
+        step=state.step,
+        tensors={
+            "student": state.student.state_dict(),
+            "teacher": state.teacher.state_dict(),
+            "centers": state.centers,
+        },
+        state={
+            "meters": meters.state(),
+            "samples": state.step * cfg.optim.batch_size,
+            "num_broken": state.num_broken,
+            "shards": shards.fingerprint(),
+        },
+        optimizer=state.optimizer.state_dict(),
+        keep=cfg.watch.keep_checkpoints,
+    )
+
+
+def restore(cfg: PretrainConfig, state: State, run: Run, shards: ShardSet) -> Checkpoint | None:
+    """Load the newest intact checkpoint, if there is one (open_run has seen to it that this was asked for)."""
+    saved = checkpoint.load_latest(run.checkpoints)
+    if saved is None:
+        return None
+    if saved.state["shards"] != shards.fingerprint():
+        raise UserError(
+            f"data.shards are not those that {saved.path} was made with: the order of samples would change; "
+            "give the same shards, or another --out"
+        )
+    if saved.state["samples"] != saved.step * cfg.optim.batch_size:
+        raise UserError(
+            f"optim.batch_size {cfg.optim.batch_size} is not that of {saved.path} "
+            f"({saved.state['samples'] // saved.step}): use the same, or another --out"
+        )
+    checkpoint.restore(state.student, saved.tensors["student"], source=f"{saved.path}/student.safetensors")
+    checkpoint.restore(state.teacher, saved.tensors["teacher"], source=f"{saved.path}/teacher.safetensors")
+    state.optimizer.load_state_dict(saved.optimizer)
+    state.centers = {
+        name: center.to(state.centers[name].device) for name, center in saved.tensors["centers"].items()
+    }
+    state.step, state.num_broken = saved.step, saved.state["num_broken"]
+    rewind(run.folder, saved.step)
+    dist.barrier()  # before anybody appends to what was rewound
+    return saved

@@ -1,0 +1,112 @@
+"""From configuration to networks: student, teacher, the losses around the student, the optimiser."""
+
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from glsd.config import PretrainConfig
+from glsd.distillation import Distillation
+from glsd.models.backbone import build_backbone, check_crop_size
+from glsd.models.heads import ProjectionHead
+from glsd.models.multicrop import MultiCrop
+from glsd.optim.param_groups import param_groups
+from glsd.runtime import dist
+
+LOCAL_HEAD_SEED = 1  # added to the run's seed: the two heads must start differently
+
+
+@dataclass(kw_only=True)
+class State:
+    """Everything that changes while training."""
+
+    student: MultiCrop
+    teacher: MultiCrop
+    losses: Distillation  # the student with its losses
+    model: nn.Module  # the same as accelerate wrapped it (DDP, autocast)
+    optimizer: torch.optim.Optimizer
+    centers: dict[str, Tensor]  # 'global', 'local': (k) float32
+    bad_step: Tensor  # first step whose gradients were not finite, -1 = none; on the device
+    bad_loss: Tensor  # whether this rank's own loss was not finite then; on the device
+    step: int = 0  # optimizer steps done
+    num_broken: int = 0  # samples replaced so far, over all ranks
+    advised: set[str] = field(default_factory=set)  # health warnings already given
+
+
+def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
+    """Return student and teacher with equal weights; the teacher has no stochastic depth and needs no gradients."""
+
+    def network(drop_path: float) -> MultiCrop:
+        backbone = build_backbone(
+            cfg.model.backbone,
+            image_size=cfg.data.global_size,
+            drop_path=drop_path,
+            pool=cfg.model.pool,
+            init=cfg.model.init,
+            timm_args=dict(cfg.model.timm_args),
+            seed=cfg.seed,
+        )
+        if cfg.data.num_local:
+            check_crop_size(cfg.data.local_size, backbone.stride, "data.local_size")
+
+        def head(seed: int) -> ProjectionHead:
+            h = cfg.head
+            return ProjectionHead(
+                backbone.embed_dim,
+                num_prototypes=h.num_prototypes,
+                hidden_dim=h.hidden_dim,
+                bottleneck_dim=h.bottleneck_dim,
+                num_layers=h.num_layers,
+                batch_norm=h.batch_norm,
+                trainable_gain=h.trainable_gain,
+                seed=seed,
+            )
+
+        global_head = head(cfg.seed)
+        local_head = None
+        if cfg.matching != "none":
+            local_head = global_head if cfg.head.shared else head(cfg.seed + LOCAL_HEAD_SEED)
+        return MultiCrop(backbone, global_head, local_head)
+
+    student, teacher = network(cfg.model.drop_path), network(0.0)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    return student, teacher
+
+
+def build(cfg: PretrainConfig, accelerator: Accelerator) -> State:
+    """Make the networks, the losses around the student, and the optimiser, on this rank's device."""
+    student, teacher = (network.to(accelerator.device) for network in build_networks(cfg))
+    if cfg.head.batch_norm and dist.world_size() > 1 and accelerator.device.type == "cuda":
+        student, teacher = (
+            nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in (student, teacher)
+        )
+    c = cfg.loss
+    losses = Distillation(
+        student,
+        matching=cfg.matching,
+        global_weight=c.global_weight,
+        local_weight=c.local_weight,
+        hinge=c.hinge,
+        hinge_factor=c.hinge_factor,
+        local_mean=c.local_mean,
+        geometric_weight=c.geometric_weight,
+        similarity_weight=c.similarity_weight,
+        student_temp=c.student_temp,
+    )
+    zero = torch.zeros(cfg.head.num_prototypes, device=accelerator.device)
+    # Not prepared: without a gradient scaler accelerate's wrapper adds nothing. lr and decay are set at every step.
+    optimizer = torch.optim.AdamW(
+        param_groups(student.named_parameters()), lr=0.0, weight_decay=0.0, fused=True
+    )
+    return State(
+        student=student,
+        teacher=teacher,
+        losses=losses,
+        model=accelerator.prepare_model(losses),
+        optimizer=optimizer,
+        centers={"global": zero, "local": zero.clone()},
+        bad_step=torch.tensor(-1, device=accelerator.device),
+        bad_loss=torch.tensor(False, device=accelerator.device),
+    )

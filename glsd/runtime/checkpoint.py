@@ -1,0 +1,282 @@
+"""Checkpoints that are whole or absent: written aside, fsynced, renamed, verified on load.
+
+folder/latest -> step_00000012            for people; loading looks at the folders themselves
+folder/step_00000012/<name>.safetensors   one per named state dict (student, teacher, ...)
+                     optimizer.pt         torch state dict, read with weights_only=True
+                     state.json           plain values: step, samples consumed, ...
+                     manifest.json        format version, step, size and sha256 of each file
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from glsd.contracts import UserError
+from glsd.runtime import dist
+
+VERSION = 1
+_OPTIMIZER, _STATE, _MANIFEST = "optimizer.pt", "state.json", "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One checkpoint in host memory."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
+class _Damaged(Exception):
+    """Something in a checkpoint folder is missing, cut or changed."""
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    optimizer: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write folder/step_<step> atomically and return it; every rank calls, rank 0 writes, all return when
+    it is on disk.
+
+    tensors: name -> state dict, on any device; tensors that share memory are written once each. state: JSON
+    values; optimizer: a torch optimizer's state dict. The keep newest checkpoints stay; older ones and those
+    of a later step (the run went back before them) are deleted only after the new one is safe. Raises
+    UserError on every rank if the disk refuses; earlier checkpoints are intact then.
+    """
+    if keep < 1:
+        raise UserError(f"watch.keep_checkpoints is {keep}: expected at least 1")
+    final = folder / _name(step)
+    error = None
+    if dist.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _delete_leftovers(folder)
+            _write(final, step=step, tensors=tensors, state=state, optimizer=optimizer)
+            _point_latest(folder, final.name)
+            _delete_old(folder, step=step, keep=keep)
+        except (OSError, SafetensorError) as problem:  # safetensors reports a full disk with its own type
+            _delete_leftovers(folder)
+            advice = "free space or make it writable, earlier checkpoints are intact"
+            error = f"cannot write checkpoint {final}: {problem}; {advice}"
+    error = dist.broadcast_object(error)
+    if error:
+        raise UserError(error)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint folder (or the ``latest`` link) after verifying it; UserError naming the file if
+    it is not intact."""
+    try:
+        _verify(path)
+        return _read(path)
+    except _Damaged as problem:
+        raise UserError(
+            f"checkpoint {path} is not intact: {problem}; use another one of {path.parent}"
+        ) from problem
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """Read the newest intact checkpoint of ``folder``, or return None if there is none at all; every rank
+    calls.
+
+    Rank 0 verifies and chooses, so all ranks take the same one. A damaged one is passed over with a warning
+    on stderr; if all are damaged, UserError on every rank.
+    """
+    chosen: str | None = None
+    error: str | None = None
+    if dist.is_main():
+        complaints = []
+        for path in reversed(_complete(folder)):
+            try:
+                _verify(path)
+                chosen = path.name
+                break
+            except _Damaged as problem:
+                complaints.append(f"checkpoint {path} is not intact: {problem}")
+        fate = f"going back to {chosen}" if chosen else "no earlier one is intact"
+        if complaints and chosen:
+            for complaint in complaints:
+                print(f"warning: {complaint}; {fate}", file=sys.stderr, flush=True)
+        elif complaints:
+            error = f"{complaints[0]}; {fate}: move {folder} away to start anew"
+    chosen, error = dist.broadcast_object((chosen, error))
+    if error:
+        raise UserError(error)
+    if chosen is None:
+        return None
+    try:
+        return _read(folder / chosen)
+    except _Damaged as problem:  # verified a moment ago on rank 0: another machine sees another folder
+        raise UserError(
+            f"rank {dist.rank()} cannot read {folder / chosen}: {problem}; is the run folder shared?"
+        ) from problem
+
+
+def restore(module: nn.Module, saved: Mapping[str, Tensor], *, source: str) -> None:
+    """Load ``saved`` into ``module``; UserError naming source, tensor and both shapes if it is of another
+    architecture."""
+    own = module.state_dict()
+    advice = "it is a checkpoint of another architecture: use the configuration it was made with"
+    for name, tensor in own.items():
+        if name not in saved:
+            raise UserError(f"{source} has no tensor {name}, expected {tuple(tensor.shape)}; {advice}")
+        if saved[name].shape != tensor.shape:
+            expected, found = tuple(tensor.shape), tuple(saved[name].shape)
+            raise UserError(f"{source}: tensor {name} is {found}, expected {expected}; {advice}")
+    unknown = sorted(saved.keys() - own.keys())
+    if unknown:
+        found = tuple(saved[unknown[0]].shape)
+        raise UserError(f"{source} has a tensor {unknown[0]} {found} that this model lacks; {advice}")
+    module.load_state_dict(dict(saved))
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first; folders that were being written have another name."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=_step_of)
+
+
+def _write(final: Path, *, step: int, tensors, state, optimizer) -> None:
+    temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    temporary.mkdir()
+    for name, named in tensors.items():
+        save_file(_separate(named), temporary / f"{name}.safetensors")
+    packed = (
+        io.BytesIO()
+    )  # straight to a full disk, torch.save dies of an internal error that hides the reason
+    torch.save(dict(optimizer), packed)
+    (temporary / _OPTIMIZER).write_bytes(packed.getbuffer())
+    (temporary / _STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+    manifest = {"version": VERSION, "step": step, "files": files}
+    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*temporary.iterdir(), temporary]:
+        _fsync(path)
+    replaced = final.with_name(f"{final.name}.tmp-{os.getpid()}-replaced")
+    if final.exists():  # a directory cannot be renamed over a full one
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    _fsync(final.parent)
+    _delete_leftovers(final.parent)
+
+
+def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Host copies that share no memory: safetensors refuses aliases, such as one head under two names."""
+    result: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in named.items():
+        host = tensor.detach().cpu().contiguous()
+        storage = host.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != host.numel() * host.element_size():
+            host = host.clone()
+        storages.add(host.untyped_storage().data_ptr())
+        result[name] = host
+    return result
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    link = folder / f"latest.tmp-{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, folder / "latest")
+    _fsync(folder)
+
+
+def _delete_old(folder: Path, *, step: int, keep: int) -> None:
+    complete = _complete(folder)
+    upto = [p for p in complete if _step_of(p) <= step]
+    stale = upto[:-keep] + [p for p in complete if _step_of(p) > step]
+    for path in stale:
+        shutil.rmtree(path)
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Remove what interrupted saves left; ignores errors because it also runs while another one is
+    reported.
+    """
+    for path in folder.glob("step_*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for link in folder.glob("latest.tmp-*"):
+        link.unlink(missing_ok=True)
+
+
+def _verify(path: Path) -> None:
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        version, files = manifest["version"], dict(manifest["files"])
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        if version != VERSION or not {_OPTIMIZER, _STATE} <= expected.keys():
+            raise _Damaged(f"{_MANIFEST} is of version {version!r}, expected {VERSION}")
+        for name, (size, digest) in expected.items():
+            actual = (path / name).stat().st_size
+            if actual != size:
+                raise _Damaged(f"{name} has {actual} bytes, expected {size}")
+            if _sha256(path / name) != digest:
+                raise _Damaged(f"{name} does not match its checksum")
+    except OSError as problem:
+        raise _Damaged(f"cannot read {problem.filename or path}: {problem.strerror}") from problem
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as problem:  # the shapes a broken manifest can take
+        raise _Damaged(f"{_MANIFEST} is not readable") from problem
+
+
+def _read(path: Path) -> Checkpoint:
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        names = [name for name in manifest["files"] if name.endswith(".safetensors")]
+        return Checkpoint(
+            path=path.resolve(),
+            step=int(manifest["step"]),
+            tensors={name.removesuffix(".safetensors"): load_file(path / name) for name in names},
+            state=json.loads((path / _STATE).read_text()),
+            optimizer=torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True),
+        )
+    except OSError as problem:
+        raise _Damaged(str(problem)) from problem
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

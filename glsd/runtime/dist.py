@@ -1,0 +1,171 @@
+"""Processes that work together: the only file that touches torch.distributed.
+
+Everything here works with one process as well (no process group needed) and is a collective call otherwise:
+every rank makes it.
+"""
+
+import atexit
+import functools
+import os
+import time
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+from glsd.contracts import UserError
+
+Object = TypeVar("Object")
+
+# What really starts N ranks on CPUs; `accelerate launch --cpu --num_processes N` starts one and says nothing.
+CPU_LAUNCH_LINE = (
+    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no {script} ..."
+)
+
+
+def _running() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def rank() -> int:
+    """Return this process's number, 0 alone."""
+    return torch_dist.get_rank() if _running() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 alone."""
+    return torch_dist.get_world_size() if _running() else 1
+
+
+def is_main() -> bool:
+    """Return True on rank 0, the one that writes files and talks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if world_size() > 1:
+        torch_dist.barrier()
+
+
+def all_reduce_sum(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
+    """Return the sum over ranks; the input itself when alone, else a new tensor without gradient."""
+    return _all_reduce(tensor, "sum")
+
+
+def all_reduce_mean(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
+    """Return the mean over ranks; the input itself when alone, else a new tensor without gradient."""
+    if world_size() == 1:
+        return tensor
+    return _all_reduce(tensor, "sum") / world_size()
+
+
+def all_reduce_max(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
+    """Return the elementwise largest over ranks; the input itself when alone, else a new tensor without
+    gradient.
+    """
+    return _all_reduce(tensor, "max")
+
+
+def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
+    if world_size() == 1:
+        return tensor
+    # A contiguous copy: the collective overwrites it, and the caller's tensor must stay as it is.
+    result = tensor.detach().clone(memory_format=torch.contiguous_format)
+    operations = {"sum": torch_dist.ReduceOp.SUM, "max": torch_dist.ReduceOp.MAX}
+    torch_dist.all_reduce(result, op=operations[operation])
+    return result
+
+
+def gather_rows(tensor: Shaped[Tensor, "n *s"]) -> Shaped[Tensor, "m *s"]:
+    """Return the rows of all ranks, rank 0's first, on every rank; the number of rows may differ between
+    ranks.
+    """
+    if world_size() == 1:
+        return tensor
+    counts = gather_objects(len(tensor))
+    padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    torch_dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(obj: Object) -> list[Object]:
+    """Return every rank's object, in rank order, on every rank (small host objects, not for the hot path)."""
+    if world_size() == 1:
+        return [obj]
+    gathered: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def broadcast_object(obj: Object) -> Object:
+    """Return rank 0's object on every rank."""
+    if world_size() == 1:
+        return obj
+    box = [obj]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raise on every rank if any rank has a UserError (the lowest rank's), so that none waits for one that
+    stopped.
+    """
+    first = next((message for message in gather_objects(str(error) if error else None) if message), None)
+    if first is not None:
+        raise UserError(first)
+
+
+def check_world(num_processes: int, script: str = "launch/pretrain.py") -> None:
+    """Raise UserError if the launcher was asked for several processes but each of them runs alone.
+
+    Call it right after the Accelerator was made. Two launch lines do that silently on CPUs, and N copies of
+    the same run would then write into one folder. num_processes: the Accelerator's (it can be 1 although a
+    process group of N exists); script: name for the launch line in the message.
+    """
+    _soften_exit()
+    asked = os.environ.get("WORLD_SIZE")
+    if asked is not None and {int(asked), num_processes, world_size()} != {num_processes}:
+        line = CPU_LAUNCH_LINE.format(n=asked, script=script)
+        raise UserError(
+            f"the launcher announced WORLD_SIZE={asked} but accelerate sees a world of {num_processes}: "
+            f"on CPUs start it with '{line}'"
+        )
+    # accelerate's one-process launcher leaves a master address behind only if asked for more than one process.
+    alone_by_mistake = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if asked is None and num_processes == 1 and alone_by_mistake:
+        line = CPU_LAUNCH_LINE.format(n="N", script=script)
+        raise UserError(
+            "accelerate was asked for several processes but started one (it does so with --cpu): "
+            f"start N ranks on CPUs with '{line}', or one with --num_processes 1"
+        )
+
+
+def finish() -> None:
+    """End a run that went well: wait for all ranks, then leave the process group."""
+    if not _running():
+        return
+    _soften_exit()
+    barrier()
+    torch_dist.destroy_process_group()
+
+
+def _soften_exit() -> None:
+    """Give gloo's threads a moment before the interpreter goes.
+
+    They take the Python lock once more when their last work object dies; if the interpreter is already
+    being torn down, the process aborts with exit code -6 after a good run (10-50 % of CPU runs, upstream
+    pytorch #190489).
+    """
+    if _running() and torch_dist.get_backend() != "nccl":
+        _sleep_at_exit()
+
+
+@functools.cache
+def _sleep_at_exit() -> None:
+    atexit.register(time.sleep, 0.2)

@@ -1,0 +1,144 @@
+"""What the numbers of a run mean, in words that name the knob to turn."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Finding(NamedTuple):
+    """One warning: ``kind`` stays the same from row to row, so that a story can say each once."""
+
+    kind: str
+    line: str
+
+
+def check(
+    metrics: Mapping[str, Any],
+    *,
+    num_prototypes: int,
+    embed_dim: int,
+    early: bool = False,
+) -> list[Finding]:
+    """Return the warnings that one row of metrics deserves.
+
+    metrics: any of loss, global_loss, local_loss (cross-entropies in nats, unweighted),
+    global_teacher_entropy, local_teacher_entropy (nats), matched_share (0..1), grad_norm, rankme, and
+    timing with data_wait (0..1); what is missing is not looked at. num_prototypes: k, the uniform
+    distribution has entropy ln k; embed_dim: width of the features of rankme; early: True while a fresh
+    network may still look uniform or move wildly (the learning rate's warm-up).
+    """
+    findings = _non_finite(metrics)
+    for part in ("global", "local"):
+        findings += _collapse(
+            part, metrics.get(f"{part}_loss"), metrics.get(f"{part}_teacher_entropy"), num_prototypes, early
+        )
+    findings += _matched(metrics.get("matched_share"))
+    findings += _gradient(metrics.get("grad_norm"), early)
+    findings += _rank(metrics.get("rankme"), embed_dim, early)
+    findings += _data_wait(metrics.get("timing", {}).get("data_wait"), early)
+    return findings
+
+
+def _non_finite(metrics: Mapping[str, Any]) -> list[Finding]:
+    bad = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    if not bad:
+        return []
+    line = (
+        f"{', '.join(bad)} not finite: go back to the last checkpoint and lower optim.lr or optim.clip_grad; "
+        "if it comes back, try optim.precision no"
+    )
+    return [Finding("non_finite", line)]
+
+
+def _collapse(
+    part: str, loss: float | None, entropy: float | None, num_prototypes: int, early: bool
+) -> list[Finding]:
+    uniform = math.log(num_prototypes)
+    if loss is None or early or num_prototypes < 2:
+        return []
+    if abs(loss - uniform) < 0.005 * uniform:
+        if entropy is not None and entropy > 0.98 * uniform:
+            line = (
+                f"{part} loss {loss:.4f} = ln k = {uniform:.4f} and teacher entropy {entropy:.4f}: uniform collapse, "
+                "every image gets the same flat answer; lower loss.teacher_temp and loss.warmup_teacher_temp"
+            )
+            return [Finding(f"{part}_uniform_collapse", line)]
+        line = (
+            f"{part} loss {loss:.4f} stays at ln k = {uniform:.4f}: the student has not learned to answer yet; "
+            "raise optim.lr, or for a small network set head.batch_norm true or lower head.num_prototypes"
+        )
+        return [Finding(f"{part}_stuck", line)]
+    if entropy is not None and loss < 0.01 * uniform and entropy < 0.01 * uniform:
+        line = (
+            f"{part} loss {loss:.4f} and teacher entropy {entropy:.4f} are near 0: one-point collapse, every image gets "
+            "the same prototype; use loss.centering sinkhorn, lower loss.center_momentum or raise loss.teacher_temp"
+        )
+        return [Finding(f"{part}_one_point_collapse", line)]
+    return []
+
+
+def _matched(share: float | None) -> list[Finding]:
+    if share is None or share >= 0.2:
+        return []
+    line = (
+        f"only {share:.0%} of the patches found a match, crops hardly overlap: raise data.global_scale and "
+        "data.local_scale, raise loss.hinge_factor, or set loss.hinge false"
+    )
+    return [Finding("few_matches", line)]
+
+
+def _gradient(norm: float | None, early: bool) -> list[Finding]:
+    if norm is None or not math.isfinite(norm):
+        return []
+    if norm < 1e-8:
+        line = (
+            f"gradient norm {norm:.1e}: nothing is learned; check that loss.global_weight and loss.local_weight are "
+            "not 0 and that loss.hinge leaves matches"
+        )
+        return [Finding("no_gradient", line)]
+    if norm > 1e3 and not early:
+        line = (
+            f"gradient norm {norm:.1e}: training is about to diverge; lower optim.lr or optim.clip_grad, "
+            "or raise optim.warmup_epochs"
+        )
+        return [Finding("exploding_gradient", line)]
+    return []
+
+
+def _rank(value: float | None, embed_dim: int, early: bool) -> list[Finding]:
+    if value is None or early or not math.isfinite(value) or value >= 0.05 * embed_dim:
+        return []
+    line = (
+        f"RankMe {value:.1f} of {embed_dim}: the features use few directions (dimensional collapse); "
+        "lower optim.lr, raise optim.batch_size or optim.teacher_momentum, or use loss.centering sinkhorn"
+    )
+    return [Finding("low_rank", line)]
+
+
+def _data_wait(share: float | None, early: bool) -> list[Finding]:
+    if share is None or early or share <= 0.1:
+        return []
+    line = (
+        f"{share:.0%} of the time goes into waiting for data: raise data.num_workers, or pack smaller images "
+        "(resize the photographs before launch/pack.py)"
+    )
+    return [Finding("data_wait", line)]
+
+
+@torch.no_grad()
+def rankme(features: Float[Tensor, "n d"]) -> float:
+    """Return RankMe, the smooth rank of a feature matrix: 1 (all rows along one direction) to min(n, d);
+    nan if not finite.
+
+    With singular values s it is exp(-sum p log p), p = s / sum(s) + 1e-7, in float64. Take n of several
+    times d for a value that does not depend on n. Source: RankMe (Garrido et al. 2023), equations 1 and 2.
+    """
+    if not bool(torch.isfinite(features).all()):
+        return math.nan
+    values = torch.linalg.svdvals(features.double())
+    p = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny) + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))

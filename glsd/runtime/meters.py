@@ -1,0 +1,219 @@
+"""Numbers of a run: gathered on the device, read once in a while, written to metrics.jsonl, TensorBoard and
+the terminal.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from glsd.runtime import dist
+
+
+class Meters:
+    """Collects values between two flushes and writes one row per flush.
+
+    metrics.jsonl is the truth, TensorBoard (folder/tensorboard) a view of it. What depends on the clock
+    sits apart, under "timing", so that the rest of two runs can be compared bit for bit.
+
+    Args:
+        folder: Run directory. total_steps: Steps of the whole run, for the bar and the time left.
+        start_step: Steps done before (a resumed run); TensorBoard then hides what an earlier process wrote
+        past it. device: Where the added tensors live.
+    """
+
+    def __init__(self, folder: Path, *, total_steps: int, start_step: int, device: torch.device) -> None:
+        self._device, self._total = device, total_steps
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+        self._totals: dict[str, float] = {}
+        self._step = start_step
+        self._started = time.perf_counter()
+        self._start_window()
+        self._file = self._board = self._bar = None
+        if dist.is_main():
+            self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+            self._board = _summary_writer(
+                folder / "tensorboard", purge_step=start_step + 1 if start_step else 0
+            )
+            if sys.stderr.isatty():
+                self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """Take one value of a quantity whose mean over window and ranks is wanted; a 0-d tensor is not
+        waited for."""
+        if isinstance(value, Tensor):
+            value = value.detach().to(self._dtype)
+        self._sums[name] = self._sums.get(name, 0.0) + value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def count(self, name: str, amount: float) -> None:
+        """Take an amount whose sum over window and ranks is wanted (a number on the host)."""
+        self._totals[name] = self._totals.get(name, 0.0) + amount
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time the block as waiting for data.
+
+        The clock is the host's. On a CPU that is lost time; on a GPU, which may still work on what was
+        queued, it is an upper bound of the time the device stood still.
+        """
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def advance(self, step: int, images: int) -> None:
+        """Note that ``step`` is done and used ``images`` images on this rank."""
+        self._images += images
+        if self._bar is not None:
+            self._bar.update(step - self._step)
+        self._window_steps += step - self._step
+        self._step = step
+
+    def flush(self, step: int, **extra: float) -> dict[str, Any]:
+        """Read everything added since the last flush, the one host synchronisation; every rank calls and
+        gets the same row.
+
+        extra: host numbers equal on all ranks, written as they are (epoch, schedules). Row: step, extra,
+        means, totals, and "timing" with images_per_s (all ranks), data_wait (share of the time, 0..1),
+        step_s, elapsed_s (of this process).
+        """
+        values = self._read()
+        row = {"step": step, **extra, **values, "timing": self._timing()}
+        self.write(row)
+        self._say_row(row)
+        self._sums, self._counts, self._totals = {}, {}, {}
+        self._start_window()
+        return row
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row (it has a ``step``) to metrics.jsonl and TensorBoard; rank 0 only does anything.
+
+        JSON has no NaN and no infinity: they are written as the strings "nan", "inf", "-inf", which float()
+        reads back.
+        """
+        if self._file is None or self._board is None:
+            return
+        self._file.write(json.dumps(_for_json(row), allow_nan=False) + "\n")
+        for name, value in _flat(row).items():
+            if name != "step":
+                self._board.add_scalar(name, value, row["step"])
+
+    def say(self, line: str) -> None:
+        """Show a line on the terminal without breaking the bar; rank 0 only does anything."""
+        if dist.is_main():
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def sync(self) -> None:
+        """Force what was written to the disk, before the checkpoint that relies on it; rank 0 only does
+        anything.
+        """
+        if self._file is not None and self._board is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._board.flush()
+
+    def close(self) -> None:
+        """Close the files and the bar."""
+        self.sync()
+        for part in (self._file, self._board, self._bar):
+            if part is not None:
+                part.close()
+        self._file = self._board = self._bar = None
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return what is not flushed yet, JSON values, one entry per rank, for the checkpoint; every rank
+        calls.
+        """
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return dist.gather_objects({"sums": sums, "counts": dict(self._counts), "totals": dict(self._totals)})
+
+    def load_state(self, states: list[dict[str, Any]]) -> None:
+        """Go on from ``state()``: the next row is what it would have been without the interruption, to the
+        bit.
+
+        With another number of ranks the entries are dealt out again: the same sums, up to rounding.
+        """
+        self._sums, self._counts, self._totals = {}, {}, {}
+        for state in states[dist.rank() :: dist.world_size()]:
+            for name, value in state["sums"].items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + state["counts"][name]
+            for name, value in state["totals"].items():
+                self.count(name, value)
+
+    def _start_window(self) -> None:
+        self._window_start = time.perf_counter()
+        self._waited, self._images, self._window_steps = 0.0, 0, 0
+
+    def _read(self) -> dict[str, float]:
+        # Ranks may hold different names (only one met a broken sample); the vectors must agree to be reduced.
+        names = sorted(set().union(*dist.gather_objects(sorted(self._sums))))
+        totals = sorted(set().union(*dist.gather_objects(sorted(self._totals))))
+        like = torch.zeros(1, dtype=self._dtype, device=self._device)
+        sums = [like + self._sums.get(n, 0.0) for n in names]
+        host = [float(self._counts.get(n, 0)) for n in names] + [self._totals.get(n, 0.0) for n in totals]
+        packed = torch.cat([*sums, like.new_tensor(host)])
+        numbers = dist.all_reduce_sum(packed).tolist()
+        means = {n: numbers[i] / numbers[len(names) + i] for i, n in enumerate(names)}
+        return means | dict(zip(totals, numbers[2 * len(names) :], strict=True))
+
+    def _timing(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._window_start, 1e-9)
+        gathered = dist.gather_objects((self._images, self._waited / seconds, seconds))
+        images, waits, durations = zip(*gathered, strict=True)
+        return {
+            "images_per_s": sum(images) / max(durations),
+            "data_wait": sum(waits) / len(waits),
+            "step_s": seconds / max(self._window_steps, 1),
+            "elapsed_s": time.perf_counter() - self._started,
+        }
+
+    def _say_row(self, row: Mapping[str, Any]) -> None:
+        timing = row["timing"]
+        brief = {
+            "loss": f"{row['loss']:.4f}" if "loss" in row else "-",
+            "images/s": f"{timing['images_per_s']:.1f}",
+            "data wait": f"{timing['data_wait']:.0%}",
+        }
+        if self._bar is not None:
+            self._bar.set_postfix(brief)
+        else:
+            left = timing["step_s"] * max(self._total - row["step"], 0)
+            text = "  ".join(f"{name} {value}" for name, value in brief.items())
+            self.say(f"step {row['step']}/{self._total}  {text}  left {tqdm.format_interval(left)}")
+
+
+def _summary_writer(folder: Path, *, purge_step: int):
+    from torch.utils.tensorboard import SummaryWriter  # a second of import that only rank 0 of a run needs
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            flat[prefix + name] = value
+    return flat
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _for_json(inner) for name, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,232 @@
+"""The run directory, what belongs to it, and the signals that end a run early."""
+
+import contextlib
+import difflib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glsd.contracts import UserError
+from glsd.runtime import dist
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "webdataset",
+    "faiss-cpu",
+)
+VARIABLES = ("WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where everything of one run lies."""
+
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.folder / "quarantine.jsonl"
+
+    @property
+    def first_batch(self) -> Path:
+        return self.folder / "first_batch.png"
+
+    @property
+    def evals(self) -> Path:
+        return self.folder / "evals.json"
+
+
+def open_run(out: str | Path, *, resolved_config: str, resume: bool) -> Run:
+    """Make or reopen the run directory ``out``; every rank calls, rank 0 writes config.yaml and env.txt.
+
+    A directory with checkpoints needs resume; one without starts over, its metrics and quarantine included.
+    When the configuration differs from the one of the earlier start, the differing lines are shown and the
+    old file is kept as config.<n>.yaml. env.txt gets one block per start. Raises UserError on every rank,
+    also if ``out`` is not writable.
+    """
+    run = Run(Path(out))
+    error = None
+    if dist.is_main():
+        try:
+            if _has_checkpoint(run.checkpoints) and not resume:
+                raise UserError(
+                    f"{run.folder} already has checkpoints: "
+                    "go on with --resume auto, or give another folder with --out"
+                )
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            _write_config(run.folder / "config.yaml", resolved_config)
+            with (run.folder / "env.txt").open("a") as file:
+                file.write(environment() + "\n")
+            if not _has_checkpoint(run.checkpoints):
+                rewind(run.folder, -1)
+        except OSError as problem:
+            error = UserError(
+                f"cannot write to the run folder {run.folder}: {problem.strerror}; give another with --out"
+            )
+        except UserError as problem:
+            error = problem
+    dist.raise_together(error)
+    return run
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(path.name.removeprefix("step_").isdigit() for path in folder.glob("step_*"))
+
+
+def _write_config(path: Path, text: str) -> None:
+    if path.exists() and path.read_text() != text:
+        before = path.read_text()
+        changes = [line for line in difflib.ndiff(before.splitlines(), text.splitlines()) if line[:1] in "+-"]
+        # How to resume is part of the command line of one start, not of the run.
+        changes = [line for line in changes if not line[2:].startswith("resume:")]
+        if changes:
+            number = sum(1 for _ in path.parent.glob("config.*.yaml")) + 1
+            path.rename(path.with_name(f"config.{number}.yaml"))
+            print(
+                f"warning: the configuration is not that of the earlier start, kept as config.{number}.yaml:"
+            )
+            print("\n".join(f"  {line}" for line in changes), flush=True)
+    _replace(path, text)
+
+
+def environment() -> str:
+    """Return a block of text: when, where, by which command, from which commit and with which packages this
+    runs."""
+    lines = [
+        f"started: {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
+        f"command: {shlex.join(sys.orig_argv)}",
+        f"commit: {_commit()}",
+        f"host: {platform.node()} ({platform.platform()}, {os.cpu_count()} CPUs)",
+        f"processes: {dist.world_size()}, {torch.get_num_threads()} torch threads each",
+        f"devices: {_devices()}",
+        f"python: {platform.python_version()}",
+    ]
+    for package in PACKAGES:
+        with contextlib.suppress(
+            importlib.metadata.PackageNotFoundError
+        ):  # optional packages are listed if installed
+            lines.append(f"{package}: {importlib.metadata.version(package)}")
+    lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    return "\n".join(lines) + "\n"
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        sha = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown (no git)"
+    if sha.returncode != 0:
+        return "unknown (not a git checkout)"
+    return sha.stdout.strip() + (" with local changes" if dirty.stdout.strip() else "")
+
+
+def _devices() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Drop the rows of later steps from metrics.jsonl and quarantine.jsonl, atomically; rank 0 only does
+    anything.
+
+    A row that is not whole (the machine died while it was written) is dropped too, with a warning.
+    """
+    if not dist.is_main():
+        return
+    for path in (Run(folder).metrics, Run(folder).quarantine):
+        if not path.exists():
+            continue
+        kept = []
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            row_step = _step_of(line)
+            if row_step is None:
+                print(
+                    f"warning: {path} line {number} is not a whole row: dropped", file=sys.stderr, flush=True
+                )
+            elif row_step <= step:
+                kept.append(line)
+        _replace(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def append_quarantine(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to quarantine.jsonl, each with a ``step`` so that a resumed run can rewind; rank 0 only
+    does anything."""
+    lines = [json.dumps(dict(row)) + "\n" for row in rows]
+    if lines and dist.is_main():
+        with run.quarantine.open("a") as file:
+            file.writelines(lines)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Callable[[], str]]:
+    """Within the block SIGTERM, SIGUSR1 and SIGINT only leave a note; yields a function that returns its
+    name, "" if none.
+
+    The note is this process's own: ranks agree by reducing it. Launchers and schedulers send the same
+    signal several times, so repeats change nothing, except a Ctrl-C two seconds or more after the first:
+    that stops at once.
+    """
+    note, first_interrupt = "", 0.0
+
+    def leave_note(number: int, _frame: object) -> None:
+        nonlocal note, first_interrupt
+        if number == signal.SIGINT:
+            if first_interrupt and time.monotonic() - first_interrupt >= 2.0:
+                raise KeyboardInterrupt
+            first_interrupt = first_interrupt or time.monotonic()
+        note = note or signal.Signals(number).name
+
+    before = {number: signal.signal(number, leave_note) for number in SIGNALS}
+    try:
+        yield lambda: note
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

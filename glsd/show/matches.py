@@ -1,0 +1,119 @@
+"""Two crops side by side, lines between matched patches: the first thing to look at in a new run."""
+
+import os
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import ConnectionPatch, Rectangle
+from torch import Tensor
+
+from glsd.contracts import UserError
+from glsd.geometry import grid_side
+
+_COLORS = colormaps["hsv"]
+
+
+def draw_matches(
+    path: Path,
+    student_crops: UInt8[Tensor, "m 3 hs ws"],
+    teacher_crops: UInt8[Tensor, "m 3 ht wt"],
+    *,
+    index: Int64[Tensor, "m n"],
+    weight: Float[Tensor, "m n"],
+    stride: int,
+    lines: int = 16,
+) -> None:
+    """Write a picture, one row per image: student crop, teacher crop, matched patches joined by a line.
+
+    index, weight: as in Match, of the student crop's patches into the teacher crop's; stride: side of a patch
+    in pixels. Rejected patches (weight 0) are darkened, the title counts the accepted ones; of these,
+    ``lines`` spread evenly are joined.
+    Raises UserError if the file cannot be written.
+    """
+    rows = len(student_crops)
+    figure = Figure(figsize=(7, 3.4 * rows), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, 2, squeeze=False)
+    for row in range(rows):
+        left, right = axes[row]
+        for axis, crop in ((left, student_crops[row]), (right, teacher_crops[row])):
+            axis.imshow(crop.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axis.set_axis_off()
+        accepted = weight[row].cpu() > 0
+        left.set_title(f"student: {int(accepted.sum())} of {len(accepted)} patches matched", fontsize=9)
+        right.set_title("teacher", fontsize=9)
+        _shade(left, student_crops.shape[-1], stride, accepted)
+        _join(
+            figure,
+            left,
+            right,
+            student_crops.shape[-1],
+            teacher_crops.shape[-1],
+            stride,
+            index[row].cpu(),
+            accepted,
+            lines,
+        )
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write the figure under a temporary name, then rename it: a reader never sees half a picture."""
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(draft, format="png")
+        draft.replace(path)
+    except OSError as problem:
+        raise UserError(
+            f"cannot write the picture {path}: {problem.strerror}; choose another folder"
+        ) from problem
+
+
+def _shade(axis, size: int, stride: int, accepted: Tensor) -> None:
+    grid = grid_side(size, stride)
+    for patch in (~accepted).nonzero()[:, 0].tolist():
+        corner = (patch % grid * stride - 0.5, patch // grid * stride - 0.5)
+        axis.add_patch(Rectangle(corner, stride, stride, facecolor="black", alpha=0.6, linewidth=0))
+
+
+def _join(
+    figure: Figure,
+    left,
+    right,
+    student_size: int,
+    teacher_size: int,
+    stride: int,
+    index: Tensor,
+    accepted: Tensor,
+    lines: int,
+) -> None:
+    grids = (grid_side(student_size, stride), grid_side(teacher_size, stride))
+    candidates = accepted.nonzero()[:, 0]
+    if len(candidates) > lines:
+        # The middles of equal stretches; every i-th patch of a square grid would sit in the same columns.
+        candidates = candidates[((torch.arange(lines) + 0.5) * len(candidates) / lines).long()]
+    for number, patch in enumerate(candidates.tolist()):
+        color = _COLORS(number / max(len(candidates), 1))
+        ends = []
+        for axis, grid, cell in ((left, grids[0], patch), (right, grids[1], int(index[patch]))):
+            x, y = cell % grid * stride - 0.5, cell // grid * stride - 0.5
+            axis.add_patch(Rectangle((x, y), stride, stride, fill=False, edgecolor=color, linewidth=1.4))
+            ends.append((x + stride / 2, y + stride / 2))
+        figure.add_artist(
+            ConnectionPatch(
+                ends[0],
+                ends[1],
+                "data",
+                "data",
+                axesA=left,
+                axesB=right,
+                color=color,
+                linewidth=0.9,
+                alpha=0.8,
+            )
+        )

@@ -1,0 +1,183 @@
+"""Looking over a run's shoulder: what it is, whether it is healthy, its first batch drawn, the k-NN probe of its teacher."""
+
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from glsd.command_line import differences
+from glsd.config import PretrainConfig
+from glsd.contracts import BrokenSample, CropBatch, UserError
+from glsd.data.eval_loader import eval_loader
+from glsd.data.shards import open_shards
+from glsd.distillation import NUM_GLOBAL, Distillation, Pixels
+from glsd.evals.embed import Embedded, embed
+from glsd.evals.knn import knn_accuracy
+from glsd.pretrain_build import State
+from glsd.pretrain_plan import Plan
+from glsd.runtime import dist, health
+from glsd.runtime.meters import Meters
+from glsd.runtime.run import Run, append_quarantine
+from glsd.show.matches import draw_matches
+
+NUM_DRAWN = 4  # images in a picture
+RESIZE_TO_CROP = 256 / 224  # the evaluation protocol's margin around the centre crop
+
+
+class StepReport(NamedTuple):
+    """Which samples one step used on this rank, and which could not be read."""
+
+    keys: tuple[str, ...]
+    broken: tuple[BrokenSample, ...]
+
+
+def describe(cfg: PretrainConfig, plan: Plan, state: State) -> str:
+    """Return what a user wants to see before a long run: how this one differs, how large and how long it is."""
+    backbone = state.student.backbone
+    millions = {
+        name: sum(p.numel() for p in net.parameters()) / 1e6
+        for name, net in (("backbone", backbone), ("all", state.student))
+    }
+    lines = [
+        f"configuration beside the defaults: {' '.join(f'{key}={value}' for key, value in differences(cfg).items()) or 'none'}",
+        f"{cfg.model.backbone}: {millions['backbone']:.2f} M parameters, {millions['all']:.2f} M with heads",
+        f"{plan.num_samples} images, {plan.steps_per_epoch} steps an epoch, {plan.last_step} of {plan.total_steps} steps, "
+        f"{dist.world_size()} ranks x {cfg.optim.accumulate_steps} x {plan.micro_batch} images",
+    ]
+    if backbone.load_report is not None:
+        lines.append(f"weights from {cfg.model.init}: {backbone.load_report}")
+    return "\n".join(lines)
+
+
+def hold_on_bad_gradient(state: State, values: dict[str, Tensor]) -> None:
+    """Note the first step with a bad gradient and keep the optimizer from moving on it, all on the device.
+
+    Gradients are averages over ranks, so every rank notes the same step; whose loss was to blame is each rank's own note.
+    """
+    fine = torch.isfinite(values["grad_norm"])
+    first = ~fine & (state.bad_step < 0)
+    state.bad_step = torch.where(first, state.step, state.bad_step)
+    state.bad_loss = torch.where(first, ~torch.isfinite(values["loss"]), state.bad_loss)
+    # Fused optimizers skip the update where this is 1: the hook that gradient scalers use.
+    state.optimizer.found_inf = (state.bad_step >= 0).float()  # type: ignore[attr-defined]
+
+
+def check(cfg: PretrainConfig, plan: Plan, state: State, run: Run, reports: list[StepReport]) -> None:
+    """Look at what happened since the last check: stop on a bad gradient, write down the samples that could not be read."""
+    bad_step = int(state.bad_step)
+    if bad_step >= 0:
+        mine = reports[bad_step - state.step].keys if bool(state.bad_loss) else ()
+        blamed = {rank: keys for rank, keys in enumerate(dist.gather_objects(mine)) if keys}
+        where = "; ".join(f"rank {rank}, samples {' '.join(keys)}" for rank, keys in blamed.items())
+        raise UserError(
+            f"step {bad_step}: the {'loss' if blamed else 'gradient'} is not finite ({where or 'on every rank'}); nothing was "
+            f"updated from it on and {run.checkpoints} keeps the last good checkpoint: lower optim.lr, "
+            "raise optim.warmup_epochs, or look at those samples"
+        )
+    first = state.step - len(reports)
+    rows = [
+        {"step": first + i + 1, **broken._asdict()}
+        for i, report in enumerate(reports)
+        for broken in report.broken
+    ]
+    rows = [row for ranks_rows in dist.gather_objects(rows) for row in ranks_rows]
+    append_quarantine(run, sorted(rows, key=lambda row: (row["step"], row["epoch"], row["position"])))
+    state.num_broken += len(rows)
+    seen = max(state.step * cfg.optim.batch_size, plan.num_samples)  # no verdict on the first few samples
+    if state.num_broken > cfg.data.max_bad_fraction * seen:
+        raise UserError(
+            f"{state.num_broken} samples could not be read, more than data.max_bad_fraction {cfg.data.max_bad_fraction} of "
+            f"{seen}: see {run.quarantine}, repair the shards or raise data.max_bad_fraction"
+        )
+
+
+def advise(cfg: PretrainConfig, plan: Plan, state: State, row: dict[str, Any], meters: Meters) -> None:
+    """Say once what looks unhealthy in a row of metrics, and which knob to turn."""
+    findings = health.check(
+        row,
+        num_prototypes=cfg.head.num_prototypes,
+        embed_dim=state.student.backbone.embed_dim,
+        early=state.step
+        < max(cfg.optim.warmup_epochs, cfg.optim.freeze_prototypes_epochs) * plan.steps_per_epoch,
+    )
+    for finding in findings:
+        if finding.kind not in state.advised:
+            state.advised.add(finding.kind)
+            meters.say(f"warning at step {state.step}: {finding.line}")
+
+
+@torch.no_grad()
+def draw_first_batch(
+    run: Run, losses: Distillation, teacher: torch.nn.Module, pixels: Pixels, batch: CropBatch
+) -> None:
+    """Write first_batch.png (a global crop against the other one) and first_batch_local.png, with the matches in use.
+
+    Without a local loss the geometric matches are drawn all the same: they show that boxes and crops agree.
+    """
+    if not dist.is_main():
+        return
+    b = len(batch.keys)
+    views = losses.student(pixels.global_crops, pixels.local_crops, num_images=b)
+    matches = losses.match(pixels, views, teacher(pixels.global_crops, num_images=b))
+    n = min(b, NUM_DRAWN)
+    drawn = {"first_batch.png": (1, batch.global_crops[b : b + n])}
+    if len(batch.local_crops):
+        drawn["first_batch_local.png"] = (NUM_GLOBAL, batch.local_crops[:n])
+    for name, (view, crops) in drawn.items():
+        match = matches[0, view][0]
+        draw_matches(
+            run.folder / name,
+            crops,
+            batch.global_crops[:n],
+            index=match.index[:n],
+            weight=match.weight[:n],
+            stride=losses.student.backbone.stride,
+        )
+
+
+def probe(cfg: PretrainConfig, meters: Meters, state: State, accelerator: Accelerator) -> None:
+    """Classify the probe images by their nearest neighbours in the teacher's features; every rank calls, all embed."""
+    if not cfg.watch.probe_every:
+        return
+    train, val = (
+        embed_shards(cfg, patterns, key, state, accelerator)
+        for patterns, key in (
+            (cfg.watch.probe_train_shards, "watch.probe_train_shards"),
+            (cfg.watch.probe_val_shards, "watch.probe_val_shards"),
+        )
+    )
+    k = cfg.watch.probe_k
+    scores = knn_accuracy(train.features, train.labels, val.features, val.labels, k_list=(k,))
+    row = {"step": state.step, f"knn{k}_top1": scores[k]["top1"], "rankme": health.rankme(val.features)}
+    meters.write(row)
+    meters.say(
+        f"probe at step {state.step}: k-NN (k={k}) {scores[k]['top1']:.2%}, RankMe {row['rankme']:.1f}"
+    )
+
+
+def embed_shards(
+    cfg: PretrainConfig, patterns: str | list[str], key: str, state: State, accelerator: Accelerator
+) -> Embedded:
+    """Return the teacher's features of one probe set on every rank; UserError naming ``key`` if it is unset or unlabelled."""
+    if not patterns:
+        raise UserError(
+            f"{key} is not set: name labelled shards, or turn the probe off with --watch.probe_every 0"
+        )
+    shards = open_shards(patterns)
+    loader = eval_loader(
+        shards,
+        resize=round(cfg.data.global_size * RESIZE_TO_CROP),
+        crop=cfg.data.global_size,
+        batch_size=64,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        num_workers=cfg.data.num_workers,
+        limit=cfg.watch.probe_images,
+    )
+    found = embed(state.teacher.backbone, loader, device=accelerator.device, precision=cfg.optim.precision)
+    if bool((found.labels < 0).any()):
+        raise UserError(
+            f"{key}: {shards.shard_of(int(found.indices[0]))} holds images without a label; pack them from labelled folders"
+        )
+    return found

@@ -1,0 +1,16 @@
+"""The door of every launch script: the user's mistakes become one line and exit code 2, our bugs keep their traceback."""
+
+import sys
+from collections.abc import Callable
+
+from glsd.contracts import UserError
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Run ``main(argv)`` and exit with its code (None = 0); a UserError is printed as one line, exit code 2."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    sys.exit(code or 0)

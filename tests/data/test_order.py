@@ -1,0 +1,171 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from glsd.contracts import UserError
+from glsd.data.order import EpochOrder, epoch_length, permutation, rank_positions
+
+SIZES = [7, 1, 5, 9, 4, 12]
+
+
+def listed(**changes) -> list[int]:
+    order = EpochOrder(SIZES, **{"seed": 3, "epoch": 2, "window_shards": 2, **changes})
+    return [order[position] for position in range(len(order))]
+
+
+def literal_order(sizes, seed, epoch, window_shards):
+    """The definition written out: shuffle the shards, cut into windows, shuffle each window's samples."""
+
+    def shuffled(items, stream, part):
+        raw = np.random.Philox(key=[seed, stream], counter=[0, 0, part, epoch]).random_raw(len(items))
+        return [item for _, item in sorted(zip(raw.tolist(), items, strict=True), key=lambda pair: pair[0])]
+
+    samples = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    shards = shuffled(range(len(sizes)), 0x736861726473, 0)
+    result = []
+    for part, start in enumerate(range(0, len(sizes), window_shards)):
+        window = [int(i) for shard in shards[start : start + window_shards] for i in samples[shard]]
+        result += shuffled(window, 0x73616D706C6573, part)
+    return result
+
+
+@pytest.mark.parametrize("window_shards", [1, 2, 4, 5, 6, 100])
+def test_order_is_the_literal_definition_and_a_permutation(window_shards):
+    order = listed(window_shards=window_shards)
+    assert order == literal_order(SIZES, 3, 2, window_shards)
+    assert sorted(order) == list(range(sum(SIZES)))
+
+
+def test_order_depends_on_seed_epoch_and_sizes_alone():
+    assert listed() == listed()
+    orders = [
+        listed(),
+        listed(seed=4),
+        listed(epoch=3),
+        listed(seed=-1),
+        listed(seed=2, epoch=3),
+        listed(window_shards=3),
+    ]
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_order_is_pinned():
+    # Frozen values: a change here silently breaks the resume of every run that is under way.
+    assert listed()[:8] == [33, 36, 26, 35, 29, 28, 34, 32]
+    assert permutation(5, seed=0, stream=1).tolist() == [3, 2, 4, 1, 0]
+    assert permutation(5, seed=-1, stream=1).tolist() == [3, 2, 4, 0, 1]
+
+
+def test_random_access_in_any_order():
+    whole = listed()
+    order = EpochOrder(SIZES, seed=3, epoch=2, window_shards=2)
+    for position in np.random.default_rng(0).integers(0, len(order), 200).tolist():
+        assert order[position] == whole[position]
+    assert len(order._windows) <= 2
+    for wrong in (-1, len(order)):
+        with pytest.raises(IndexError):
+            order[wrong]
+
+
+def test_empty_shards_are_skipped():
+    order = EpochOrder([0, 3, 0, 0, 2, 0], seed=0, epoch=0, window_shards=1)
+    assert sorted(order[p] for p in range(5)) == [0, 1, 2, 3, 4]
+
+
+def test_shuffle_is_uniform():
+    # Each of 5 samples should come first in a fifth of 4,000 epochs; 5 standard deviations are 126.
+    firsts = np.bincount(
+        [EpochOrder([2, 3], seed=1, epoch=e, window_shards=2)[0] for e in range(4000)], minlength=5
+    )
+    assert abs(firsts - 800).max() < 127
+    inside = np.array([permutation(3, seed=1, stream=9, epoch=e) for e in range(3000)])
+    counts = [(inside == p).all(axis=1).sum() for p in itertools.permutations(range(3))]
+    assert np.abs(np.array(counts) - 500).max() < 103
+
+
+def test_hundred_million_samples_cost_two_windows():
+    order = EpochOrder(np.full(10_000, 10_000), seed=0, epoch=1, window_shards=4)
+    assert len(order) == 100_000_000
+    positions = [0, 99_999_999, 50_000_000, 40_000, 39_999]
+    assert len({order[p] for p in positions}) == 5
+    assert sum(window.nbytes for window in order._windows.values()) <= 2 * 40_000 * 8
+
+
+@pytest.mark.parametrize(("sizes", "window"), [([], 1), ([0], 1), ([3], 0)])
+def test_bad_orders(sizes, window):
+    with pytest.raises(UserError):
+        EpochOrder(sizes, seed=0, epoch=0, window_shards=window)
+
+
+def test_epoch_length_drops_the_ragged_tail():
+    assert [epoch_length(n, 4) for n in (4, 7, 8)] == [4, 4, 8]
+    with pytest.raises(UserError, match="batch_size 9 is larger than the 8 images"):
+        epoch_length(8, 9)
+
+
+def positions(world_size, micro_batch, *, steps, consumed=0, batch_size=12, length=36):
+    """What all ranks read in each step, as a list of sets."""
+    streams = [
+        rank_positions(
+            consumed=consumed,
+            epoch_length=length,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            micro_batch=micro_batch,
+        )
+        for rank in range(world_size)
+    ]
+    micro_batches = batch_size // world_size // micro_batch
+    result = []
+    for _ in range(steps):
+        step = [place for s in streams for _ in range(micro_batches) for place in next(s)]
+        assert len(step) == len(set(step)) == batch_size
+        result.append(set(step))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch"), [(1, 12), (1, 4), (2, 6), (2, 3), (3, 2), (4, 1), (12, 1)]
+)
+def test_any_number_of_ranks_reads_the_same_batches(world_size, micro_batch):
+    steps = positions(world_size, micro_batch, steps=7)
+    assert steps == positions(1, 12, steps=7)
+    for epoch in range(2):
+        read = set().union(*steps[3 * epoch : 3 * epoch + 3])
+        assert read == {(epoch, position) for position in range(36)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_resume_by_consumed_on_another_number_of_ranks(world_size):
+    straight = positions(2, 6, steps=8)
+    assert positions(world_size, 1, steps=5, consumed=36) == straight[3:]
+    far = positions(world_size, 1, steps=1, consumed=36 * 10**12)  # at once, however far
+    assert far == [{(10**12, position) for position in range(12)}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"world_size": 5}, "batch_size 12 does not divide over 5 processes"),
+        ({"micro_batch": 5}, "micro-batch of 5 does not divide the 12"),
+        ({"micro_batch": 0}, "micro-batch of 0"),
+        ({"rank": 1}, "rank 1 of 1"),
+        ({"epoch_length": 30}, "whole number of batches"),
+        ({"epoch_length": 0}, "whole number of batches"),
+        ({"consumed": 6}, "keep the batch_size"),
+        ({"consumed": -12}, "keep the batch_size"),
+    ],
+)
+def test_sizes_that_do_not_fit(change, message):
+    sizes = {
+        "consumed": 0,
+        "epoch_length": 36,
+        "batch_size": 12,
+        "rank": 0,
+        "world_size": 1,
+        "micro_batch": 12,
+    }
+    with pytest.raises(UserError, match=message):
+        rank_positions(**{**sizes, **change})

@@ -1,0 +1,260 @@
+import functools
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+from small_shards import noise_image, pack_noise
+
+from glsd.contracts import UserError
+from glsd.data.decode import BrokenImage
+from glsd.data.pack import index_shards, pack_folder, pack_samples
+from glsd.data.shards import open_shards
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
+
+
+@pytest.fixture
+def make_shards(tmp_path):
+    return functools.partial(pack_noise, tmp_path)
+
+
+LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
+
+
+@pytest.fixture
+def photos_folder(tmp_path) -> Path:
+    """Two classes of 6 and 4 images in nested folders, and things that are no images."""
+    src = tmp_path / "my photos"
+    for number in range(10):
+        folder = src / ("dog" if number < 6 else "cat/nested.folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"img {number}.v1{'.JPG' if number % 2 else '.jpeg'}").write_bytes(noise_image(number))
+    (src / "cat" / "notes.txt").write_text("no image")
+    (src / "cat" / "._img.jpg").write_bytes(b"apple double")
+    (src / ".thumbnails").mkdir()
+    (src / ".thumbnails" / "t.jpg").write_bytes(noise_image(20))
+    return src
+
+
+def contents(dst: Path, pattern: str = "train-*.tar") -> list[tuple[bytes, int]]:
+    shards = open_shards(str(dst / pattern))
+    return [(shards.read(i), shards.label(i)) for i in range(len(shards))]
+
+
+def test_folder_with_classes(photos_folder, tmp_path):
+    dst = tmp_path / "out" / "shards"
+    summary = pack_folder(photos_folder, dst)
+    assert (summary.num_images, summary.classes, summary.unreadable) == (10, ("cat", "dog"), ())
+    assert summary.skipped == {".txt": 1, ".jpg": 1}
+    assert sorted(p.name for p in dst.iterdir()) == [
+        "classes.json",
+        "train-000000.tar",
+        "train-000000.tar.index",
+    ]
+    assert json.loads((dst / "classes.json").read_text()) == ["cat", "dog"]
+    packed = contents(dst)
+    assert sorted(packed) == sorted((raw, int(n < 6)) for n, raw in enumerate(map(noise_image, range(10))))
+    assert [label for _, label in packed] != sorted(label for _, label in packed)  # shuffled
+    with tarfile.open(summary.shards[0]) as tar:
+        names = tar.getnames()
+    assert names[0] == "00000000.cls"
+    assert {name.split(".")[1] for name in names} == {"cls", "jpg", "jpeg"}
+
+
+def test_packing_is_reproducible_and_seeded(photos_folder, tmp_path):
+    made = [
+        pack_folder(photos_folder, tmp_path / name, shuffle_seed=seed).shards[0].read_bytes()
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert made[0] == made[1] != made[2]
+
+
+def test_webdataset_reads_it(photos_folder, tmp_path):
+    summary = pack_folder(photos_folder, tmp_path / "out")
+    rows = list(webdataset.WebDataset(str(summary.shards[0]), shardshuffle=False))
+    assert [int(row["cls"]) for row in rows] == [label for _, label in contents(tmp_path / "out")]
+    assert [row["__key__"] for row in rows] == [f"{number:08d}" for number in range(10)]
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    src = tmp_path / "src"
+    (src / "sub").mkdir(parents=True)
+    (src / "a.jpg").write_bytes(noise_image(0))
+    (src / "sub" / "b.png").write_bytes(noise_image(1, "PNG"))
+    summary = pack_folder(src, tmp_path / "out")
+    assert (summary.num_images, summary.classes) == (2, ())
+    assert {label for _, label in contents(tmp_path / "out")} == {-1}
+    assert not (tmp_path / "out" / "classes.json").exists()
+
+
+def test_val_keeps_the_labels_of_train(photos_folder, tmp_path):
+    dst = tmp_path / "out"
+    pack_folder(photos_folder, dst)
+    val = tmp_path / "val"
+    (val / "dog").mkdir(parents=True)
+    (val / "dog" / "0.jpg").write_bytes(noise_image(30))
+    assert pack_folder(val, dst, prefix="val").classes == ("cat", "dog")
+    assert contents(dst, "val-*.tar") == [(noise_image(30), 1)]
+    (val / "emu").mkdir()
+    (val / "emu" / "0.jpg").write_bytes(noise_image(31))
+    with pytest.raises(UserError, match=r"class 'emu'.*lacks"):
+        pack_folder(val, dst, prefix="val2")
+
+
+def test_shards_roll_over_at_their_size(tmp_path):
+    big = os.urandom(400_000)
+    summary = pack_samples([(big, "jpg", None)] * 7, tmp_path / "out", prefix="x", shard_megabytes=1)
+    assert [path.name for path in summary.shards] == [f"x-{n:06d}.tar" for n in range(4)]
+    shards = open_shards(str(tmp_path / "out" / "x-{000000..000003}.tar"))
+    assert shards.shard_sizes.tolist() == [2, 2, 2, 1]
+    assert [shards.key(i) for i in range(7)] == [f"{n:08d}" for n in range(7)]
+    assert max(path.stat().st_size for path in summary.shards) <= 2**20
+    one = pack_samples([(big * 4, "jpg", 0)] * 2, tmp_path / "large", shard_megabytes=1)
+    assert len(one.shards) == 2  # an image larger than a shard gets its own
+
+
+def test_unreadable_images_are_listed(photos_folder, tmp_path):
+    (photos_folder / "dog" / "empty.jpg").write_bytes(b"")
+    (photos_folder / "dog" / "text.jpg").write_bytes(b"this is text")
+    (photos_folder / "dog" / "cut.jpg").write_bytes(noise_image(0)[:-300])
+    (photos_folder / "dog" / "gone.jpg").symlink_to("nowhere")
+    quick = pack_folder(photos_folder, tmp_path / "quick")
+    assert {(Path(path).name, reason.split(":")[0]) for path, reason in quick.unreadable} == {
+        ("empty.jpg", "empty file (0 bytes)"),
+        ("text.jpg", "not an image of a known format"),
+        ("gone.jpg", "[Errno 2] No such file or directory"),
+    }
+    assert quick.num_images == 11
+    full = pack_folder(photos_folder, tmp_path / "full", full_check=True)
+    assert full.num_images == 10
+    assert "cut.jpg" in {Path(path).name for path, _ in full.unreadable}
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "0.jpg").write_bytes(noise_image(0))
+    src = tmp_path / "src"
+    src.mkdir()
+    (src / "class").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "loop").symlink_to(src)
+    assert pack_folder(src, tmp_path / "out").num_images == 1
+
+
+def test_bad_folders(tmp_path, photos_folder):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="does not exist"):
+        pack_folder(tmp_path / "nothing", out)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no images in .*empty: it is empty"):
+        pack_folder(tmp_path / "empty", out)
+    (tmp_path / "empty" / "a.heic").write_bytes(b"x")
+    with pytest.raises(UserError, match="none of its 1 files is one; expected bmp, "):
+        pack_folder(tmp_path / "empty", out)
+    with pytest.raises(UserError, match="is not a folder"):
+        pack_folder(tmp_path / "empty" / "a.heic", out)
+    (tmp_path / "empty" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="no usable image"):
+        pack_folder(tmp_path / "empty", out)
+    assert list(out.iterdir()) == []
+    for bad in (
+        tmp_path / "empty" / "a.jpg",
+        tmp_path / "empty" / "a.jpg" / "below",
+        Path("/proc/nothing/here"),
+    ):
+        with pytest.raises(UserError, match="cannot write to"):
+            pack_folder(photos_folder, bad)
+    for change in ({"shard_megabytes": 0}, {"prefix": ""}, {"prefix": "a/b"}):
+        with pytest.raises(UserError):
+            pack_folder(photos_folder, out, **change)
+
+
+def test_shards_are_never_overwritten(photos_folder, tmp_path):
+    dst = tmp_path / "out"
+    before = pack_folder(photos_folder, dst).shards[0].read_bytes()
+    with pytest.raises(UserError, match=r"already has train-000000\.tar"):
+        pack_folder(photos_folder, dst, shuffle_seed=5)
+    assert (dst / "train-000000.tar").read_bytes() == before
+    (dst / ".val.packing").mkdir()
+    with pytest.raises(UserError, match=r"left by an interrupted packing"):
+        pack_folder(photos_folder, dst, prefix="val")
+
+
+def test_an_interrupted_packing_leaves_nothing(tmp_path):
+    def samples():
+        yield noise_image(0), "jpg", None
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_samples(samples(), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_full_disk_is_one_line(photos_folder, tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("glsd.data.pack.os.fsync", full)
+    with pytest.raises(UserError, match=r"cannot write to .*No space left"):
+        pack_folder(photos_folder, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_index_for_existing_shards(make_shards, tmp_path):
+    pattern, packed = make_shards(3, 2, index=False)
+    assert index_shards(pattern) == 5
+    assert len(list((tmp_path / "shards").glob("*.tar.index"))) == 2
+    shards = open_shards(pattern, cache_dir=tmp_path / "unused")
+    assert shards.read(4) == packed[4][0]
+    assert not (tmp_path / "unused").exists()
+
+
+def test_broken_samples_can_be_packed_for_tests(tmp_path):
+    pack_samples([(b"", "jpg", 1), (b"x", "jpg", None)], tmp_path / "out", prefix="t", classes=["a", "b"])
+    shards = open_shards(str(tmp_path / "out" / "t-*.tar"))
+    with pytest.raises(BrokenImage):
+        shards.read(0)
+    assert (tmp_path / "out" / "classes.json").exists()
+    with pytest.raises(UserError, match="no usable image"):
+        pack_samples([], tmp_path / "out", prefix="u")
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """The main function of launch/pack.py."""
+    monkeypatch.syspath_prepend(LAUNCH.parent)
+    return runpy.run_path(str(LAUNCH))["main"]
+
+
+def test_command_line(launch, photos_folder, tmp_path, capsys):
+    (photos_folder / "dog" / "text.jpg").write_bytes(b"this is text")
+    launch([str(photos_folder), str(tmp_path / "out"), "--prefix", "p"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("packed 10 images, 2 classes, into 1 shards: ")
+    assert printed[1] == "skipped 2 files that are no images: 1 .txt, 1 .jpg"
+    assert printed[2:] == ["left out 1 unreadable images:", "  dog/text.jpg: not an image of a known format"]
+    (tmp_path / "out" / "p-000000.tar.index").unlink()
+    launch(["index", str(tmp_path / "out" / "p-*.tar")])
+    assert capsys.readouterr().out.strip() == "indexed 10 samples"
+
+
+@pytest.mark.slow
+def test_empty_folder_on_the_command_line_is_one_line_and_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, LAUNCH, tmp_path, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: no images in {tmp_path}: it is empty; expected bmp, ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,212 @@
+"""The global and the local loss against loops over pairs, images and patches."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glsd.contracts import Match, UserError
+from glsd.geometry import patch_centers, squared_half_diagonals
+from glsd.losses.distill import Matches, global_loss, local_loss, match_views, view_pairs
+
+TEMPS: dict[str, Any] = {"student_temp": 0.4, "teacher_temp": 0.3}
+
+
+def cross_entropy(student, teacher, ps, pt, center) -> Tensor:
+    """-<softmax((t - c)/tau_t), log_softmax(s/tau_s)> of one pair of vectors."""
+    target = torch.softmax((pt @ teacher - center) / TEMPS["teacher_temp"], 0).detach()
+    return -(target * torch.log_softmax(ps @ student / TEMPS["student_temp"], 0)).sum()
+
+
+def literal_global(student, teacher, ps, pt, center) -> Tensor:
+    terms = []
+    for q in range(len(teacher)):
+        for v in range(len(student)):
+            if v != q:
+                images = [
+                    cross_entropy(s, t, ps, pt, center) for s, t in zip(student[v], teacher[q], strict=True)
+                ]
+                terms.append(torch.stack(images).mean())
+    return torch.stack(terms).mean()
+
+
+def literal_local(views, teacher, ps, pt, center, matches, mean) -> Tensor:
+    """views: one (b, n_v, e) per view."""
+    pairs = []
+    for (q, v), found in matches.items():
+        pair = torch.zeros((), dtype=torch.float64)
+        for index, weight in found:
+            total, accepted = torch.zeros((), dtype=torch.float64), 0
+            for b in range(index.shape[0]):
+                for i in range(index.shape[1]):
+                    vectors = views[v][b, i], teacher[q, b, index[b, i]]
+                    total = total + weight[b, i] * cross_entropy(*vectors, ps, pt, center)
+                    accepted += int(weight[b, i] > 0)
+            pair = pair + total / (index.numel() if mean == "all" else max(accepted, 1))
+        pairs.append(pair)
+    return torch.stack(pairs).mean()
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def heads(k=6, e=4):
+    return normal(11, k, e).requires_grad_(), normal(12, k, e), 0.1 * normal(13, k)
+
+
+class Example:
+    """b = 2 images, 2 global crops of 3x3 patches and ``num_local`` local crops of 2x2."""
+
+    def __init__(self, num_local=3, b=2, e=4, d=5):
+        self.groups = [normal(1, 2, b, 9, e).requires_grad_()]
+        self.features = [normal(2, 2, b, 9, d)]
+        boxes = torch.tensor([[0, 0, 60, 50], [30, 10, 90, 70]] * b).double()
+        self.boxes = [boxes[[0, 2, 1, 3]] if b == 2 else boxes]
+        sizes = [24]
+        if num_local:
+            self.groups.append(normal(3, num_local, b, 4, e).requires_grad_())
+            self.features.append(normal(4, num_local, b, 4, d))
+            start = torch.randint(
+                0, 70, (num_local * b, 2), generator=torch.Generator().manual_seed(5)
+            ).double()
+            self.boxes.append(torch.cat([start, start + 25], 1))
+            sizes.append(16)
+        self.teacher = normal(6, 2, b, 9, e)
+        self.teacher_features = normal(7, 2, b, 9, d)
+        pairs = list(zip(self.boxes, sizes, strict=True))
+        self.centers = [patch_centers(box, size, 8).unflatten(0, (-1, b)) for box, size in pairs]
+        self.halves = [squared_half_diagonals(box, size, 8).unflatten(0, (-1, b)) for box, size in pairs]
+
+    def match(self, matching, **options):
+        return match_views(
+            matching,
+            centers=self.centers,
+            squared_halves=self.halves,
+            student_features=self.features,
+            teacher_features=self.teacher_features,
+            **options,
+        )
+
+    @property
+    def views(self):
+        return [view for group in self.groups for view in group]
+
+
+@pytest.mark.parametrize(("v", "g"), [(2, 2), (5, 2), (4, 3), (2, 1)])
+def test_global_loss_equals_the_loops(v, g):
+    student, teacher = normal(1, v, 3, 4).requires_grad_(), normal(2, g, 3, 4)
+    ps, pt, center = heads()
+    got = global_loss(student, teacher, ps, pt, center=center, **TEMPS)
+    want = literal_global(student, teacher, ps, pt, center)
+    torch.testing.assert_close(got.loss, want, rtol=1e-12, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(got.loss, [student, ps]), torch.autograd.grad(want, [student, ps]), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(got.teacher_mean, (teacher.flatten(0, 1) @ pt.T).mean(0))
+
+
+def test_a_single_crop_has_no_pair():
+    assert view_pairs(2, 3) == [(0, 1), (0, 2), (1, 0), (1, 2)]
+    ps, pt, center = heads()
+    with pytest.raises(UserError, match="at least 2"):
+        global_loss(normal(1, 1, 3, 4), normal(2, 1, 3, 4), ps, pt, center=center, **TEMPS)
+
+
+@pytest.mark.parametrize("num_local", [0, 3])
+@pytest.mark.parametrize("mean", ["all", "accepted"])
+@pytest.mark.parametrize("matching", ["geometric", "similarity", "both"])
+def test_local_loss_equals_the_loops(matching, mean, num_local):
+    example = Example(num_local)
+    ps, pt, center = heads()
+    matches = example.match(matching, geometric_weight=0.7, similarity_weight=0.2)
+    got = local_loss(
+        example.groups, example.teacher, ps, pt, matches=matches, center=center, mean=mean, **TEMPS
+    )
+    want = literal_local(example.views, example.teacher, ps, pt, center, matches, mean)
+    torch.testing.assert_close(got.loss, want, rtol=1e-12, atol=0)
+    leaves = [*example.groups, ps]
+    for a, b in zip(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(got.teacher_mean, (example.teacher.flatten(0, 2) @ pt.T).mean(0))
+    weights = [(match.weight > 0).double().flatten() for found in matches.values() for match in found]
+    torch.testing.assert_close(got.matched_share, torch.cat(weights).mean())
+
+
+def test_the_example_accepts_some_and_rejects_some():
+    weights = torch.cat(
+        [m.weight.flatten() for found in Example().match("geometric").values() for m in found]
+    )
+    assert 0.1 < weights.mean() < 0.9
+
+
+def test_nothing_accepted_gives_zero_loss_and_zero_gradient():
+    example = Example(0)
+    ps, pt, center = heads()
+    matches = {
+        pair: tuple(Match(m.index, torch.zeros_like(m.weight)) for m in found)
+        for pair, found in example.match("geometric").items()
+    }
+    for mean in ("all", "accepted"):
+        result = local_loss(
+            example.groups, example.teacher, ps, pt, matches=matches, center=center, mean=mean, **TEMPS
+        )
+        assert result.loss.item() == 0
+        assert result.matched_share.item() == 0
+        assert torch.autograd.grad(result.loss, example.groups)[0].abs().max() == 0
+
+
+def test_both_is_the_weighted_sum_of_the_two():
+    example = Example()
+    ps, pt, center = heads()
+
+    def loss(matching, **options):
+        matches = example.match(matching, **options)
+        return local_loss(
+            example.groups, example.teacher, ps, pt, matches=matches, center=center, **TEMPS
+        ).loss
+
+    both = loss("both", geometric_weight=0.3, similarity_weight=0.6)
+    torch.testing.assert_close(both, 0.3 * loss("geometric") + 0.6 * loss("similarity"))
+
+
+def test_matches_of_every_pair_and_options_reach_the_matcher():
+    example = Example()
+    matches = example.match("geometric", hinge=False)
+    assert list(matches) == view_pairs(2, 5)
+    assert all(m.weight.min() == 1 for found in matches.values() for m in found)
+    narrow = example.match("geometric", hinge_factor=1e-3)
+    assert sum(float(m.weight.sum()) for found in narrow.values() for m in found) < 3
+    with pytest.raises(UserError, match="did you mean 'geometric'"):
+        example.match("geometrik")
+
+
+def test_permuting_images_changes_nothing():
+    example, ps_pt_center = Example(), heads()
+    ps, pt, center = ps_pt_center
+    order = [1, 0]
+    matches = example.match("geometric")
+    permuted = {
+        pair: tuple(Match(m.index[order], m.weight[order]) for m in found) for pair, found in matches.items()
+    }
+    a = local_loss(example.groups, example.teacher, ps, pt, matches=matches, center=center, **TEMPS)
+    groups = [group[:, order] for group in example.groups]
+    b = local_loss(groups, example.teacher[:, order], ps, pt, matches=permuted, center=center, **TEMPS)
+    torch.testing.assert_close(a.loss, b.loss)
+
+
+def test_a_perfect_student_of_coincident_crops_reaches_the_teacher_entropy():
+    """CE >= entropy, with equality when student and teacher distributions agree."""
+    vectors = F.normalize(normal(1, 2, 2, 9, 4), dim=-1)
+    vectors[1] = vectors[0]
+    prototypes = normal(2, 6, 4)
+    match = Match(torch.arange(9).expand(2, 9), torch.ones(2, 9).double())
+    matches: Matches = {(0, 1): (match,), (1, 0): (match,)}
+    result = local_loss(
+        [vectors], vectors, prototypes, prototypes, matches=matches,
+        center=torch.zeros(6).double(), student_temp=0.2, teacher_temp=0.2,
+    )  # fmt: skip
+    torch.testing.assert_close(result.loss, result.teacher_entropy)

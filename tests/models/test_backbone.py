@@ -1,0 +1,228 @@
+"""Backbones against timm's own forward at the native size, and at other sizes; the user's mistakes."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from glsd.contracts import UserError
+from glsd.models.backbone import build_backbone, check_crop_size
+
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+SMALL_SWIN = {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 4)}
+VITS = {  # name: (tokens before the patches, arguments)
+    "vit_tiny_patch16_224": (1, SMALL),
+    "vit_small_patch14_dinov2": (1, SMALL | {"patch_size": 16}),
+    "vit_small_patch14_reg4_dinov2": (5, SMALL | {"patch_size": 16}),
+    "deit3_small_patch16_224": (1, SMALL),
+    "vit_small_patch16_dinov3": (5, SMALL),
+    "eva02_tiny_patch14_224": (1, SMALL | {"patch_size": 16}),
+    "vit_small_patch16_rope_mixed_224": (1, SMALL),
+}
+SWINS = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")
+
+
+def small(name: str, **options):
+    args = SMALL_SWIN if name in SWINS else VITS.get(name, (1, SMALL))[1]
+    return build_backbone(name, **{"image_size": 64, "timm_args": args, **options})
+
+
+def images(size: int, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(size))
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_vit_equals_timm_bitwise_at_the_native_size(name):
+    num_prefix, _ = VITS[name]
+    backbone = small(name)
+    cls, patches = backbone(images(64))
+    tokens = backbone.net.forward_features(images(64))
+    assert torch.equal(cls, tokens[:, 0])
+    assert torch.equal(patches, tokens[:, num_prefix:])
+    assert patches.shape == (2, 16, 48)
+    assert (backbone.embed_dim, backbone.stride) == (48, 16)
+
+
+@pytest.mark.parametrize("name", SWINS)
+def test_swin_gives_normalised_tokens_and_their_mean(name):
+    backbone = small(name)
+    assert backbone.stride == 32
+    assert backbone.pool == "mean"
+    for size, side in ((64, 2), (32, 1), (96, 3)):
+        cls, patches = backbone(images(size))
+        tokens = backbone.net.forward_features(images(size))
+        assert torch.equal(patches, tokens.reshape(2, side * side, 192))
+        torch.testing.assert_close(cls, patches.mean(dim=1))
+    layer_norm = F.layer_norm(patches, (192,))  # the final norm starts as the plain one
+    torch.testing.assert_close(patches, layer_norm, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_swin_tiny_has_the_grids_of_the_paper():
+    backbone = build_backbone("swin_tiny_patch4_window7_224", image_size=224)
+    assert backbone(images(224, 1))[1].shape == (1, 49, 768)
+    assert backbone(images(96, 1))[1].shape == (1, 9, 768)
+
+
+def test_vit_at_another_size_uses_positions_without_antialiasing():
+    backbone = small("vit_tiny_patch16_224", image_size=224)
+    net = backbone.net
+    with torch.no_grad():
+        net.pos_embed.normal_(generator=torch.Generator().manual_seed(0))
+    cls, patches = backbone(images(96))
+    grid = net.pos_embed[:, 1:].reshape(1, 14, 14, 48).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(6, 6), mode="bicubic", align_corners=False, antialias=False)
+    places = torch.cat([net.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    tokens = net.patch_embed.proj(images(96)).flatten(2).transpose(1, 2)
+    tokens = torch.cat([net.cls_token.expand(2, -1, -1), tokens], dim=1) + places
+    expected = net.norm(net.blocks(tokens))
+    torch.testing.assert_close(patches, expected[:, 1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cls, expected[:, 0], rtol=1e-4, atol=1e-5)
+    antialiased = net.forward_features(images(96))
+    assert (patches - antialiased[:, 1:]).abs().max() > 0.01  # timm's way is really another one
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"]
+)
+def test_oblong_images_are_taken(name):
+    _, patches = small(name)(torch.randn(1, 3, 32, 96))
+    assert patches.shape == (1, 12, 48)
+
+
+def test_patches_are_row_major():
+    backbone = small("vit_tiny_patch16_224")
+    backbone.net.blocks = torch.nn.Sequential()  # no token hears of another
+    with torch.no_grad():
+        backbone.net.pos_embed.zero_()
+    plain = torch.zeros(1, 3, 64, 64)
+    marked = plain.clone()
+    marked[:, :, 16:32, 48:64] = 1  # row 1, column 3
+    moved = (backbone(marked)[1] - backbone(plain)[1]).abs().sum(-1)[0] > 1e-6
+    assert moved.nonzero().flatten().tolist() == [1 * 4 + 3]
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"]
+)
+def test_mean_pool_is_over_patches_only(name):
+    backbone = small(name, pool="mean")
+    cls, patches = backbone(images(64))
+    torch.testing.assert_close(cls, patches.mean(dim=1))
+    assert not torch.allclose(cls, backbone.net.forward_features(images(64)).mean(dim=1))
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", SWINS[0]])
+def test_every_parameter_gets_a_gradient(name, pool):
+    """DDP waits for gradients that never come otherwise."""
+    backbone = small(name, pool=pool)
+    cls, patches = backbone(images(32))
+    (cls.square().sum() + patches.square().sum()).backward()
+    assert [name for name, p in backbone.named_parameters() if p.grad is None] == []
+
+
+def test_start_is_a_function_of_the_seed_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = small("vit_tiny_patch16_224", seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    again = small("vit_tiny_patch16_224", seed=1, drop_path=0.3).state_dict()
+    other = small("vit_tiny_patch16_224", seed=2).state_dict()
+    assert first.keys() == again.keys()  # stochastic depth has no weights: the teacher can copy the student's
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["net.cls_token"], other["net.cls_token"])
+
+
+def test_drop_path_rises_linearly_and_only_acts_in_training():
+    backbone = small("vit_tiny_patch16_224", timm_args=SMALL | {"depth": 5}, drop_path=0.2)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in backbone.net.blocks]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    teacher = small("vit_tiny_patch16_224", timm_args=SMALL | {"depth": 5})
+    teacher.load_state_dict(backbone.state_dict())
+    many = images(64).repeat(16, 1, 1, 1)
+    assert not torch.equal(backbone(many)[0], teacher(many)[0])
+    assert torch.equal(backbone.eval()(many)[0], teacher(many)[0])  # the teacher has none, even in train mode
+
+
+def test_mean_is_taken_in_float32():
+    backbone = small("vit_tiny_patch16_224", pool="mean").bfloat16()
+    cls, patches = backbone(images(64).bfloat16())
+    assert patches.dtype == torch.bfloat16
+    assert cls.dtype == torch.float32
+    torch.testing.assert_close(cls, patches.float().mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(90, "use 80 or 96"), (10, "use 16"), (0, "use 16"), (-16, "use 16")],
+)
+def test_crop_size_must_be_a_multiple_of_the_patch(size, message):
+    with pytest.raises(
+        UserError, match=f"data.local_size {size} is not a multiple of the patch size 16: {message}"
+    ):
+        check_crop_size(size, 16, "data.local_size")
+    check_crop_size(96, 16, "data.local_size")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_smal_patch16_224", {}, "did you mean 'vit_small_patch16_224'"),
+        ("resnet18", {}, "family resnet"),
+        ("beit_base_patch16_224", {}, "family beit"),
+        ("deit_tiny_distilled_patch16_224", {}, "cannot be built|tokens are not known"),
+        ("vit_base_patch16_siglip_224", {}, "no class token: set model.pool to 'mean'"),
+        ("vit_tiny_patch16_224", {"pool": "max"}, "unknown model.pool 'max'"),
+        ("vit_tiny_patch16_224", {"drop_path": 1.0}, "model.drop_path is 1.0"),
+        ("vit_tiny_patch16_224", {"timm_args": {"depht": 3}}, "depht.*check model.timm_args"),
+        ("vit_tiny_patch16_224", {"timm_args": {"depth": 0}}, "set model.timm_args.depth"),
+        ("vit_tiny_patch16_224", {"timm_args": {"img_size": 32}}, "follows from data.global_size"),
+        ("vit_tiny_patch16_224", {"image_size": 90}, "data.global_size 90 .* use 80 or 96"),
+        (SWINS[0], {"image_size": 80}, "data.global_size 80 .* use 64 or 96"),
+        ("vit_tiny_patch16_224.no_such_tag", {}, "no_such_tag"),
+        ("vit_tiny_patch16_224", {"init": "nowhere/weights.pth"}, "'nowhere/weights.pth': no such file"),
+    ],
+)
+def test_users_mistakes_are_one_line(name, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        small(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_image_of_a_wrong_size_is_refused_in_forward():
+    for name in ("vit_tiny_patch16_224", SWINS[0]):
+        with pytest.raises(UserError, match="an image side 72"):
+            small(name)(images(72))
+
+
+def test_no_pretrained_weights_is_one_line(monkeypatch):
+    build = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no\nconnection")
+        return build(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match=r"model.init 'timm': .*\(no connection\).*weights file"):
+        small("vit_tiny_patch16_224", init="timm")
+
+
+def test_pretrained_weights_of_another_size_are_resampled(monkeypatch):
+    build = timm.create_model
+    source = build("vit_tiny_patch16_224", img_size=224, num_classes=0, dynamic_img_size=True, **SMALL)
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, pretrained=False, **args: source if pretrained else build(name, **args),
+    )
+    backbone = small("vit_tiny_patch16_224", init="timm", image_size=96)
+    assert backbone.load_report is not None
+    assert backbone.load_report.matched == backbone.load_report.total == len(source.state_dict())
+    ours, native = (
+        backbone(images(96)),
+        small("vit_tiny_patch16_224", init="timm", image_size=224)(images(96)),
+    )
+    torch.testing.assert_close(ours[1], native[1], rtol=1e-4, atol=1e-5)

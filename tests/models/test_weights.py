@@ -1,0 +1,234 @@
+"""Weights into a backbone: every form that people have, every way in which they do not fit."""
+
+import argparse
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from glsd.contracts import UserError
+from glsd.models.backbone import build_backbone
+from glsd.models.heads import ProjectionHead
+from glsd.models.weights import load_reference_head, load_weights, read_weights, reference_head_name
+
+SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+
+
+def small(image_size=64, name="vit_tiny_patch16_224", seed=1, **options):
+    return build_backbone(name, image_size=image_size, timm_args={**SMALL, **options}, seed=seed)
+
+
+def same_weights(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def prefixed(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def dino_checkpoint(state):
+    """The layout of DINO's full checkpoints: both networks with heads, the optimiser, the command line."""
+    heads = {
+        "module.head.mlp.0.weight": torch.zeros(3, 3),
+        "module.head.last_layer.weight_g": torch.ones(3, 1),
+    }
+    student = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    return {
+        "student": prefixed(student, "module.backbone.") | heads,
+        "teacher": prefixed(state, "backbone.") | {"head.mlp.0.weight": torch.zeros(3, 3)},
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 3,
+        "args": argparse.Namespace(arch="vit_small"),
+    }
+
+
+FORMS = {
+    "timm": lambda state: state,
+    "timm with a classifier": lambda state: state | {"head.weight": torch.zeros(1000, 48)},
+    "DINO full checkpoint": dino_checkpoint,
+    "DINOv2 teacher": lambda state: {
+        "teacher": prefixed(state, "backbone.") | {"dino_head.mlp.0.bias": torch.zeros(1)}
+    },
+    "DINOv2 backbone": lambda state: state | {"mask_token": torch.zeros(1, 48)},
+    "wrapped by DDP and compile": lambda state: {"model": prefixed(state, "module._orig_mod.")},
+    "both networks flat": lambda state: (
+        prefixed(state, "teacher.backbone.")
+        | prefixed({name: tensor * 0 for name, tensor in state.items()}, "student.backbone.")
+    ),
+    "ours": lambda state: prefixed(state, "backbone.net.") | {"global_head.mlp.0.weight": torch.zeros(3, 3)},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_fills_every_tensor(form, tmp_path):
+    source, target = small(), small(seed=2)
+    assert not same_weights(source, target)
+    torch.save(FORMS[form](dict(source.net.state_dict())), tmp_path / "weights.pth")
+    loaded = small(seed=2)
+    report = load_weights(loaded.net, read_weights(tmp_path / "weights.pth"), source="weights.pth")
+    assert (report.matched, report.missing, report.unexpected) == (len(source.net.state_dict()), (), ())
+    assert same_weights(source, loaded)
+    built = build_backbone(
+        "vit_tiny_patch16_224", image_size=64, timm_args=SMALL, seed=2, init=str(tmp_path / "weights.pth")
+    )
+    assert same_weights(source, built)
+    assert f"{report.total} of {report.total} tensors matched" in str(built.load_report)
+
+
+def test_our_checkpoint_folder_gives_the_teacher(tmp_path):
+    teacher, student = small(seed=3), small(seed=4)
+    save_file(prefixed(teacher.state_dict(), "backbone."), tmp_path / "teacher.safetensors")
+    save_file(prefixed(student.state_dict(), "backbone."), tmp_path / "student.safetensors")
+    for path, source in ((tmp_path, teacher), (tmp_path / "student.safetensors", student)):
+        loaded = small()
+        load_weights(loaded.net, read_weights(path), source=str(path))
+        assert same_weights(source, loaded)
+
+
+def test_position_embedding_of_another_grid_is_resampled_as_in_the_forward_pass():
+    source, target = small(image_size=224), small(image_size=96)
+    load_weights(target.net, source.net.state_dict(), source="x")
+    image = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(target(image)[1], source(image)[1], rtol=1e-5, atol=1e-6)
+
+
+def test_dinov2_with_registers_folds_the_class_position_into_the_token():
+    name = "vit_small_patch14_reg4_dinov2"
+    source, target = small(name=name, patch_size=16), small(name=name, patch_size=16, seed=5)
+    torch.nn.init.normal_(source.net.cls_token, generator=torch.Generator().manual_seed(0))
+    state = dict(source.net.state_dict())
+    offset = torch.randn(1, 1, 48)
+    state["register_tokens"] = state.pop("reg_token")
+    state["cls_token"] = state["cls_token"] - offset
+    state["pos_embed"] = torch.cat([offset, state["pos_embed"]], dim=1)
+    state["mask_token"] = torch.zeros(1, 48)
+    load_weights(target.net, state, source="x")
+    image = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(target(image)[0], source(image)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_swin_of_the_published_layout():
+    """Published Swin checkpoints count the downsampling to the stage before and keep index buffers."""
+    options = {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 4)}
+
+    def swin(seed):
+        return build_backbone("swin_tiny_patch4_window7_224", image_size=224, timm_args=options, seed=seed)
+
+    source, target = swin(1), swin(2)
+    state = {}
+    for name, tensor in source.net.state_dict().items():
+        parts = name.split(".")
+        if parts[2:3] == ["downsample"]:
+            parts[1] = str(int(parts[1]) - 1)
+        state[".".join(parts)] = tensor
+    state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49)
+    state["head_dense.mlp.0.weight"] = torch.zeros(3, 3)
+    load_weights(target.net, state, source="x")
+    assert same_weights(source, target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {k: v for k, v in s.items() if "blocks.1" not in k}, "12 missing .blocks.1.norm1.weight"),
+        (lambda s: s | {"blocks.2.norm1.weight": torch.ones(48)}, "1 unexpected .blocks.2.norm1.weight"),
+        (lambda s: s | {"reg_token": torch.ones(1, 4, 48)}, "1 unexpected .reg_token"),
+        (
+            lambda s: s | {"norm.weight": torch.ones(3)},
+            r"1 mismatched .norm.weight: \(3,\) in the file, \(48,\)",
+        ),
+        (
+            lambda s: s | {"patch_embed.proj.weight": torch.ones(48, 3, 8, 8)},
+            "mismatched .patch_embed.proj.weight",
+        ),
+        (lambda s: s | {"pos_embed": torch.ones(1, 12, 48)}, r"shape \(1, 12, 48\) is of no square grid"),
+        (lambda s: {"conv1.weight": torch.ones(3)}, "0 of 30 tensors matched"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    source, target = small(), small(seed=2)
+    with pytest.raises(UserError, match=message) as caught:
+        load_weights(target.net, change(dict(source.net.state_dict())), source="x.pth")
+    assert "'x.pth'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert same_weights(target, small(seed=2))  # untouched
+
+
+def test_partial_loading_has_to_be_asked_for():
+    source, target = small(), small(seed=2)
+    state = {name: tensor for name, tensor in source.net.state_dict().items() if "blocks.1" not in name}
+    report = load_weights(target.net, state, source="x", partial=True)
+    assert (report.matched, report.total, len(report.missing)) == (18, 30, 12)
+    assert torch.equal(target.net.blocks[0].attn.qkv.weight, source.net.blocks[0].attn.qkv.weight)
+    assert torch.equal(target.net.blocks[1].attn.qkv.weight, small(seed=2).net.blocks[1].attn.qkv.weight)
+    with pytest.raises(UserError, match="0 of 30"):
+        load_weights(target.net, {"other": torch.zeros(1)}, source="x", partial=True)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (print, ("code from a weights file was run",))
+
+
+def write_bytes(path, content):
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("a.pth", lambda p: None, "no such file"),
+        ("a.pth", lambda p: write_bytes(p, b""), "cannot be read"),
+        ("a.pth", lambda p: write_bytes(p, b"not a checkpoint"), "cannot be read"),
+        ("a.pth", lambda p: torch.save({"model": RunsCode()}, p), "cannot be read"),
+        ("a.pth", lambda p: write_bytes(p, pickle.dumps(RunsCode())), "cannot be read"),
+        ("a.safetensors", lambda p: write_bytes(p, b"\x00" * 20), "cannot be read"),
+        ("a.pth", lambda p: torch.save({"epoch": 3, "lr": [0.1]}, p), "hold no network"),
+        ("a.pth", lambda p: torch.save([torch.zeros(3)], p), "hold no network"),
+        (
+            "a.pth",
+            lambda p: torch.save({"net.norm.weight": torch.ones(1), "module.norm.weight": torch.ones(1)}, p),
+            "two tensors that would be 'norm.weight'",
+        ),
+    ],
+)
+def test_bad_files_are_one_line(name, write, message, tmp_path, capsys):
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=message) as caught:
+        read_weights(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "was run" not in capsys.readouterr().out
+
+
+def test_truncated_file_is_one_line(tmp_path):
+    torch.save(dict(small().net.state_dict()), tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "a.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read as plain tensors"):
+        read_weights(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize(
+    ("gain", "direction"),
+    [
+        ("last_layer.weight_g", "last_layer.weight_v"),
+        ("last_layer.parametrizations.weight.original0", "last_layer.parametrizations.weight.original1"),
+    ],
+)
+def test_reference_head_names(num_layers, gain, direction):
+    options = {"num_prototypes": 5, "hidden_dim": 8, "bottleneck_dim": 4, "num_layers": num_layers}
+    source, target = ProjectionHead(6, **options, seed=1), ProjectionHead(6, **options, seed=2)
+    names = {"prototypes.gain": gain, "prototypes.direction": direction}
+    if num_layers == 1:
+        names |= {"mlp.0.weight": "mlp.weight", "mlp.0.bias": "mlp.bias"}
+    state = {names.get(name, name): tensor for name, tensor in source.state_dict().items()}
+    assert {reference_head_name(name) for name in state} == set(source.state_dict())
+    load_reference_head(target, state)
+    assert same_weights(source, target)
+    with pytest.raises(UserError, match=r"prototypes.gain .*missing"):
+        load_reference_head(target, {name: tensor for name, tensor in state.items() if name != gain})
+    with pytest.raises(UserError, match=r"prototypes.direction"):
+        load_reference_head(target, state | {direction: torch.zeros(5, 3)})

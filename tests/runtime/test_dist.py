@@ -1,0 +1,96 @@
+"""Collectives alone and between two gloo processes."""
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from glsd.contracts import UserError
+from glsd.runtime import dist
+
+
+def test_alone_everything_is_the_identity():
+    assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
+    tensor = torch.arange(3.0)
+    for function in (dist.all_reduce_sum, dist.all_reduce_mean, dist.all_reduce_max, dist.gather_rows):
+        assert torch.equal(function(tensor), tensor)
+    assert dist.gather_objects("a") == ["a"]
+    assert dist.broadcast_object("a") == "a"
+    dist.barrier()
+    dist.finish()
+    dist.raise_together(None)
+    with pytest.raises(UserError, match="mistake"):
+        dist.raise_together(UserError("mistake"))
+
+
+def test_two_ranks(tmp_path):
+    outputs = run_ranks(
+        """
+        tensor = (torch.arange(6.0, dtype=torch.float64).reshape(2, 3) * (rank + 1)).T  # not contiguous
+        tensor.requires_grad_()
+        before = tensor.detach().clone()
+        base = torch.arange(6.0, dtype=torch.float64).reshape(2, 3).T
+        assert torch.equal(dist.all_reduce_sum(tensor), 3 * base)
+        assert torch.equal(dist.all_reduce_mean(tensor), 1.5 * base)
+        assert torch.equal(dist.all_reduce_max(tensor), 2 * base)
+        assert torch.equal(tensor, before), "the input must stay as it was"
+        assert dist.all_reduce_sum(torch.tensor([1, 2])).tolist() == [2, 4]
+
+        rows = torch.full((rank * 2 + 1, 2), float(rank), requires_grad=True)  # 1 row, 3 rows
+        assert dist.gather_rows(rows)[:, 0].tolist() == [0.0, 1.0, 1.0, 1.0]
+        assert dist.gather_rows(torch.zeros(0 if rank else 2, 3, dtype=torch.int64)).shape == (2, 3)
+        assert dist.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+        assert dist.broadcast_object(f"from {rank}") == "from 0"
+        dist.barrier()
+
+        for culprit in (0, 1):
+            try:
+                dist.raise_together(UserError(f"bad {culprit}") if rank == culprit else None)
+            except UserError as error:
+                print(error)
+        """,
+        tmp_path,
+    )
+    assert outputs == ["bad 0\nbad 1\n"] * 2
+
+
+def clear(monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1"}, {"MASTER_ADDR": "127.0.0.1"}])
+def test_one_process_as_asked_is_fine(monkeypatch, environment):
+    clear(monkeypatch, **environment)
+    dist.check_world(1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_processes"),
+    [
+        ({"WORLD_SIZE": "2"}, 1),  # accelerate launch --multi_gpu without ACCELERATE_USE_CPU
+        ({"WORLD_SIZE": "2"}, 2),  # accelerate believes in 2 but there is no process group
+        # accelerate launch --cpu --num_processes 2
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, 1),
+    ],
+)
+def test_ranks_that_run_alone_are_told_the_right_launch_line(monkeypatch, environment, num_processes):
+    clear(monkeypatch, **environment)
+    line = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes .* launch/x.py"
+    with pytest.raises(UserError, match=line):
+        dist.check_world(num_processes, script="launch/x.py")
+
+
+@pytest.mark.slow
+def test_ddp_processes_end_with_exit_code_zero_every_time(tmp_path):
+    for _ in range(3):
+        run_ranks(
+            """
+            from torch.nn.parallel import DistributedDataParallel
+            model = DistributedDataParallel(torch.nn.Linear(64, 64))
+            for _ in range(3):
+                model(torch.ones(2, 64)).sum().backward()
+            """,
+            tmp_path,
+        )

@@ -1,0 +1,135 @@
+"""The run directory, rewinding it, and signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ranks import run_ranks
+
+from glsd.contracts import UserError
+from glsd.runtime.run import Run, append_quarantine, catch_signals, open_run, rewind
+
+
+def test_a_new_run_has_its_papers(tmp_path):
+    run = open_run(tmp_path / "a" / "run", resolved_config="seed: 1\n", resume=False)
+    assert run.checkpoints.is_dir()
+    assert (run.folder / "config.yaml").read_text() == "seed: 1\n"
+    text = (run.folder / "env.txt").read_text()
+    for word in ("command: ", "commit: ", "host: ", "devices: cpu", "python: 3.", "torch: ", "processes: 1"):
+        assert word in text
+    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoints", "config.yaml", "env.txt"]
+
+
+def test_a_run_with_checkpoints_needs_resume(tmp_path):
+    run = open_run(tmp_path, resolved_config="seed: 1\n", resume=False)
+    (run.checkpoints / "step_00000002.tmp-5").mkdir()  # an interrupted save is no checkpoint
+    open_run(tmp_path, resolved_config="seed: 1\n", resume=False)
+    (run.checkpoints / "step_00000002").mkdir()
+    with pytest.raises(UserError, match="already has checkpoints: go on with --resume auto, or .* --out"):
+        open_run(tmp_path, resolved_config="seed: 1\n", resume=False)
+    assert open_run(tmp_path, resolved_config="seed: 1\n", resume=True) == run
+    assert (tmp_path / "env.txt").read_text().count("started: ") == 3  # one block per start that went ahead
+
+
+def test_a_changed_configuration_is_shown_and_the_old_one_kept(tmp_path, capsys):
+    open_run(tmp_path, resolved_config="resume: never\nlr: 1\nseed: 1\n", resume=True)
+    open_run(tmp_path, resolved_config="resume: auto\nlr: 1\nseed: 1\n", resume=True)
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "config.1.yaml").exists()
+    open_run(tmp_path, resolved_config="resume: auto\nlr: 2\nseed: 1\n", resume=True)
+    out = capsys.readouterr().out
+    assert "- lr: 1" in out
+    assert "+ lr: 2" in out
+    assert "seed" not in out
+    assert (tmp_path / "config.1.yaml").read_text() == "resume: auto\nlr: 1\nseed: 1\n"
+    assert (tmp_path / "config.yaml").read_text() == "resume: auto\nlr: 2\nseed: 1\n"
+    open_run(tmp_path, resolved_config="lr: 3\n", resume=True)
+    assert (tmp_path / "config.2.yaml").exists()
+
+
+def test_a_run_without_checkpoints_starts_over(tmp_path):
+    run = open_run(tmp_path, resolved_config="", resume=False)
+    run.metrics.write_text('{"step": 1}\n')
+    append_quarantine(run, [{"step": 1, "key": "x"}])
+    open_run(tmp_path, resolved_config="", resume=True)
+    assert run.metrics.read_text() == run.quarantine.read_text() == ""
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_unwritable_folder_is_the_users_error(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"cannot write to the run folder .*{place}: .*--out"):
+        open_run(tmp_path / place, resolved_config="", resume=False)
+
+
+def test_both_ranks_hear_of_it(tmp_path):
+    outputs = run_ranks(
+        """
+        from glsd.runtime.run import open_run
+        run = open_run(folder / "good", resolved_config=f"rank: {rank}", resume=False)
+        assert (run.folder / "config.yaml").read_text() == "rank: 0"
+        try:
+            open_run(folder / "rendezvous", resolved_config="", resume=False)
+        except UserError as error:
+            print(str(error).partition(" folder ")[0])
+        """,
+        tmp_path,
+    )
+    assert outputs == ["cannot write to the run\n"] * 2
+
+
+def test_rewind_drops_later_rows_and_half_rows(tmp_path, capsys):
+    run = Run(tmp_path)
+    rows = [json.dumps({"step": step, "loss": step / 3}) for step in (1, 2, 3, 4)]
+    run.metrics.write_text("\n".join(rows) + '\n{"step": 5, "lo')
+    append_quarantine(run, [{"step": 2, "key": "a"}, {"step": 3, "key": "b"}])
+    append_quarantine(run, [])
+    rewind(tmp_path, 2)
+    assert run.metrics.read_text() == "\n".join(rows[:2]) + "\n"
+    assert [json.loads(line)["key"] for line in run.quarantine.read_text().splitlines()] == ["a"]
+    assert capsys.readouterr().err == f"warning: {run.metrics} line 5 is not a whole row: dropped\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "quarantine.jsonl"]
+
+
+def test_rewind_without_files_does_nothing(tmp_path):
+    rewind(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_leaves_a_note_however_often_it_comes(number):
+    before = signal.getsignal(number)
+    with catch_signals() as stop_requested:
+        assert stop_requested() == ""
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+        assert stop_requested() == number.name
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop_requested() == number.name  # the first one counts
+    assert signal.getsignal(number) is before
+
+
+def test_an_impatient_second_interrupt_stops_at_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt), catch_signals() as stop_requested:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += 1.0  # a launcher passing on the same Ctrl-C
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop_requested() == "SIGINT"
+        now[0] += 1.5
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_outer_block_ends_with_its_own_handlers_in_a_process(tmp_path):
+    code = (
+        "import os, signal\nfrom glsd.runtime.run import catch_signals\n"
+        "with catch_signals() as stop: os.kill(os.getpid(), signal.SIGTERM); print('saved', stop(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("saved SIGTERM\n", -signal.SIGTERM)

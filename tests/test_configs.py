@@ -1,0 +1,105 @@
+"""Every YAML loads and survives a round trip; every mistake is one line that names the key and its nearest neighbour."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from glsd.command_line import differences, dump, load, load_file
+from glsd.config import EvalConfig, PretrainConfig
+from glsd.contracts import UserError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+KINDS = {"pretrain": PretrainConfig, "demo": PretrainConfig}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_config_loads(path, tmp_path):
+    cfg = load_file(KINDS[path.parent.name], path)
+    (tmp_path / "again.yaml").write_text(dump(cfg))
+    assert load_file(type(cfg), tmp_path / "again.yaml") == cfg
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_config_is_a_delta_with_a_claim(path):
+    """A YAML holds only what differs from the defaults, and its header says how to run it and what to expect."""
+    text = path.read_text()
+    header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#")).lower()
+    for word in ("command:", "hardware:", "hours:", "expected:"):
+        assert word in header, f"{path.name}: header lacks {word}"
+    cfg = load_file(KINDS[path.parent.name], path)
+    said, different = set(_leaves(yaml.safe_load(text))), set(differences(cfg))
+    superfluous = {key for key in said if not any(d == key or d.startswith(f"{key}.") for d in different)}
+    assert not superfluous, f"{path.name} repeats defaults: {superfluous}"
+
+
+def _leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def test_flags_override_files_override_defaults(tmp_path):
+    (tmp_path / "a.yaml").write_text("optim: {lr: 0.1, epochs: 7}\n")
+    cfg = load(
+        PretrainConfig,
+        ["--config", str(tmp_path / "a.yaml"), "--optim.epochs", "9", "--model.timm_args.depth=3"],
+    )
+    assert (cfg.optim.lr, cfg.optim.epochs, cfg.optim.min_lr) == (0.1, 9, PretrainConfig().optim.min_lr)
+    assert differences(cfg) == {"optim.lr": 0.1, "optim.epochs": 9, "model.timm_args.depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--optim.lrr", "1"], "unknown flag --optim.lrr; did you mean '--optim.lr'?"),
+        (["--lr", "1"], "did you mean '--optim.lr'?"),
+        (["--optim.epochs", "many"], 'key "optim.epochs": expected int. Got value: many'),
+        (["--matching", "geometrical"], "'geometric', 'similarity', 'both', 'none'"),
+        (["--data.global_scale", "[0.1]"], "data.global_scale"),
+        (["--config", "no_such.yaml"], "cannot read config file no_such.yaml"),
+        (["stray"], "stray"),
+    ],
+)
+def test_wrong_flags_are_one_clear_line(argv, expected):
+    with pytest.raises(UserError) as caught:
+        load(PretrainConfig, argv)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim: {lrr: 1}", "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+        ("lr: 1", "did you mean 'optim.lr'?"),
+        ("optim: 3", "key 'optim' must hold"),
+        ("just words", "the file must hold"),
+        ("optim: [", "not valid YAML"),
+    ],
+)
+def test_wrong_files_are_one_clear_line(tmp_path, text, expected):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load(PretrainConfig, ["--config", str(tmp_path / "bad.yaml")])
+    assert expected in str(caught.value)
+    assert "bad.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["pretrain.py", "evaluate.py"])
+def test_help_explains_every_field_and_print_config_resolves(script):
+    kind = {"pretrain.py": PretrainConfig, "evaluate.py": EvalConfig}[script]
+    command = [sys.executable, str(ROOT / "launch" / script)]
+    text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    for key in _leaves(yaml.safe_load(dump(kind()))):
+        line = text.split(f"--{key} ", 2)[-1][:300]
+        assert "(type:" in line, f"--{key} is not explained"
+    printed = subprocess.run([*command, "--print_config"], capture_output=True, text=True, check=True).stdout
+    assert yaml.safe_load(printed) == yaml.safe_load(dump(kind()))

@@ -1,0 +1,242 @@
+"""The evaluation story: runs, checkpoints and weights files, both protocols, one and two ranks, clear mistakes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from glsd.command_line import dump
+from glsd.config import DataConfig, EvalConfig, EvalDataConfig, HeadConfig, ModelConfig, PretrainConfig
+from glsd.contracts import UserError
+from glsd.data.pack import pack_samples
+from glsd.evaluate import evaluate
+from glsd.models.backbone import build_backbone
+from glsd.runtime import checkpoint
+
+SCRIPT = Path(__file__).parents[1] / "launch" / "evaluate.py"
+TINY = {"patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
+TRAINED = PretrainConfig(
+    seed=5,
+    data=DataConfig(global_size=32, local_size=16),
+    model=ModelConfig(backbone="vit_tiny_patch16_224", timm_args=TINY),
+    head=HeadConfig(num_prototypes=16),
+)
+
+
+def samples(n, *, seed, broken=()):
+    """Images of three classes: a bright disc, square or stripe in noise. Even an untrained network sees some of it."""
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(n):
+        label = i % 3
+        image = torch.randint(0, 120, (36, 40, 3), dtype=torch.uint8, generator=generator)
+        x, y = (torch.randint(4, 20, (2,), generator=generator)).tolist()
+        image[y : y + 14, x : x + (14 if label == 0 else 6)] += 60 if label < 2 else 130
+        file = io.BytesIO()
+        Image.fromarray(image.numpy()).save(file, "png")
+        yield (b"no image" if i in broken else file.getvalue()), "png", label
+
+
+def network(seed):
+    return build_backbone("vit_tiny_patch16_224", image_size=32, timm_args=TINY, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Shards of both sets, one run with a checkpoint of two known networks, and a weights file of one of them."""
+    root = tmp_path_factory.mktemp("evaluate")
+    pack_samples(samples(90, seed=1), root, prefix="train", classes=["a", "b", "c"])
+    pack_samples(samples(31, seed=2, broken=(4,)), root, prefix="val", classes=["a", "b", "c"])
+    run = root / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump(TRAINED))
+    tensors = {
+        name: {
+            "global_head.unused": torch.zeros(1),
+            **{f"backbone.{key}": value for key, value in network(seed).state_dict().items()},
+        }
+        for name, seed in (("teacher", 1), ("student", 2))
+    }
+    for step in (3, 7):
+        checkpoint.save(
+            run / "checkpoints", step=step, tensors=tensors, state={"step": step}, optimizer={}, keep=2
+        )
+    save_file(
+        {key.removeprefix("net."): v for key, v in network(1).state_dict().items()}, root / "w.safetensors"
+    )
+    return root
+
+
+@pytest.fixture
+def cfg(world, tmp_path):
+    data = EvalDataConfig(
+        train_shards=str(world / "train-*.tar"),
+        val_shards=str(world / "val-*.tar"),
+        resize=36,
+        crop=32,
+        batch_size=16,
+        num_workers=0,
+    )
+    return EvalConfig(
+        model=str(world / "run"), k=[1, 5], linear_epochs=5, data=data, out=str(tmp_path / "out")
+    )
+
+
+def test_knn_of_a_run(cfg, capsys):
+    record = evaluate(cfg)
+    printed = capsys.readouterr().out
+    assert record["model"] == f"teacher of {cfg.model}"
+    assert record["step"] == 7
+    assert (record["train"]["images"], record["val"]["images"], record["val"]["unreadable"]) == (90, 30, 1)
+    assert list(record["result"]) == ["k=1", "k=5"]
+    assert 0.4 < record["result"]["k=5"]["top1"] <= record["result"]["k=5"]["top5"] <= 1.0
+    for words in (
+        "resize 36 bicubic, centre crop 32, class token of the last layer, width 48, float32",
+        "votes weighted exp(cos / 0.07)",
+        "1 val images cannot be read",
+        f"k=5       top-1 {100 * record['result']['k=5']['top1']:.2f} %",
+        "step 7",
+    ):
+        assert words in printed
+    assert json.loads((Path(cfg.out) / "evals.json").read_text()) == [record]
+
+
+def test_records_are_appended_and_repeatable(cfg):
+    first = evaluate(cfg)
+    second = evaluate(replace(cfg, protocol="linear", data=replace(cfg.data, num_workers=2, batch_size=7)))
+    third = evaluate(replace(cfg, backend="torch", data=replace(cfg.data, num_workers=1)))
+    assert json.loads((Path(cfg.out) / "evals.json").read_text()) == [first, second, third]
+    assert third["result"] == first["result"]
+    assert second["result"]["linear"]["top1"] > 0.4
+    assert "SGD momentum 0.9" in second["protocol"]
+    assert [path.name for path in Path(cfg.out).iterdir()] == ["evals.json"]
+
+
+def test_each_way_to_name_a_network(cfg, world):
+    teacher = evaluate(cfg)
+    student = evaluate(replace(cfg, features="student"))
+    by_folder = evaluate(replace(cfg, model=str(world / "run" / "checkpoints" / "step_00000003")))
+    latest = evaluate(replace(cfg, model=str(world / "run" / "checkpoints" / "latest")))
+    initial = evaluate(replace(cfg, features="initial"))
+    assert (by_folder["step"], latest["step"], initial["step"]) == (3, 7, 0)
+    assert by_folder["result"] == latest["result"] == teacher["result"]
+    assert student["model"] == f"student of {cfg.model}"
+    seeds = {"teacher": 1, "student": 2, "initial": TRAINED.seed}
+    for name, record in (("teacher", teacher), ("student", student), ("initial", initial)):
+        assert record["result"] == measure(cfg, network(seeds[name]))
+
+
+def measure(cfg, backbone):
+    """The parts put together by hand."""
+    from glsd.data.eval_loader import eval_loader
+    from glsd.data.shards import open_shards
+    from glsd.evals.embed import embed
+    from glsd.evals.knn import knn_accuracy
+
+    sets = []
+    for patterns in (cfg.data.train_shards, cfg.data.val_shards):
+        loader = eval_loader(
+            open_shards(patterns), resize=36, crop=32, batch_size=90, rank=0, world_size=1, num_workers=0
+        )
+        sets += embed(backbone.eval(), loader, device=torch.device("cpu"))[:2]
+    return {f"k={k}": shares for k, shares in knn_accuracy(*sets, k_list=cfg.k).items()}
+
+
+def test_run_folder_gets_the_file_when_out_is_unset(cfg, world):
+    evaluate(replace(cfg, out="", data=replace(cfg.data, limit=40)))
+    (record,) = json.loads((world / "run" / "evals.json").read_text())
+    assert record["train"]["images"] == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": ""}, "model is not set"),
+        ({"model": "no/such"}, "'no/such': no such run"),
+        ({"model": "timm:vit_tinny_patch16_224"}, "vit_tinny_patch16_224"),
+        ({"k": [91]}, "k: 91 neighbours of 90 train images"),
+        ({"out": "/proc/nowhere"}, "cannot write evals.json to /proc/nowhere"),
+        ({"data.train_shards": ""}, "data.train_shards is not set"),
+        ({"data.val_shards": "no-such-*.tar"}, "no-such-*.tar"),
+        ({"data.crop": 30}, "data.crop 30 is not a multiple of the patch size 8"),
+        ({"data.resize": 16}, "crop 32"),
+        ({"protocol": "linear", "linear_lr": [-1.0]}, "expected > 0"),
+    ],
+)
+def test_mistakes_are_one_clear_line(cfg, changes, words):
+    data = {key.removeprefix("data."): value for key, value in changes.items() if key.startswith("data.")}
+    plain = {key: value for key, value in changes.items() if not key.startswith("data.")}
+    with pytest.raises(UserError) as caught:
+        evaluate(replace(cfg, **plain, data=replace(cfg.data, **data)))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_files_need_a_backbone_and_must_fit(cfg, world):
+    weights = str(world / "w.safetensors")
+    with pytest.raises(UserError, match="--backbone"):
+        evaluate(replace(cfg, model=weights))
+    with pytest.raises(UserError, match="is no run"):
+        evaluate(replace(cfg, model=weights, features="student"))
+    with pytest.raises(UserError, match="not of this network"):
+        evaluate(replace(cfg, model=weights, backbone="vit_tiny_patch16_224"))
+
+
+def test_damaged_evals_file_and_unlabelled_shards(cfg, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "evals.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        evaluate(cfg)
+    pack_samples([(raw, ext, None) for raw, ext, _ in samples(3, seed=0)], tmp_path, prefix="bare")
+    with pytest.raises(UserError, match=r"data\.val_shards: 3 of 3 images have no label"):
+        evaluate(replace(cfg, data=replace(cfg.data, val_shards=str(tmp_path / "bare-*.tar"))))
+
+
+def test_a_run_of_another_architecture_names_the_tensor(cfg, tmp_path, world):
+    other = replace(TRAINED, model=replace(TRAINED.model, timm_args={**TINY, "embed_dim": 96}))
+    run = tmp_path / "other"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump(other))
+    (run / "checkpoints").symlink_to(world / "run" / "checkpoints")
+    with pytest.raises(UserError, match=r"checkpoint .* tensor net\.\S+ is \(.*48.*\), expected \(.*96"):
+        evaluate(replace(cfg, model=str(run)))
+    (run / "checkpoints").unlink()
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        evaluate(replace(cfg, model=str(run)))
+
+
+def command(cfg, **more):
+    flags = {"model": cfg.model, "k": "[1,5]", "out": cfg.out, **more}
+    flags |= {f"data.{key}": value for key, value in vars(cfg.data).items()}
+    return [str(SCRIPT), *(f"--{key}={value}" for key, value in flags.items())]
+
+
+@pytest.mark.slow
+def test_a_mistake_on_the_command_line_is_one_line_and_code_2(cfg):
+    bad = subprocess.run([sys.executable, *command(cfg, model="no/such")], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: model 'no/such'")
+    assert len(bad.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_numbers_of_one(cfg):
+    evaluate(cfg)
+    launcher = (
+        f"{Path(sys.executable).parent}/accelerate launch --multi_gpu --num_processes 2 --num_machines 1"
+    )
+    launcher += " --mixed_precision no --dynamo_backend no --main_process_port 0"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher.split(), *command(cfg)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("k=5       top-1") == 1  # one rank talks
+    one, two = json.loads((Path(cfg.out) / "evals.json").read_text())
+    del one["time"], two["time"]
+    assert two == one

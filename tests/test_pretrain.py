@@ -1,0 +1,233 @@
+"""The first story end to end: exact resume, independence of workers, signals, watching, the user's mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glsd.command_line import load
+from glsd.config import PretrainConfig
+from glsd.contracts import UserError
+from glsd.pretrain import pretrain
+from glsd.runtime import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def train(argv: list[str]) -> Path:
+    return pretrain(load(PretrainConfig, argv))
+
+
+def start_process(argv: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *argv]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def rows(run: Path) -> list[dict]:
+    """All rows of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    latest = [checkpoint.load_latest(run / "checkpoints") for run in (one, other)]
+    assert latest[0] is not None
+    assert latest[1] is not None
+    assert latest[0].step == latest[1].step
+    for kind, tensors in latest[0].tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, latest[1].tensors[kind][name]), f"{kind} {name}"
+    moments = [saved.optimizer["state"] for saved in latest]
+    assert moments[0].keys() == moments[1].keys()
+    for key, values in moments[0].items():
+        for name, tensor in values.items():
+            assert torch.equal(tensor, moments[1][key][name]), f"optimizer {key} {name}"
+
+
+def test_two_steps_resume_two_steps_is_four_steps(tiny_run):
+    straight = train(tiny_run("straight", optim__max_steps=4))
+    train(tiny_run("resumed", optim__max_steps=2))
+    resumed = train(tiny_run("resumed", optim__max_steps=4, resume="auto"))
+    assert len(rows(straight)) == 4
+    assert_same_run(straight, resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_runs_go_on_as_if_nothing_had_happened(tiny_run, workers):
+    """kill -9 in mid-run, twice; meters are flushed every 3 steps, so that a window is open at most checkpoints."""
+    options = {
+        "optim__max_steps": 23,
+        "watch__checkpoint_every": 2,
+        "watch__log_every": 3,
+        "data__num_workers": workers,
+        "model__drop_path": 0.3,
+    }
+    straight = train(tiny_run("straight", **options))
+    killed = Path(tiny_run("killed")[0].removeprefix("--out="))
+    for step in (4, 10):
+        process = start_process(tiny_run("killed", **options, resume="auto"))
+        wait_for(killed / "checkpoints" / f"step_{step:08d}", process)
+        process.kill()
+        process.communicate()
+        newest = checkpoint.load_latest(killed / "checkpoints")
+        assert newest is not None
+        assert newest.step < 23, "the run ended before it was killed: nothing is shown"
+    train(tiny_run("killed", **options, resume="auto"))
+    assert_same_run(straight, killed)
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_changes_nothing(tiny_run):
+    runs = [
+        train(tiny_run(f"workers{n}", optim__max_steps=4, data__num_workers=n, data__max_bad_fraction=0.5))
+        for n in (0, 1, 3)
+    ]
+    assert_same_run(runs[0], runs[1])
+    assert_same_run(runs[0], runs[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_ends_cleanly(tiny_run, name):
+    options = {"optim__epochs": 50, "optim__warmup_epochs": 0, "optim__max_steps": 60}
+    straight = train(tiny_run("straight", **options))
+    process = start_process(tiny_run("stopped", **options))
+    stopped = Path(tiny_run("stopped")[0].removeprefix("--out="))
+    wait_for(stopped / "metrics.jsonl", process)
+    while len((stopped / "metrics.jsonl").read_text().splitlines()) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.Signals[name])
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert f"stopped by {name} after step" in output
+    saved = checkpoint.load_latest(stopped / "checkpoints")
+    assert saved is not None
+    assert 2 <= saved.step < 60
+    train(tiny_run("stopped", **options, resume="auto"))
+    assert_same_run(straight, stopped)
+
+
+@pytest.mark.parametrize(
+    ("matching", "extra"),
+    [
+        ("geometric", {}),
+        ("similarity", {}),
+        ("both", {"loss__geometric_weight": 0.7, "loss__similarity_weight": 0.3}),
+        ("none", {}),
+        ("geometric", {"loss__centering": "sinkhorn", "optim__precision": "bf16"}),
+        ("geometric", {"head__shared": "true", "data__num_local": 0, "loss__local_mean": "accepted"}),
+        ("geometric", {"model__pool": "mean", "head__batch_norm": "true", "optim__accumulate_steps": 2}),
+    ],
+)
+def test_every_kind_of_loss_trains(tiny_run, matching, extra):
+    run = train(tiny_run(matching=matching, optim__max_steps=8, optim__freeze_prototypes_epochs=0, **extra))
+    values = rows(run)
+    assert [row["step"] for row in values] == list(range(1, 9))
+    assert all(isinstance(value, int | float) for row in values for value in row.values())
+    assert ("local_loss" in values[0]) == (matching != "none")
+    weights = (1.0, 0.0) if matching == "none" else (0.5, 0.5)
+    for row in values:
+        total = weights[0] * row["global_loss"] + weights[1] * row.get("local_loss", 0.0)
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+    before, after = (checkpoint.load_latest(run / "checkpoints"), load_initial(tiny_run, matching, extra))
+    assert before is not None
+    moved = [
+        name for name, tensor in before.tensors["student"].items() if not torch.equal(tensor, after[name])
+    ]
+    assert any("backbone" in name for name in moved)
+    assert any("prototypes" in name for name in moved)
+
+
+def load_initial(tiny_run, matching: str, extra: dict) -> dict[str, torch.Tensor]:
+    """The student's weights before the first step: a run whose learning rate and decay are 0."""
+    still = {
+        **extra,
+        "optim__lr": 0,
+        "optim__min_lr": 0,
+        "optim__weight_decay": 0,
+        "optim__weight_decay_end": 0,
+    }
+    run = train(tiny_run("still", matching=matching, optim__max_steps=1, **still))
+    return load_file(run / "checkpoints" / "latest" / "student.safetensors")
+
+
+def test_accumulation_is_one_large_batch(tiny_run):
+    whole = train(tiny_run("whole", optim__max_steps=3, model__drop_path=0))
+    parts = train(tiny_run("parts", optim__max_steps=3, model__drop_path=0, optim__accumulate_steps=4))
+    for one, other in zip(rows(whole), rows(parts), strict=True):
+        assert one == pytest.approx(other, rel=2e-5, abs=1e-7)
+
+
+def test_prototypes_are_frozen_at_the_start_then_free(tiny_run):
+    """6 steps an epoch: frozen through step 6, moving at step 7."""
+    runs = {n: train(tiny_run(f"run{n}", optim__max_steps=n)) for n in (1, 6, 8)}
+    weights = {n: load_file(run / "checkpoints/latest/student.safetensors") for n, run in runs.items()}
+    for name in ("global_head.prototypes.direction", "local_head.prototypes.direction"):
+        assert torch.equal(weights[1][name], weights[6][name])
+        assert not torch.equal(weights[6][name], weights[8][name])
+
+
+def test_what_a_run_leaves_behind(tiny_run, digit_shards):
+    run = train(
+        tiny_run(
+            optim__max_steps=4,
+            watch__probe_every=2,
+            watch__probe_k=5,
+            watch__probe_train_shards=f"{digit_shards}/train-*.tar",
+            watch__probe_val_shards=f"{digit_shards}/val-*.tar",
+        )
+    )
+    for name in ("config.yaml", "env.txt", "metrics.jsonl", "first_batch.png", "first_batch_local.png"):
+        assert (run / name).stat().st_size > 0, name
+    assert list((run / "tensorboard").glob("events*"))
+    probes = [row for row in rows(run) if "knn5_top1" in row]
+    assert [row["step"] for row in probes] == [0, 2, 4]
+    steps = [row for row in rows(run) if "loss" in row]
+    expected = {
+        "lr",
+        "weight_decay",
+        "teacher_momentum",
+        "teacher_temp",
+        "global_loss",
+        "local_loss",
+        "grad_norm",
+    }
+    expected |= {"global_teacher_entropy", "local_teacher_entropy", "matched_share", "epoch", "step", "loss"}
+    assert set(steps[0]) == expected
+    timing = json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])["timing"]
+    assert {"images_per_s", "data_wait"} <= timing.keys()
+
+
+def test_a_bad_gradient_stops_before_the_weights_move(tiny_run):
+    """An absurd learning rate makes the second step overflow; nothing of it is saved and the good checkpoint stays."""
+    argv = tiny_run(optim__lr=1e38, optim__warmup_epochs=0, watch__checkpoint_every=1, watch__log_every=5)
+    with pytest.raises(
+        UserError, match=r"step \d+: the (loss|gradient) is not finite .* lower optim.lr"
+    ) as caught:
+        train(argv)
+    assert "\n" not in str(caught.value)
+    saved = checkpoint.load_latest(Path(argv[0].removeprefix("--out=")) / "checkpoints")
+    assert saved is not None
+    assert all(torch.isfinite(t).all() for tensors in saved.tensors.values() for t in tensors.values())
+    assert f"step {saved.step}:" in str(caught.value)
