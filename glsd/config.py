@@ -263,7 +263,7 @@ class EvalConfig:
     temperature: float = 0.07
     backend: Literal["auto", "faiss", "torch"] = "auto"
     linear_epochs: int = 100
-    linear_lr: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0])
+    linear_lr: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0, 10.0])
     linear_batch_size: int = 256
     precision: Literal["no", "bf16"] = "no"
     seed: int = 0

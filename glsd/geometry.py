@@ -17,10 +17,11 @@ def patch_centers(boxes: Float[Tensor, "m 4"], crop_size: int, stride: int) -> F
     Raises UserError if the crop is smaller than one patch. Source: GLSD (arXiv 2207.14676), closed form of its position maps.
     """
     grid = grid_side(crop_size, stride)
-    # Share of the crop's side at which each patch centre lies; lerp between the two edges handles mirroring by itself.
-    share = (torch.arange(grid, dtype=boxes.dtype, device=boxes.device) + 0.5) * stride / crop_size
-    x = boxes[:, 0:1] + share * (boxes[:, 2:3] - boxes[:, 0:1]) - 0.5  # (m, grid)
-    y = boxes[:, 1:2] + share * (boxes[:, 3:4] - boxes[:, 1:2]) - 0.5
+    # Pixels of the resized crop at each patch centre, then the same share of the box. Multiplying before dividing keeps simple
+    # scales exact, and with them the ties between patches. A mirrored box runs backwards by itself.
+    place = (torch.arange(grid, dtype=boxes.dtype, device=boxes.device) + 0.5) * stride
+    x = boxes[:, 0:1] + place * (boxes[:, 2:3] - boxes[:, 0:1]) / crop_size - 0.5  # (m, grid)
+    y = boxes[:, 1:2] + place * (boxes[:, 3:4] - boxes[:, 1:2]) / crop_size - 0.5
     centers = torch.stack([x[:, None, :].expand(-1, grid, -1), y[:, :, None].expand(-1, -1, grid)], dim=-1)
     return centers.flatten(1, 2)
 

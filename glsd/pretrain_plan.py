@@ -32,7 +32,7 @@ class Rates:
     freeze_prototypes: bool
     epoch: int
 
-    def shown(self) -> dict[str, float]:
+    def shown(self) -> dict[str, float | int]:
         """Return what belongs into a row of metrics."""
         return {
             "epoch": self.epoch,

@@ -140,7 +140,7 @@ def measure(cfg, backbone):
     from glsd.evals.embed import embed
     from glsd.evals.knn import knn_accuracy
 
-    sets = []
+    sets: list[torch.Tensor] = []
     for patterns in (cfg.data.train_shards, cfg.data.val_shards):
         loader = eval_loader(
             open_shards(patterns), resize=36, crop=32, batch_size=90, rank=0, world_size=1, num_workers=0

@@ -171,18 +171,18 @@ def _photometric_parameters(spec: CropSpec, u: np.ndarray) -> np.ndarray:
     def per_crop(rates: tuple[float, float, float]) -> np.ndarray:
         return np.array([*rates[:NUM_GLOBAL], *[rates[2]] * spec.num_local])
 
-    columns = dict.fromkeys(PHOTOMETRIC_FIELDS, np.zeros(len(u)))
+    columns: dict[str, np.ndarray] = {}
     jittered = u[:, DRAWS["jitter"]] < spec.jitter_prob
     for name, strength in zip(("brightness", "contrast", "saturation"), spec.jitter[:3], strict=True):
         low, high = max(0.0, 1 - strength), 1 + strength
         columns[name] = np.where(jittered, low + (high - low) * u[:, DRAWS[name]], 1.0)
     columns["hue"] = np.where(jittered, spec.jitter[3] * (2 * u[:, DRAWS["hue"]] - 1), 0.0)
     columns["jitter_order"] = np.where(jittered, np.floor(24 * u[:, DRAWS["jitter_order"]]), 0.0)
-    columns["grayscale"] = u[:, DRAWS["grayscale"]] < spec.grayscale_prob
+    columns["grayscale"] = (u[:, DRAWS["grayscale"]] < spec.grayscale_prob) * 1.0
     low, high = BLUR_SIGMA
     blurred = u[:, DRAWS["blur"]] < per_crop(spec.blur_prob)
     columns["blur_sigma"] = np.where(blurred, low + (high - low) * u[:, DRAWS["blur_sigma"]], 0.0)
-    columns["solarize"] = u[:, DRAWS["solarize"]] < per_crop(spec.solarize_prob)
+    columns["solarize"] = (u[:, DRAWS["solarize"]] < per_crop(spec.solarize_prob)) * 1.0
     return np.stack([columns[name] for name in PHOTOMETRIC_FIELDS], axis=1).astype(np.float32)
 
 

@@ -1,6 +1,7 @@
 """From the bytes of one image file to uint8 RGB pixels, or to a reason why not."""
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -98,8 +99,8 @@ def _to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
 
 
 def _reason(error: Exception) -> str:
-    # A plugin's constructor says SyntaxError where Image.open says UnidentifiedImageError.
-    if isinstance(error, Image.UnidentifiedImageError) or type(error) is SyntaxError:
+    if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # torchvision puts its own source file and line before libjpeg's message.
+    return f"unreadable: {re.sub(r'^decode_jpeg, .*?:[0-9]+, ', '', lines[0])[:200]}"

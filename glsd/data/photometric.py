@@ -1,4 +1,4 @@
-"""Jitter, grayscale, blur, solarise, normalise: a whole batch of uint8 crops at once, on the device they are on."""
+"""Jitter, grayscale, blur, solarise, normalise: a whole batch of uint8 crops at once, on its device."""
 
 import itertools
 from typing import NamedTuple
@@ -14,7 +14,7 @@ STD = (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601: the gray of an RGB pixel
 # What counts as >= 128 after rounding to 0..255: values are not rounded here.
 SOLARIZE_THRESHOLD = 127.5 / 255
-# On the CPU this many values are changed at a time, so that they stay in its cache from one change to the next.
+# On the CPU this many values are changed at a time, to stay in its cache from one change to the next.
 CPU_CHUNK_VALUES = 2**18
 
 # The value of a column that leaves the crop as it is.
@@ -29,9 +29,10 @@ def photometric(
 ) -> Float32[Tensor, "m 3 h w"]:
     """Return the crops changed as their parameters say, then normalised with MEAN and STD.
 
-    crops: on any device; parameters: columns PHOTOMETRIC_FIELDS, on the CPU, where the work is planned without waiting
-    for the device: a change is computed only for the crops that need it. Order: the four jitters in the crop's own
-    order, grayscale, blur (sigma in pixels, edges repeated), solarise. Values stay within 0..1 after each change.
+    crops: on any device; parameters: columns PHOTOMETRIC_FIELDS, on the CPU, where the work is planned without
+    waiting for the device: a change is computed only for the crops that need it. Order: the four jitters in the
+    crop's own order, grayscale, blur (sigma in pixels, edges repeated), solarise. Values are kept within 0..1
+    and not rounded in between.
     Source: augmentation of DINO (arXiv 2104.14294).
     """
     changed = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
@@ -56,17 +57,14 @@ class Task(NamedTuple):
 
 def plan(parameters: Float32[Tensor, "m f"]) -> list[Task]:
     """Return the changes to make: one after the other they serve every crop in its own order of jitters."""
-    table = parameters.tolist()
-    tasks = []
-    for turn, jitter in itertools.product(range(len(JITTERS)), JITTERS):
-        mine = [i for i, row in enumerate(table) if ORDERS[int(row[COLUMN["jitter_order"]])][turn] == jitter]
-        tasks.append(Task(jitter, mine))
-    tasks += [Task(change, list(range(len(table)))) for change in ("grayscale", "blur_sigma", "solarize")]
-    needed = [
-        Task(change, [i for i in rows if table[i][COLUMN[change]] != NEUTRAL[change]])
-        for change, rows in tasks
-    ]
-    return [task for task in needed if task.rows]
+    turns = [*itertools.product(range(len(JITTERS)), JITTERS), *enumerate(AFTER_JITTERS, len(JITTERS))]
+    rows: dict[tuple[int, str], list[int]] = {turn: [] for turn in turns}
+    for number, row in enumerate(parameters.tolist()):
+        mine = (*ORDERS[int(row[COLUMN["jitter_order"]])], *AFTER_JITTERS)
+        for turn in enumerate(mine):
+            if row[COLUMN[turn[1]]] != NEUTRAL[turn[1]]:
+                rows[turn].append(number)
+    return [Task(change, numbers) for (_, change), numbers in rows.items() if numbers]
 
 
 def _apply(x: Float32[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]) -> None:
@@ -107,16 +105,14 @@ def saturation(x: Float32[Tensor, "m 3 h w"], factor: Float32[Tensor, "m 1 1 1"]
 def hue(x: Float32[Tensor, "m 3 h w"], shift: Float32[Tensor, "m 1 1 1"]) -> None:
     """Turn the hue by ``shift`` turns at equal saturation and value (HSV).
 
-    With hue h in 0..6, value v and chroma c, a channel is v - c + c * s(h), where s rises and falls linearly: for red it is
-    |h - 3| - 1, for green 2 - |h - 2|, for blue 2 - |h - 4|, each clamped to 0..1.
+    With hue h in 0..6, value v and chroma c, a channel is v - c + c * s(h), where s rises and falls linearly:
+    |h - 3| - 1 for red, 2 - |h - 2| for green, 2 - |h - 4| for blue, each clamped to 0..1.
     """
     red, green, blue = x.unbind(1)
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
-    inverse = chroma.clamp(
-        min=1e-12
-    ).reciprocal_()  # gray pixels have no hue: chroma 0 leaves them as they are
+    inverse = chroma.clamp(min=1e-12).reciprocal_()  # gray has no hue, and chroma 0 leaves it as it is
     h = torch.where(high == green, (blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4))
     h = torch.where(high == red, (green - blue).mul_(inverse), h).add_(6 * shift[:, 0])
     h.sub_((h * (1 / 6)).floor_(), alpha=6)
@@ -133,8 +129,8 @@ def grayscale(x: Float32[Tensor, "m 3 h w"], _: Float32[Tensor, "m 1 1 1"]) -> N
 def blur(x: Float32[Tensor, "m 3 h w"], sigma: Float32[Tensor, "m 1 1 1"]) -> None:
     """Blur by a Gaussian of ``sigma`` pixels; beyond the border the border pixel goes on.
 
-    A separable filter is one matrix from the left and one from the right; here that is faster than a convolution with a
-    kernel per crop, on the CPU as well, and the border is part of the matrix.
+    A separable filter is one matrix from the left and one from the right: as fast as a convolution with a kernel
+    per crop, on the CPU as well, and the border is part of the matrix.
     """
     count, _, height, width = x.shape
     down = gaussian_matrix(sigma, height)[:, 0]
@@ -148,9 +144,9 @@ def gaussian_matrix(sigma: Float32[Tensor, "m 1 1 1"], size: int) -> Float32[Ten
     """Return the matrices that blur a line of ``size`` pixels whose end pixels go on for ever; rows sum to 1."""
     place = torch.arange(size, device=sigma.device)
     kernel = torch.exp(-0.5 * (place / sigma) ** 2)
-    # Nothing is lost beyond 6 sigma in float32, and the denormal numbers there make CPUs a hundred times slower.
+    # In float32 nothing is lost beyond 6 sigma, and the denormal numbers there make CPUs many times slower.
     kernel = torch.where(place > 6 * sigma, 0, kernel)
-    beyond = kernel.flip(-1).cumsum(-1).flip(-1)  # all that lies at this distance and farther on one side
+    beyond = kernel.flip(-1).cumsum(-1).flip(-1)  # all that lies at this distance and farther, on one side
     matrix = kernel[..., 0, (place[:, None] - place).abs()]
     matrix[..., 0] = beyond[..., 0, :]
     matrix[..., -1] = beyond[..., 0, :].flip(-1)
@@ -171,7 +167,8 @@ CHANGES = {
     "blur_sigma": blur,
     "solarize": solarize,
 }
-JITTERS = PHOTOMETRIC_FIELDS[:4]
+JITTERS = ("brightness", "contrast", "saturation", "hue")
+AFTER_JITTERS = ("grayscale", "blur_sigma", "solarize")
 ORDERS = tuple(itertools.permutations(JITTERS))
 
 

@@ -30,7 +30,7 @@ def linear_probe(
     val_features: Float[Tensor, "q d"],
     val_labels: Int64[Tensor, " q"],
     *,
-    lr_list: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
+    lr_list: Sequence[float] = (0.001, 0.01, 0.1, 1.0, 10.0),
     epochs: int = 100,
     batch_size: int = 256,
     seed: int = 0,

@@ -12,7 +12,7 @@ EPSILON = 1e-6
 
 
 @torch.no_grad()
-def clip_per_parameter(parameters: Iterable[Parameter], max_norm: float) -> Float[Tensor, " p"]:
+def clip_per_parameter(parameters: Iterable[Parameter], max_norm: int | float) -> Float[Tensor, " p"]:
     """Scale each gradient g on its own by min(1, max_norm / (|g| + 1e-6)), in place, and return the p norms
     before that.
 
@@ -29,7 +29,7 @@ def clip_per_parameter(parameters: Iterable[Parameter], max_norm: float) -> Floa
 
 
 @torch.no_grad()
-def clip_global(parameters: Iterable[Parameter], max_norm: float) -> Float[Tensor, " p"]:
+def clip_global(parameters: Iterable[Parameter], max_norm: int | float) -> Float[Tensor, " p"]:
     """Scale all gradients together by min(1, max_norm / (|all| + 1e-6)), in place, and return the p norms
     before that.
 

@@ -5,7 +5,7 @@ from torch import nn
 
 
 @torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: int | float) -> None:
     """Move every teacher parameter: teacher <- momentum * teacher + (1 - momentum) * student, in place.
 
     Parameters only: buffers, such as the running statistics of a batch norm, stay the teacher's own. No

@@ -8,7 +8,13 @@ from glsd.contracts import UserError
 
 
 def cosine(
-    step: int, *, base: float, final: float, total_steps: int, warmup_steps: int = 0, start: float = 0.0
+    step: int,
+    *,
+    base: int | float,
+    final: int | float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    start: int | float = 0.0,
 ) -> float:
     """Return the value at ``step``: a straight rise from start to base, then half a cosine from base
     towards final.
@@ -26,7 +32,7 @@ def cosine(
     return final + 0.5 * (base - final) * (1.0 + math.cos(math.pi * progress))
 
 
-def teacher_temp(epoch: int, *, warmup_temp: float, temp: float, warmup_epochs: int) -> float:
+def teacher_temp(epoch: int, *, warmup_temp: int | float, temp: int | float, warmup_epochs: int) -> float:
     """Return the teacher's temperature in ``epoch``: warmup_epochs values from warmup_temp to temp, both
     included, then temp.
 
@@ -34,12 +40,12 @@ def teacher_temp(epoch: int, *, warmup_temp: float, temp: float, warmup_epochs: 
     """
     if epoch < 0:
         raise ValueError(f"epoch {epoch} is negative")
-    return _between(warmup_temp, temp, epoch, warmup_epochs) if epoch < warmup_epochs else temp
+    return _between(warmup_temp, temp, epoch, warmup_epochs) if epoch < warmup_epochs else float(temp)
 
 
-def _between(first: float, last: float, place: int, count: int) -> float:
+def _between(first: int | float, last: int | float, place: int, count: int) -> float:
     """Return value ``place`` of ``count`` equally spaced ones from first to last; a single one is first."""
-    return first + (last - first) * place / (count - 1) if count > 1 else first
+    return first + (last - first) * place / (count - 1) if count > 1 else float(first)
 
 
 def check_schedule(*, total: int, warmup: int, total_key: str, warmup_key: str) -> None:

@@ -80,7 +80,7 @@ def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
     return result
 
 
-def gather_rows(tensor: Shaped[Tensor, "n *s"]) -> Shaped[Tensor, "m *s"]:
+def gather_rows(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     """Return the rows of all ranks, rank 0's first, on every rank; the number of rows may differ between
     ranks.
     """

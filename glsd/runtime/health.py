@@ -55,7 +55,7 @@ def _non_finite(metrics: Mapping[str, Any]) -> list[Finding]:
 
 
 def _collapse(
-    part: str, loss: float | None, entropy: float | None, num_prototypes: int, early: bool
+    part: str, loss: int | float | None, entropy: int | float | None, num_prototypes: int, early: bool
 ) -> list[Finding]:
     uniform = math.log(num_prototypes)
     if loss is None or early or num_prototypes < 2:
@@ -81,7 +81,7 @@ def _collapse(
     return []
 
 
-def _matched(share: float | None) -> list[Finding]:
+def _matched(share: int | float | None) -> list[Finding]:
     if share is None or share >= 0.2:
         return []
     line = (
@@ -91,7 +91,7 @@ def _matched(share: float | None) -> list[Finding]:
     return [Finding("few_matches", line)]
 
 
-def _gradient(norm: float | None, early: bool) -> list[Finding]:
+def _gradient(norm: int | float | None, early: bool) -> list[Finding]:
     if norm is None or not math.isfinite(norm):
         return []
     if norm < 1e-8:
@@ -109,7 +109,7 @@ def _gradient(norm: float | None, early: bool) -> list[Finding]:
     return []
 
 
-def _rank(value: float | None, embed_dim: int, early: bool) -> list[Finding]:
+def _rank(value: int | float | None, embed_dim: int, early: bool) -> list[Finding]:
     if value is None or early or not math.isfinite(value) or value >= 0.05 * embed_dim:
         return []
     line = (
@@ -119,7 +119,7 @@ def _rank(value: float | None, embed_dim: int, early: bool) -> list[Finding]:
     return [Finding("low_rank", line)]
 
 
-def _data_wait(share: float | None, early: bool) -> list[Finding]:
+def _data_wait(share: int | float | None, early: bool) -> list[Finding]:
     if share is None or early or share <= 0.1:
         return []
     line = (

@@ -34,9 +34,9 @@ class Meters:
     def __init__(self, folder: Path, *, total_steps: int, start_step: int, device: torch.device) -> None:
         self._device, self._total = device, total_steps
         self._dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self._sums: dict[str, Tensor | float] = {}
+        self._sums: dict[str, Tensor | int | float] = {}
         self._counts: dict[str, int] = {}
-        self._totals: dict[str, float] = {}
+        self._totals: dict[str, int | float] = {}
         self._step = start_step
         self._started = time.perf_counter()
         self._start_window()
@@ -49,7 +49,7 @@ class Meters:
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
 
-    def add(self, name: str, value: Tensor | float) -> None:
+    def add(self, name: str, value: Tensor | int | float) -> None:
         """Take one value of a quantity whose mean over window and ranks is wanted; a 0-d tensor is not
         waited for."""
         if isinstance(value, Tensor):
@@ -57,7 +57,7 @@ class Meters:
         self._sums[name] = self._sums.get(name, 0.0) + value
         self._counts[name] = self._counts.get(name, 0) + 1
 
-    def count(self, name: str, amount: float) -> None:
+    def count(self, name: str, amount: int | float) -> None:
         """Take an amount whose sum over window and ranks is wanted (a number on the host)."""
         self._totals[name] = self._totals.get(name, 0.0) + amount
 
@@ -80,7 +80,7 @@ class Meters:
         self._window_steps += step - self._step
         self._step = step
 
-    def flush(self, step: int, **extra: float) -> dict[str, Any]:
+    def flush(self, step: int, **extra: int | float) -> dict[str, Any]:
         """Read everything added since the last flush, the one host synchronisation; every rank calls and
         gets the same row.
 
@@ -201,8 +201,8 @@ def _summary_writer(folder: Path, *, purge_step: int):
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
+    flat: dict[str, int | float] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}/")

@@ -98,8 +98,8 @@ def test_hue_is_torchvisions_and_the_standard_librarys(shift):
 
 def test_hue_properties():
     crops = pictures(3)
-    there_and_back = module.hue(x := crops / 255, torch.full((3, 1, 1, 1), 1 / 3))
-    assert there_and_back is None  # changes in place
+    x = crops / 255
+    module.hue(x, torch.full((3, 1, 1, 1), 1 / 3))  # in place
     # A third of a turn exchanges the channels: red becomes green, green blue, blue red.
     assert torch.allclose(x, (crops / 255)[:, [2, 0, 1]], atol=2e-5)
     gray = crops[:, :1].repeat(1, 3, 1, 1)

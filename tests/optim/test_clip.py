@@ -59,6 +59,13 @@ def test_nothing_to_clip_and_generators(clip):
     assert clip((p for p in make_parameters()), 3.0).shape == (5,)
 
 
+@pytest.mark.parametrize("clip", CLIPPERS.values())
+def test_it_does_not_wait_for_the_device(clip):
+    parameter = Parameter(torch.zeros(3, 2, device="meta"))
+    parameter.grad = torch.ones_like(parameter)  # a meta tensor has no value to wait for
+    assert clip([parameter], 1.0).shape == (1,)
+
+
 def test_norms_of_half_precision_gradients_are_float32():
     parameter = Parameter(torch.zeros(100_000, dtype=torch.bfloat16))
     parameter.grad = torch.ones_like(parameter)

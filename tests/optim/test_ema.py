@@ -9,7 +9,7 @@ from torch import nn
 from glsd.optim.ema import ema_update
 
 
-def network(width: int = 3) -> nn.Module:
+def network(width: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width)).double()
 
 
@@ -41,6 +41,10 @@ def test_the_teacher_may_require_no_gradient_and_the_student_keeps_its_graph():
     ema_update(teacher, student, 0.5)
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_it_does_not_wait_for_the_device():
+    ema_update(network().to("meta"), network().to("meta"), 0.9)  # a meta tensor has no value to wait for
 
 
 def test_two_different_networks_are_refused():

@@ -13,7 +13,7 @@ from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import load, load_latest, restore, save
 
 
-def network(width: int = 3) -> nn.Module:
+def network(width: int = 3) -> nn.Sequential:
     torch.manual_seed(width)
     return nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width))
 
@@ -31,6 +31,12 @@ def save_step(folder, step, *, keep=2, fill=None):
     tensors = {"student": model.state_dict(), "centers": {"image": torch.full((5,), float(fill or step))}}
     state = {"samples": step * 8, "loss": 1 / 3}
     return save(folder, step=step, tensors=tensors, state=state, optimizer=optimizer.state_dict(), keep=keep)
+
+
+def newest_step(folder) -> int:
+    newest = load_latest(folder)
+    assert newest is not None
+    return newest.step
 
 
 def names(folder):
@@ -108,7 +114,7 @@ def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path):
     (tmp_path / "step_00000002.tmp-77").mkdir()
     (tmp_path / "step_00000002.tmp-77" / "student.safetensors").write_bytes(b"half")
     (tmp_path / "latest.tmp-77").symlink_to("step_00000002")
-    assert load_latest(tmp_path).step == 1
+    assert newest_step(tmp_path) == 1
     save_step(tmp_path, 3)
     assert names(tmp_path) == ["latest", "step_00000001", "step_00000003"]
 
@@ -140,7 +146,7 @@ def test_a_damaged_file_falls_back_to_the_one_before(tmp_path, capsys, name, dam
         place = content.index(b'"sha256": "') + 15 if name == "manifest.json" else len(content) - 2
         content[place] ^= 1
         file.write_bytes(content)
-    assert load_latest(tmp_path).step == 1
+    assert newest_step(tmp_path) == 1
     line = capsys.readouterr().err
     assert line.startswith(f"warning: checkpoint {newest} is not intact: ")
     assert line.endswith("; going back to step_00000001\n")
@@ -155,25 +161,25 @@ def test_every_flipped_byte_of_the_weights_is_noticed(tmp_path):
     content = file.read_bytes()
     for place in range(0, len(content), 7):
         file.write_bytes(content[:place] + bytes([content[place] ^ 128]) + content[place + 1 :])
-        assert load_latest(tmp_path).step == 1
+        assert newest_step(tmp_path) == 1
     file.write_bytes(content)
-    assert load_latest(tmp_path).step == 2
+    assert newest_step(tmp_path) == 2
 
 
 def test_a_damaged_later_one_does_not_displace_good_ones(tmp_path):
     for step in (1, 2):
         save_step(tmp_path, step)
     (save_step(tmp_path, 3, keep=3) / "state.json").unlink()
-    assert load_latest(tmp_path).step == 2
+    assert newest_step(tmp_path) == 2
     save_step(tmp_path, 2, keep=1)  # the run went back and comes by again
     assert names(tmp_path) == ["latest", "step_00000002"]
-    assert load_latest(tmp_path).step == 2
+    assert newest_step(tmp_path) == 2
 
 
 def test_none_intact_is_an_error(tmp_path):
     for step in (1, 2):
         (save_step(tmp_path, step) / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="step_00000002 is not intact: optimizer.pt has 0 bytes"):
+    with pytest.raises(UserError, match=r"step_00000002 is not intact: optimizer\.pt has 0 bytes"):
         load_latest(tmp_path)
 
 
@@ -181,7 +187,7 @@ def test_a_manifest_of_another_form_is_not_intact(tmp_path):
     for content in ("[]", "{}", "null", '{"version": 1, "step": 1, "files": {}}'):
         path = save_step(tmp_path, 1)
         (path / "manifest.json").write_text(content)
-        with pytest.raises(UserError, match="manifest.json"):
+        with pytest.raises(UserError, match=r"manifest\.json"):
             load(path)
     path = save_step(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -202,10 +208,54 @@ def test_a_disk_that_refuses_leaves_earlier_ones_intact(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(checkpoint, "_fsync", full)
-    with pytest.raises(UserError, match="No space left on device.*earlier checkpoints are intact"):
+    with pytest.raises(UserError, match=r"No space left on device.*earlier checkpoints are intact"):
         save_step(tmp_path, 2)
     assert names(tmp_path) == ["latest", "step_00000001"]
-    assert load_latest(tmp_path).step == 1
+    assert newest_step(tmp_path) == 1
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in save may catch it."""
+
+
+@pytest.mark.parametrize("same_step", [False, True])
+def test_a_kill_at_any_moment_leaves_an_intact_checkpoint(tmp_path, capsys, monkeypatch, same_step):
+    names_of_calls = [(os, "rename"), (os, "replace"), (checkpoint, "_fsync"), (checkpoint.shutil, "rmtree")]
+    originals = {(place, name): getattr(place, name) for place, name in names_of_calls}
+    for deadly in range(1, 30):
+        folder = tmp_path / str(deadly)
+        for step in (1, 2):
+            save_step(folder, step)
+        calls = 0
+
+        def count(original, deadly=deadly):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == deadly:
+                    raise Killed
+                return original(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for (place, name), original in originals.items():
+                patch.setattr(place, name, count(original))
+            try:
+                save_step(folder, 2 if same_step else 3)
+                survived = True
+            except Killed:
+                survived = False
+        assert newest_step(folder) in ((1, 2) if same_step else (2, 3))
+        assert capsys.readouterr().err == "", "an unfinished checkpoint was taken for a finished one"
+        save_step(folder, 4)
+        assert names(folder)[0] == "latest"
+        assert names(folder)[-1] == "step_00000004"
+        assert not [name for name in names(folder) if "tmp" in name]
+        if survived:
+            break
+    assert survived
+    assert deadly > 10
 
 
 def test_an_unwritable_folder(tmp_path):
@@ -226,9 +276,9 @@ def test_weights_of_another_architecture_name_tensor_and_shapes():
     with pytest.raises(UserError, match=r"has a tensor extra \(2,\) that this model lacks"):
         restore(model, {**saved, "extra": torch.zeros(2)}, source=source)
     other = network(3)
-    nn.init.zeros_(other[0].weight)
+    nn.init.zeros_(other.get_parameter("0.weight"))
     restore(other, saved, source=source)
-    assert torch.equal(other[0].weight, saved["0.weight"])
+    assert torch.equal(other.get_parameter("0.weight"), saved["0.weight"])
 
 
 def test_two_ranks_write_once_and_load_the_same(tmp_path):

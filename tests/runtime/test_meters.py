@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from ranks import run_ranks
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
 from glsd.runtime import meters as meters_module
 from glsd.runtime.meters import Meters
@@ -52,6 +52,14 @@ def test_the_sum_is_kept_in_float64(tmp_path):
     for value in values:
         meters.add("loss", value)
     assert meters.flush(1)["loss"] == pytest.approx(float(values.double().mean()), rel=1e-14)
+
+
+def test_adding_does_not_wait_for_the_device(tmp_path):
+    meters = Meters(tmp_path, total_steps=10, start_step=0, device=torch.device("meta"))
+    for _ in range(2):
+        meters.add("loss", torch.zeros((), device="meta"))  # a meta tensor has no value to wait for
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        meters.flush(1)
 
 
 def test_going_on_from_the_state_gives_the_same_row_to_the_bit(tmp_path):
@@ -117,10 +125,11 @@ def test_tensorboard_shows_the_rows_and_forgets_what_a_resumed_run_repeats(tmp_p
     for step in (1, 2, 3):
         first.write({"step": step, "loss": float(step), "timing": {"step_s": 0.1}})
     first.close()
+    time.sleep(1.1)  # event files are ordered by the second they were made in
     second = make(tmp_path, start_step=1)
     second.write({"step": 2, "loss": 20.0})
     second.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(board.Tags()["scalars"]) == {"loss", "timing/step_s"}
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
 
