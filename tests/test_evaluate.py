@@ -110,7 +110,11 @@ def test_knn_of_a_run(cfg, capsys):
 
 def test_records_are_appended_and_repeatable(cfg):
     first = evaluate(cfg)
-    second = evaluate(replace(cfg, protocol="linear", data=replace(cfg.data, num_workers=2, batch_size=7)))
+    second = evaluate(
+        replace(
+            cfg, protocol="linear", linear_lr=[0.1, 1.0], data=replace(cfg.data, num_workers=2, batch_size=7)
+        )
+    )
     third = evaluate(replace(cfg, backend="torch", data=replace(cfg.data, num_workers=1)))
     assert json.loads((Path(cfg.out) / "evals.json").read_text()) == [first, second, third]
     assert third["result"] == first["result"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from glsd.command_line import load
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def train(argv: list[str]) -> Path:
+    AcceleratorState._reset_state()  # it keeps the first precision of a process
     return pretrain(load(PretrainConfig, argv))
 
 

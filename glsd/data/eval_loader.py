@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.transforms.v2 import InterpolationMode, functional
 
 from glsd.contracts import LabelledBatch, UserError
 from glsd.data.decode import BrokenImage, decode
@@ -139,9 +138,9 @@ def center_square(image: UInt8[Tensor, "3 h w"], *, resize_to: int, crop: int) -
     height, width = image.shape[1:]
     longest = MAX_ASPECT * min(height, width)
     if max(height, width) > longest:
-        image = center_crop(image, [min(height, longest), min(width, longest)])
-    resized = resize(image, [resize_to], interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return center_crop(resized, [crop, crop])
+        image = functional.center_crop(image, [min(height, longest), min(width, longest)])
+    resized = functional.resize(image, [resize_to], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return functional.center_crop(resized, [crop, crop])
 
 
 def _collate(

@@ -1,9 +1,11 @@
 """From folders of images to tar shards: the original bytes, a label each, an index beside each shard."""
 
+import glob
 import io
 import json
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -146,7 +148,9 @@ def _check(raw: bytes, full_check: bool) -> None:
         decode(raw)
         return
     try:
-        Image.open(io.BytesIO(raw)).close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large images long before it refuses them
+            Image.open(io.BytesIO(raw)).close()
     except Image.UnidentifiedImageError as error:
         raise BrokenImage("not an image of a known format" if raw else "empty file (0 bytes)") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -188,7 +192,7 @@ def _write_shards(
     work = dst / f".{prefix}.packing"
     try:
         dst.mkdir(parents=True, exist_ok=True)
-        old = sorted(dst.glob(f"{prefix}-*.tar"))
+        old = sorted(dst.glob(f"{glob.escape(prefix)}-[0-9]*.tar"))
         if old:
             raise UserError(f"{dst} already has {old[0].name}: choose another prefix or an empty folder")
         work.mkdir()

@@ -183,6 +183,8 @@ def test_shards_are_never_overwritten(photos_folder, tmp_path):
     with pytest.raises(UserError, match=r"already has train-000000\.tar"):
         pack_folder(photos_folder, dst, shuffle_seed=5)
     assert (dst / "train-000000.tar").read_bytes() == before
+    pack_folder(photos_folder, dst, prefix="train-extra")
+    assert pack_folder(photos_folder, dst, prefix="tr").num_images == 10  # other prefixes are no obstacle
     (dst / ".val.packing").mkdir()
     with pytest.raises(UserError, match=r"left by an interrupted packing"):
         pack_folder(photos_folder, dst, prefix="val")

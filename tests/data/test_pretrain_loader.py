@@ -219,14 +219,11 @@ def test_a_worker_obeys_the_training_process(make_shards):
     stream = pretrain_loader(open_shards(pattern), **{**SETUP, "num_workers": 1})
     next(stream)
     (worker,) = psutil.Process().children()
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
-        terminate_and_go_on(worker, stream)
-
-
-def terminate_and_go_on(worker, stream):
     os.kill(worker.pid, signal.SIGTERM)
-    psutil.wait_procs([worker], timeout=10)  # torch may raise here already, in its handler of SIGCHLD
-    list(itertools.islice(stream, 30))
+    patience = time.monotonic() + 10
+    while worker.status() != psutil.STATUS_ZOMBIE:  # seen without reaping it, which is torch's business
+        assert time.monotonic() < patience
+        time.sleep(0.01)
 
 
 @pytest.mark.slow

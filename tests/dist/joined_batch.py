@@ -1,0 +1,75 @@
+"""Body of test_ranks.py: three training steps in float64, then rank 0 writes losses, gradients, centres and weights.
+
+python joined_batch.py OUT.pt FLAGS... : alone it takes the whole batch, under the launcher each rank its share.
+"""
+
+import sys
+
+import torch
+
+import glsd.pretrain as story
+from glsd.command_line import load
+from glsd.config import PretrainConfig
+from glsd.data.shards import open_shards
+from glsd.distillation import Pixels
+from glsd.pretrain_build import build
+from glsd.pretrain_plan import make_plan, rates_at
+from glsd.runtime import dist
+
+torch.set_num_threads(1)
+
+
+class Recorder:
+    """Takes the place of the meters: keeps every value as the mean over ranks."""
+
+    def __init__(self):
+        self.values: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, name, value):
+        self.values.setdefault(name, []).append(dist.all_reduce_mean(value.detach().double()))
+
+    def waiting(self):
+        return torch.no_grad()  # any context manager that does nothing to the loader
+
+
+def augment_in_double(batch) -> Pixels:
+    return Pixels(*(tensor.double() for tensor in single(batch)))
+
+
+single = story.augment
+story.augment = augment_in_double  # type: ignore[assignment]
+
+out, *argv = sys.argv[1:]
+cfg = load(PretrainConfig, argv)
+accelerator = story.start(cfg)
+shards = open_shards(cfg.data.shards)
+plan = make_plan(cfg, len(shards))
+torch.set_default_dtype(torch.float64)
+state = build(cfg, accelerator)
+for network in (state.student, state.teacher):
+    network.double()
+gradients: list[dict[str, torch.Tensor]] = []
+state.optimizer.register_step_pre_hook(
+    lambda *_: gradients.append(
+        {n: p.grad.clone() for n, p in state.student.named_parameters() if p.grad is not None}
+    )
+)
+batches = story.make_batches(cfg, plan, shards, 0)
+meters = Recorder()
+keys = []
+for _ in range(3):
+    report = story.train_step(cfg, rates_at(cfg, plan, state.step), state, batches, meters, accelerator)  # type: ignore[arg-type]
+    keys.append(sorted(key for rank_keys in dist.gather_objects(report.keys) for key in rank_keys))
+    state.step += 1
+if dist.is_main():
+    result = {
+        "world": dist.world_size(),
+        "keys": keys,
+        "values": {name: torch.stack(values) for name, values in meters.values.items()},
+        "gradients": gradients,
+        "centers": state.centers,
+        "student": state.student.state_dict(),
+        "teacher": state.teacher.state_dict(),
+    }
+    torch.save(result, out)
+dist.finish()

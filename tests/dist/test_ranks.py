@@ -1,0 +1,105 @@
+"""Two gloo processes give what one process gives with the joined batch, started by the README's own launch line."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_pretrain import rows
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def launch_line(readme: Path = ROOT / "README.md") -> tuple[dict[str, str], list[str]]:
+    """Environment and command, up to the script, of the README's line that starts N ranks on CPUs."""
+    found = re.search(
+        r"^(ACCELERATE_USE_CPU=true accelerate launch .*?) launch/pretrain.py",
+        readme.read_text(),
+        re.MULTILINE,
+    )
+    assert found, "the README no longer shows how to start ranks on CPUs"
+    words = shlex.split(found[1])
+    environment = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
+    command = [word for word in words if "=" not in word or word.startswith("-")]
+    command[0] = str(Path(sys.executable).parent / command[0])
+    return environment, command
+
+
+def run(command: list[str], extra: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(extra or {})}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"matching": "geometric"},
+        {"matching": "both", "optim__accumulate_steps": 2, "optim__clip_grad": 0.0},
+        {"matching": "similarity", "loss__centering": "sinkhorn", "optim__clip_mode": "global"},
+    ],
+    ids=lambda o: o["matching"],
+)
+def test_two_ranks_are_one_rank_with_the_joined_batch(tiny_run, tmp_path, options):
+    argv = tiny_run(
+        model__drop_path=0.0, optim__freeze_prototypes_epochs=0, optim__warmup_epochs=0, **options
+    )
+    body = str(HERE / "joined_batch.py")
+    alone = run([sys.executable, body, str(tmp_path / "one.pt"), *argv])
+    assert alone.returncode == 0, alone.stderr
+    environment, command = launch_line()
+    together = run([*command, body, str(tmp_path / "two.pt"), *argv], environment)
+    assert together.returncode == 0, together.stderr
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
+    assert (one["world"], two["world"]) == (1, 2)
+    assert one["keys"] == two["keys"]
+    assert len(one["gradients"]) == len(two["gradients"]) == 3
+    compared = 0
+    for name in ("values", "centers", "student", "teacher"):
+        assert one[name].keys() == two[name].keys()
+        compared += compare(one[name], two[name])
+    for first, second in zip(one["gradients"], two["gradients"], strict=True):
+        assert first.keys() == second.keys()
+        compared += compare(first, second)
+    assert compared > 100
+
+
+def compare(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> int:
+    for name, tensor in one.items():
+        assert tensor.dtype == torch.float64, name
+        error = (tensor - two[name]).abs().max() / tensor.abs().max().clamp_min(1e-12)
+        assert error < 1e-9, f"{name}: {error:.1e}"
+    return len(one)
+
+
+@pytest.mark.slow
+def test_the_readme_launch_line_trains_on_two_ranks_and_resumes(tiny_run):
+    """The whole program, float32: two ranks, stop, go on; close to one rank, and no row lost or doubled."""
+    environment, command = launch_line()
+    script = str(ROOT / "launch" / "pretrain.py")
+    options = {"model__drop_path": 0.0, "watch__checkpoint_every": 2}
+    for extra in ({"optim__max_steps": 3}, {"optim__max_steps": 6, "resume": "auto"}):
+        done = run([*command, script, *tiny_run("two", **options, **extra)], environment)
+        assert done.returncode == 0, done.stderr
+        assert "2 ranks x 1 x 4 images" in done.stdout
+    done = run([sys.executable, script, *tiny_run("one", **options, optim__max_steps=6)])
+    assert done.returncode == 0, done.stderr
+    two, one = (rows(Path(tiny_run(name)[0].removeprefix("--out="))) for name in ("two", "one"))
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2, 3, 4, 5, 6]
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_launch_line_that_starts_one_rank_in_silence_is_refused(tiny_run):
+    accelerate = launch_line()[1][0]
+    flags = ["--cpu", "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = [accelerate, "launch", *flags]
+    done = run([*launcher, str(ROOT / "launch" / "pretrain.py"), *tiny_run()])
+    assert done.returncode != 0
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" in done.stderr
