@@ -6,6 +6,7 @@ import time
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -146,15 +147,17 @@ def test_a_broken_sample_is_replaced_and_keeps_its_crops(make_shards):
     assert [again[1, p].index for p in range(12)] == [dataset[1, p].index for p in range(12)]
 
 
-def test_stand_ins_are_spread_and_change_with_the_epoch(make_shards):
-    pattern, _ = make_shards(40, change={0: b""})
-    dataset = PretrainDataset(open_shards(pattern), seed=0, window_shards=1, crop_spec=SPEC)
-    stand_ins = set()
-    for epoch in range(30):
-        order = EpochOrder([40], seed=0, epoch=epoch, window_shards=1)
-        position = next(p for p in range(40) if order[p] == 0)
-        stand_ins.add(dataset[epoch, position].index)
-    assert len(stand_ins) > 12
+def test_stand_ins_are_drawn_anew_for_every_seed_epoch_and_position(make_shards):
+    pattern, _ = make_shards(40)
+    shards = open_shards(pattern)
+    drawn = []
+    for seed in (0, 1):
+        dataset = PretrainDataset(shards, seed=seed, window_shards=1, crop_spec=SPEC)
+        drawn += [tuple(dataset._candidates(epoch, p))[1:] for epoch in range(3) for p in range(40)]
+    assert len(set(drawn)) == len(drawn) == 240
+    assert {len(one) for one in drawn} == {20}
+    counts = np.bincount([index for one in drawn for index in one], minlength=40)
+    assert np.abs(counts - 120).max() < 55  # 5 standard deviations
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

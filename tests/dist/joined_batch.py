@@ -37,7 +37,7 @@ def augment_in_double(batch) -> Pixels:
 
 
 single = story.augment
-story.augment = augment_in_double  # type: ignore[assignment]
+story.augment = augment_in_double
 
 out, *argv = sys.argv[1:]
 cfg = load(PretrainConfig, argv)
