@@ -10,8 +10,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 CANVAS = 32  # pixels
-DIGIT_SIDES = (18, 24)  # smallest and largest side of the digit on the canvas, in pixels
-NUM_CLUTTER = 4  # fragments of other digits on each canvas
+DIGIT_SIDES = (22, 28)  # smallest and largest side of the digit on the canvas, in pixels
+NUM_CLUTTER = 3  # fragments of other digits on each canvas
+TINT = 0.05  # how far the three channels of a colour lie apart
 NUM_VAL_DIGITS = 597  # the last ones: other writers than the first 1,200, as the data set was collected
 CANVASES_PER_DIGIT = {"train": 4, "val": 1}
 
@@ -41,15 +42,19 @@ def digit_canvases(
 def _compose(
     digit: Float64[np.ndarray, "8 8"], others: list[Float64[np.ndarray, "8 8"]], rng: np.random.Generator
 ) -> UInt8[np.ndarray, "s s 3"]:
-    dark, light = rng.uniform(0.0, 0.35, 3), rng.uniform(0.65, 1.0, 3)
-    paper, ink = (dark, light) if rng.random() < 0.5 else (light, dark)
+    paper, ink = _tone(rng, 0.05, 0.3), _tone(rng, 0.7, 0.95)
     canvas = np.tile(paper, (CANVAS, CANVAS, 1)) + rng.normal(0, 0.03, (CANVAS, CANVAS, 3))
     for other in others:
         top, left = rng.integers(0, 5, 2)
         fragment = _enlarge(other[top : top + 4, left : left + 4], int(rng.integers(6, 11)))
-        _draw(canvas, fragment, rng.uniform(0, 1, 3), rng)
+        _draw(canvas, fragment, _tone(rng, 0.3, 0.7), rng)
     _draw(canvas, _enlarge(digit, int(rng.integers(DIGIT_SIDES[0], DIGIT_SIDES[1] + 1))), ink, rng)
     return (canvas.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def _tone(rng: np.random.Generator, low: float, high: float) -> Float64[np.ndarray, "3"]:
+    """Return a gray between low and high with a slight tint."""
+    return rng.uniform(low, high) + rng.normal(0, TINT, 3)
 
 
 def _enlarge(ink: Float64[np.ndarray, "h h"], side: int) -> Float64[np.ndarray, "s s"]:

@@ -92,7 +92,7 @@ def _train(
 ) -> tuple[Float32[Tensor, "r d c"], Float32[Tensor, "r c"]]:
     """Train one classifier per learning rate side by side: same batches, same initial weights."""
     device, num_rates = features.device, len(lr_list)
-    start = np.random.Generator(np.random.Philox(key=[seed, 0])).standard_normal(
+    start = np.random.Generator(np.random.Philox(key=[np.uint64(seed), np.uint64(0)])).standard_normal(
         (features.shape[1], num_classes)
     )
     weight = torch.tensor(start * _INIT_STD, dtype=torch.float32, device=device).repeat(num_rates, 1, 1)
@@ -135,7 +135,7 @@ def _shares(
 
 def _permutation(n: int, seed: int, draw: int) -> np.ndarray:
     """Random order of 0..n-1 from the raw bit stream, which numpy keeps the same between versions."""
-    return np.argsort(np.random.Philox(key=[seed, draw]).random_raw(n), kind="stable")
+    return np.argsort(np.random.Philox(key=[np.uint64(seed), np.uint64(draw)]).random_raw(n), kind="stable")
 
 
 def _check(features: Tensor, labels: Tensor, name: str) -> None:

@@ -1,0 +1,38 @@
+"""The demo's images: deterministic, the announced number, unseen digits in val, and the digit really on the canvas."""
+
+import io
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from glsd.data.embedded import CANVAS, digit_canvases
+
+
+def test_canvases_are_a_function_of_split_and_seed():
+    first, again = (list(islice(digit_canvases("train"), 5)) for _ in range(2))
+    assert first == again
+    assert first != list(islice(digit_canvases("train", seed=1), 5))
+    assert first != list(islice(digit_canvases("val"), 5))
+
+
+def test_numbers_labels_and_format():
+    val = list(digit_canvases("val"))
+    labels = [label for _, _, label in val]
+    assert len(val) == 597
+    assert labels == load_digits().target[-597:].tolist()
+    assert min(Counter(labels).values()) > 40
+    for raw, extension, _ in val[:10]:
+        image = Image.open(io.BytesIO(raw))
+        assert (extension, image.mode, image.size) == ("png", "RGB", (CANVAS, CANVAS))
+
+
+def test_canvases_of_one_digit_differ_in_place_and_colour():
+    train = list(digit_canvases("train"))
+    assert len(train) == 4800
+    same_digit = [np.asarray(Image.open(io.BytesIO(train[i][0]))) for i in (0, 1200, 2400, 3600)]
+    corners = {tuple(canvas[0, 0].tolist()) for canvas in same_digit}
+    assert len(corners) == 4
+    assert len({train[i][2] for i in (0, 1200, 2400, 3600)}) == 1
