@@ -130,6 +130,12 @@ def _check_tree(tree: Any, config_class: Any, prefix: str, path: Path) -> None:
             raise UserError(
                 f"config file {path}: unknown key '{prefix}{key}'{_hint(f'{prefix}{key}', known)}"
             )
+        if typing.get_origin(kinds[key]) is dict and isinstance(value, dict):
+            for name, inner in value.items():
+                if isinstance(inner, dict):
+                    raise UserError(
+                        f"config file {path}: key '{prefix}{key}.{name}' must be a plain value or a list"
+                    )
         if dataclasses.is_dataclass(kinds[key]):
             _check_tree(value, kinds[key], f"{prefix}{key}.", path)
 

@@ -4,7 +4,10 @@ Only the stories see these classes; the parts below take plain keyword values.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+# Plain values only: jsonargparse would build whatever class a nested mapping names.
+TimmArg = bool | int | float | str | list[int] | list[float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class DataConfig:
         solarize_prob: Share of solarised crops: first global, second global, local.
         flip_prob: Share of crops mirrored left-right.
         window_shards: Samples are shuffled within this many (shuffled) shards.
-        max_bad_fraction: Stop when more than this share of an epoch's samples turned out unreadable.
+        max_bad_fraction: Stop when more than this share of all samples so far (at least one epoch's) was unreadable.
     """
 
     shards: str | list[str] = ""
@@ -62,7 +65,7 @@ class ModelConfig:
     init: str = "random"
     drop_path: float = 0.1
     pool: Literal["cls", "mean"] = "cls"
-    timm_args: dict[str, Any] = field(default_factory=dict)
+    timm_args: dict[str, TimmArg] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,7 @@ class LossConfig:
         warmup_teacher_temp_epochs: Epochs over which the teacher's temperature rises, 0 = constant.
         centering: Against collapse: 'ema' (centre of the teacher's logits, as published) or 'sinkhorn' (Sinkhorn-Knopp).
         center_momentum: Momentum of the EMA centre.
-        sinkhorn_iterations: Rounds of Sinkhorn-Knopp.
+        sinkhorn_iterations: Rounds of Sinkhorn-Knopp, which balances each micro-batch (of all ranks).
     """
 
     global_weight: float | None = None

@@ -27,7 +27,7 @@ class Pixels(NamedTuple):
     local_boxes: Float64[Tensor, "lb 4"]
 
 
-class TeacherSays(NamedTuple):
+class TeacherOutput(NamedTuple):
     """What the teacher contributes to one micro-batch; nothing of it needs a gradient."""
 
     views: Views
@@ -84,7 +84,7 @@ class Distillation(nn.Module):
         self.local_mean: Literal["all", "accepted"] = local_mean
         self.student_temp = student_temp
 
-    def forward(self, pixels: Pixels, teacher: TeacherSays) -> Distilled:
+    def forward(self, pixels: Pixels, teacher: TeacherOutput) -> Distilled:
         """Return the losses of one micro-batch."""
         b = len(pixels.global_crops) // NUM_GLOBAL
         views = self.student(pixels.global_crops, pixels.local_crops, num_images=b)
@@ -106,7 +106,9 @@ class Distillation(nn.Module):
             teacher_patches.unflatten(0, (-1, b)),
             head.prototypes.weight(),
             teacher.local_prototypes,
-            matches=self.match(pixels, views, teacher.views),
+            matches=self.match(
+                pixels, [views.global_features, views.local_features], teacher.views.global_features
+            ),
             center=teacher.local_center,
             student_temp=self.student_temp,
             teacher_temp=teacher.temp,
@@ -115,10 +117,16 @@ class Distillation(nn.Module):
         return Distilled(total + self.local_weight * patch.loss, image, patch)
 
     @torch.no_grad()
-    def match(self, pixels: Pixels, views: Views, teacher: Views) -> Matches:
-        """Return the matches of every pair of teacher and student view, by place and/or by backbone feature.
+    def match(
+        self,
+        pixels: Pixels,
+        student_features: Sequence[Float[Tensor, "_ _ d"] | None],
+        teacher_features: Float[Tensor, "gb n d"],
+    ) -> Matches:
+        """Return the matches of every pair of teacher and student view, by place and/or by backbone patch feature.
 
-        With matching 'none', where only pictures ask, by place.
+        student_features: of the global and of the local crops (None without any). With matching 'none', where only pictures
+        ask, by place.
         """
         b = len(pixels.global_crops) // NUM_GLOBAL
         stride = self.student.backbone.stride
@@ -130,30 +138,38 @@ class Distillation(nn.Module):
             squared_halves=_by_view(
                 [squared_half_diagonals(boxes, size, stride) for boxes, size in resolutions], b
             ),
-            student_features=_by_view([views.global_features, views.local_features], b),
-            teacher_features=teacher.global_features.unflatten(0, (-1, b)),
+            student_features=_by_view(student_features, b),
+            teacher_features=teacher_features.unflatten(0, (-1, b)),
         )
 
 
 @torch.no_grad()
-def ask_teacher(
+def run_teacher(
     teacher: MultiCrop,
     global_crops: Float32[Tensor, "gb 3 h w"],
     *,
     centers: dict[str, Float[Tensor, " k"]],
     temp: float,
-    sinkhorn_iterations: int = 0,
-) -> TeacherSays:
-    """Return the teacher's views of the global crops; sinkhorn_iterations > 0 takes the centres from this batch (of all ranks)."""
+    sinkhorn_iterations: int | None = None,
+) -> TeacherOutput:
+    """Return the teacher's views of the global crops with the centres to use on them.
+
+    sinkhorn_iterations: None takes ``centers``; a number replaces them by the Sinkhorn-Knopp centres of this micro-batch
+    over all ranks.
+    """
     views = teacher(global_crops, num_images=len(global_crops) // NUM_GLOBAL)
 
-    def center(name: str, head: ProjectionHead, rows: Float[Tensor, "r e"]) -> Float[Tensor, " k"]:
-        if not sinkhorn_iterations:
+    def center(name: str, head: ProjectionHead, vectors: Float[Tensor, "r e"]) -> Float[Tensor, " k"]:
+        if sinkhorn_iterations is None:
             return centers[name]
-        return sinkhorn_center(head.prototypes(rows), teacher_temp=temp, iterations=sinkhorn_iterations)
+        with torch.autocast(
+            vectors.device.type, enabled=False
+        ):  # the loss computes its logits in float32 as well
+            logits = head.prototypes(vectors)
+        return sinkhorn_center(logits, teacher_temp=temp, iterations=sinkhorn_iterations)
 
     local = teacher.local_head
-    return TeacherSays(
+    return TeacherOutput(
         views=views,
         global_prototypes=teacher.global_head.prototypes.weight(),
         local_prototypes=None if local is None else local.prototypes.weight(),
@@ -171,7 +187,7 @@ def _rows(patches: Float[Tensor, "b n e"] | None) -> Float[Tensor, "r e"]:
     return patches.flatten(0, 1)
 
 
-def _by_view(groups: list[Tensor | None], num_images: int) -> list[Tensor]:
+def _by_view(groups: Sequence[Tensor | None], num_images: int) -> list[Tensor]:
     """Split the rows of each resolution into (views, images); a resolution without crops is left out."""
     return [group.unflatten(0, (-1, num_images)) for group in groups if group is not None]
 

@@ -1,9 +1,10 @@
 """The first story: a student and its momentum teacher look at crops of unlabelled images until they agree."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from glsd.data.crops import CropSpec
 from glsd.data.photometric import photometric
 from glsd.data.pretrain_loader import pretrain_loader
 from glsd.data.shards import ShardSet, open_shards
-from glsd.distillation import Pixels, ask_teacher, mean_logits, mean_values
+from glsd.distillation import Pixels, mean_logits, mean_values, run_teacher
 from glsd.losses.center import ema_center
 from glsd.optim.clip import CLIPPERS
 from glsd.optim.ema import ema_update
@@ -26,7 +27,17 @@ from glsd.runtime import checkpoint, dist
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run, catch_signals, open_run, rewind
-from glsd.watch import StepReport, advise, check, describe, draw_first_batch, hold_on_bad_gradient, probe
+from glsd.watch import (
+    StepReport,
+    advise,
+    check_gradients,
+    check_samples,
+    describe,
+    draw_first_batch,
+    note_bad_gradient,
+    open_probe,
+    probe,
+)
 
 
 def pretrain(cfg: PretrainConfig) -> Path:
@@ -39,21 +50,33 @@ def pretrain(cfg: PretrainConfig) -> Path:
     shards = open_shards(cfg.data.shards)
     plan = make_plan(cfg, len(shards))
     state = build(cfg, accelerator)
-    run = open_run(Path(cfg.out), resolved_config=dump(cfg), resume=cfg.resume == "auto")
-    saved = restore(cfg, state, run, shards)
-    meters = Meters(run.folder, total_steps=plan.last_step, start_step=state.step, device=accelerator.device)
-    meters.say(describe(cfg, plan, state))
-    if saved is not None:
-        meters.load_state(saved.state["meters"])
-        meters.say(f"resumed from {saved.path} at step {saved.step}")
+    run = Run(Path(cfg.out))
+    saved = restore(cfg, state, run, shards) if cfg.resume == "auto" else None
     batches = make_batches(cfg, plan, shards, state.step * cfg.optim.batch_size)
-    since_check: list[StepReport] = []
-    with catch_signals() as signal_name:
-        if state.step == 0:
-            first = next(batches)
-            batches = itertools.chain([first], batches)
-            draw_first_batch(run, state.losses, state.teacher, augment(first.to(accelerator.device)), first)
-            probe(cfg, meters, state, accelerator)
+    probe_sets = open_probe(cfg)
+    # All is checked: from here on it may write.
+    open_run(run.folder, resolved_config=dump(cfg), resume=cfg.resume == "auto")
+    if saved is not None:
+        rewind(run.folder, saved.step)
+        dist.barrier()  # before anybody appends to what was rewound
+    meters = Meters(run.folder, total_steps=plan.last_step, start_step=state.step, device=accelerator.device)
+    with contextlib.closing(meters), catch_signals() as signal_name:
+        meters.say(describe(cfg, plan, state))
+        if saved is not None:
+            meters.load_state(saved.state["meters"])
+            meters.say(f"resumed from {saved.path} at step {saved.step}")
+
+        def look(values: dict[str, Any]) -> None:
+            advise(cfg, plan, state, values, meters)
+
+        with meters.aside():
+            if state.step == 0:
+                first = next(batches)
+                batches = itertools.chain([first], batches)
+                draw_first_batch(run, state, augment(first.to(accelerator.device)), first)
+            if probe_sets and (state.step % cfg.watch.probe_every == 0 or state.step == plan.last_step):
+                look(probe(cfg, probe_sets, meters, state, accelerator))
+        since_check: list[StepReport] = []
         while state.step < plan.last_step:
             rates = rates_at(cfg, plan, state.step)
             since_check.append(train_step(cfg, rates, state, batches, meters, accelerator))
@@ -63,20 +86,24 @@ def pretrain(cfg: PretrainConfig) -> Path:
             flushing = last or state.step % cfg.watch.log_every == 0
             stopping = asked_to_stop(signal_name(), agree=flushing)
             saving = last or bool(stopping) or state.step % cfg.watch.checkpoint_every == 0
+            error = None
             if flushing or saving:
-                check(cfg, plan, state, run, since_check)
+                check_gradients(state, run, since_check)
+                error = check_samples(cfg, plan, state, run, since_check)
                 since_check.clear()
             if flushing:
-                row = meters.flush(state.step, **rates.shown())
-                advise(cfg, plan, state, row, meters)
-            if cfg.watch.probe_every and (last or state.step % cfg.watch.probe_every == 0):
-                probe(cfg, meters, state, accelerator)
-            if saving:
-                save(cfg, state, meters, run, shards)
+                look(meters.flush(state.step, **rates.shown()))
+            if saving or error:
+                with meters.aside():
+                    save(cfg, state, meters, run, shards)
+            if error:
+                raise error
             if stopping:
                 meters.say(f"stopped by {stopping} after step {state.step}; go on with --resume auto")
                 break
-    meters.close()
+            if probe_sets and (last or state.step % cfg.watch.probe_every == 0):
+                with meters.aside():
+                    look(probe(cfg, probe_sets, meters, state, accelerator))
     return run.folder
 
 
@@ -151,21 +178,23 @@ def train_step(
         used.append(batch)
         pixels = augment(batch.to(accelerator.device))
         with accelerator.autocast():
-            says = ask_teacher(
+            targets = run_teacher(
                 state.teacher,
                 pixels.global_crops,
                 centers=state.centers,
                 temp=rates.teacher_temp,
-                sinkhorn_iterations=cfg.loss.sinkhorn_iterations if cfg.loss.centering == "sinkhorn" else 0,
+                sinkhorn_iterations=cfg.loss.sinkhorn_iterations
+                if cfg.loss.centering == "sinkhorn"
+                else None,
             )
         # Gradients travel between ranks with the last micro-batch only.
-        with nullcontext() if micro == num_micro - 1 else accelerator.no_sync(state.model):
-            out = state.model(pixels, says)
+        with contextlib.nullcontext() if micro == num_micro - 1 else accelerator.no_sync(state.model):
+            out = state.model(pixels, targets)
             accelerator.backward(out.loss / num_micro)
         outs.append(out)
     norms = CLIPPERS[cfg.optim.clip_mode](state.student.parameters(), cfg.optim.clip_grad)
     values = {**mean_values(outs), "grad_norm": torch.linalg.vector_norm(norms)}
-    hold_on_bad_gradient(state, values)
+    note_bad_gradient(state, values)
     if rates.freeze_prototypes:
         for name, parameter in state.student.named_parameters():
             if "prototypes" in name:
@@ -205,9 +234,8 @@ def save(cfg: PretrainConfig, state: State, meters: Meters, run: Run, shards: Sh
         },
         state={
             "meters": meters.state(),
-            "samples": state.step * cfg.optim.batch_size,
             "num_broken": state.num_broken,
-            "shards": shards.fingerprint(),
+            "order": order_of(cfg, shards),
         },
         optimizer=state.optimizer.state_dict(),
         keep=cfg.watch.keep_checkpoints,
@@ -215,27 +243,36 @@ def save(cfg: PretrainConfig, state: State, meters: Meters, run: Run, shards: Sh
 
 
 def restore(cfg: PretrainConfig, state: State, run: Run, shards: ShardSet) -> Checkpoint | None:
-    """Load the newest intact checkpoint, if there is one (open_run has seen to it that this was asked for)."""
+    """Load the newest intact checkpoint, if there is one; a refused one changes nothing, here or on the disk."""
     saved = checkpoint.load_latest(run.checkpoints)
     if saved is None:
         return None
-    if saved.state["shards"] != shards.fingerprint():
+    for key, value in order_of(cfg, shards).items():
+        if saved.state["order"][key] != value:
+            raise UserError(
+                f"{key} is not what {saved.path} was made with: the order of samples would change; "
+                "use the same, or another --out"
+            )
+    groups = [group["names"] for group in saved.optimizer["param_groups"]]
+    if groups != [group["names"] for group in state.optimizer.param_groups]:
         raise UserError(
-            f"data.shards are not those that {saved.path} was made with: the order of samples would change; "
-            "give the same shards, or another --out"
+            f"{saved.path} trained other parameters than these: it is a checkpoint of another architecture "
+            "(head.shared, head.trainable_gain, matching, ...): use the configuration it was made with"
         )
-    if saved.state["samples"] != saved.step * cfg.optim.batch_size:
-        raise UserError(
-            f"optim.batch_size {cfg.optim.batch_size} is not that of {saved.path} "
-            f"({saved.state['samples'] // saved.step}): use the same, or another --out"
-        )
-    checkpoint.restore(state.student, saved.tensors["student"], source=f"{saved.path}/student.safetensors")
-    checkpoint.restore(state.teacher, saved.tensors["teacher"], source=f"{saved.path}/teacher.safetensors")
+    for name, network in (("student", state.student), ("teacher", state.teacher)):
+        checkpoint.restore(network, saved.tensors[name], source=f"{saved.path}/{name}.safetensors")
     state.optimizer.load_state_dict(saved.optimizer)
-    state.centers = {
-        name: center.to(state.centers[name].device) for name, center in saved.tensors["centers"].items()
-    }
+    for name, center in saved.tensors["centers"].items():
+        state.centers[name] = center.to(state.centers[name].device)
     state.step, state.num_broken = saved.step, saved.state["num_broken"]
-    rewind(run.folder, saved.step)
-    dist.barrier()  # before anybody appends to what was rewound
     return saved
+
+
+def order_of(cfg: PretrainConfig, shards: ShardSet) -> dict[str, str | int]:
+    """Return everything that decides which sample comes when, by the key to blame."""
+    return {
+        "data.shards": shards.fingerprint(),
+        "data.window_shards": cfg.data.window_shards,
+        "optim.batch_size": cfg.optim.batch_size,
+        "seed": cfg.seed,
+    }

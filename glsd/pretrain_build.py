@@ -72,6 +72,7 @@ def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
     student, teacher = network(cfg.model.drop_path), network(0.0)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
+    teacher.backbone.eval()  # no dropout in targets; its heads stay in training mode for the batch norm, as published
     return student, teacher
 
 

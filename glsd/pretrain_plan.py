@@ -46,17 +46,7 @@ class Rates:
 def make_plan(cfg: PretrainConfig, num_samples: int) -> Plan:
     """Check the numbers that belong together and cut the run into steps."""
     o = cfg.optim
-    for key in ("batch_size", "accumulate_steps", "epochs"):
-        if getattr(o, key) < 1:
-            raise UserError(f"optim.{key} is {getattr(o, key)}: expected at least 1")
-    for key in ("log_every", "checkpoint_every"):
-        if getattr(cfg.watch, key) < 1:
-            raise UserError(f"watch.{key} is {getattr(cfg.watch, key)}: expected at least 1")
-    if not 0 <= cfg.seed < 2**31:
-        raise UserError(f"seed is {cfg.seed}: expected 0 to {2**31 - 1}")
-    for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
-        if not getattr(cfg.loss, key) > 0:
-            raise UserError(f"loss.{key} is {getattr(cfg.loss, key)}: expected more than 0")
+    check_ranges(cfg)
     parts = dist.world_size() * o.accumulate_steps
     if o.batch_size % parts:
         raise UserError(
@@ -86,6 +76,47 @@ def make_plan(cfg: PretrainConfig, num_samples: int) -> Plan:
         last_step=min(total, o.max_steps) if o.max_steps else total,
         micro_batch=o.batch_size // parts,
     )
+
+
+def check_ranges(cfg: PretrainConfig) -> None:
+    """Raise UserError for the first number that lies outside of what it can mean."""
+    whole = {"optim": ("batch_size", "accumulate_steps", "epochs"), "loss": ("sinkhorn_iterations",)}
+    whole["watch"] = ("log_every", "checkpoint_every", "probe_k", "probe_images")
+    temps = ("student_temp", "teacher_temp", "warmup_teacher_temp", "hinge_factor")
+    rates = (
+        "lr",
+        "min_lr",
+        "weight_decay",
+        "weight_decay_end",
+        "clip_grad",
+        "max_steps",
+        "freeze_prototypes_epochs",
+    )
+    shares = ("center_momentum", "local_weight", "geometric_weight", "similarity_weight")
+    limits = [
+        *((group, key, 1, math.inf) for group, keys in whole.items() for key in keys),
+        *(("loss", key, math.ulp(0.0), math.inf) for key in temps),
+        *(("optim", key, 0, math.inf) for key in rates),
+        *(("loss", key, 0, 1 if key == "center_momentum" else math.inf) for key in shares),
+        ("optim", "teacher_momentum", 0, 1),
+        ("watch", "keep_checkpoints", 2, math.inf),
+        ("watch", "probe_every", 0, math.inf),
+        ("data", "max_bad_fraction", 0, 1),
+        ("", "seed", 0, 2**31 - 1),
+    ]
+    for group, key, low, high in limits:
+        name, value = (
+            (f"{group}.{key}", getattr(getattr(cfg, group), key)) if group else (key, getattr(cfg, key))
+        )
+        if not low <= value <= high:
+            above = "more than 0" if low == math.ulp(0.0) else f"{low} or more"
+            expected = above if high == math.inf else f"{low} to {high}"
+            raise UserError(f"{name} is {value}: expected {expected}")
+    if cfg.loss.local_mean == "accepted" and cfg.optim.accumulate_steps > 1:
+        raise UserError(
+            "loss.local_mean accepted counts patches within one forward pass: it cannot be combined with "
+            "optim.accumulate_steps above 1"
+        )
 
 
 def rates_at(cfg: PretrainConfig, plan: Plan, step: int) -> Rates:

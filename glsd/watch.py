@@ -10,8 +10,8 @@ from glsd.command_line import differences
 from glsd.config import PretrainConfig
 from glsd.contracts import BrokenSample, CropBatch, UserError
 from glsd.data.eval_loader import eval_loader
-from glsd.data.shards import open_shards
-from glsd.distillation import NUM_GLOBAL, Distillation, Pixels
+from glsd.data.shards import ShardSet, open_shards
+from glsd.distillation import NUM_GLOBAL, Pixels
 from glsd.evals.embed import Embedded, embed
 from glsd.evals.knn import knn_accuracy
 from glsd.pretrain_build import State
@@ -50,7 +50,7 @@ def describe(cfg: PretrainConfig, plan: Plan, state: State) -> str:
     return "\n".join(lines)
 
 
-def hold_on_bad_gradient(state: State, values: dict[str, Tensor]) -> None:
+def note_bad_gradient(state: State, values: dict[str, Tensor]) -> None:
     """Note the first step with a bad gradient and keep the optimizer from moving on it, all on the device.
 
     Gradients are averages over ranks, so every rank notes the same step; whose loss was to blame is each rank's own note.
@@ -63,18 +63,24 @@ def hold_on_bad_gradient(state: State, values: dict[str, Tensor]) -> None:
     state.optimizer.found_inf = (state.bad_step >= 0).float()  # type: ignore[attr-defined]
 
 
-def check(cfg: PretrainConfig, plan: Plan, state: State, run: Run, reports: list[StepReport]) -> None:
-    """Look at what happened since the last check: stop on a bad gradient, write down the samples that could not be read."""
+def check_gradients(state: State, run: Run, reports: list[StepReport]) -> None:
+    """Stop on every rank if a gradient since the last check was not finite."""
     bad_step = int(state.bad_step)
     if bad_step >= 0:
         mine = reports[bad_step - state.step].keys if bool(state.bad_loss) else ()
         blamed = {rank: keys for rank, keys in enumerate(dist.gather_objects(mine)) if keys}
         where = "; ".join(f"rank {rank}, samples {' '.join(keys)}" for rank, keys in blamed.items())
         raise UserError(
-            f"step {bad_step}: the {'loss' if blamed else 'gradient'} is not finite ({where or 'on every rank'}); nothing was "
+            f"step {bad_step + 1}: the {'loss' if blamed else 'gradient'} is not finite ({where or 'on every rank'}); nothing was "
             f"updated from it on and {run.checkpoints} keeps the last good checkpoint: lower optim.lr, "
             "raise optim.warmup_epochs, or look at those samples"
         )
+
+
+def check_samples(
+    cfg: PretrainConfig, plan: Plan, state: State, run: Run, reports: list[StepReport]
+) -> UserError | None:
+    """Write down the samples that could not be read since the last check; return an error if they have become too many."""
     first = state.step - len(reports)
     rows = [
         {"step": first + i + 1, **broken._asdict()}
@@ -82,20 +88,26 @@ def check(cfg: PretrainConfig, plan: Plan, state: State, run: Run, reports: list
         for broken in report.broken
     ]
     rows = [row for ranks_rows in dist.gather_objects(rows) for row in ranks_rows]
-    append_quarantine(run, sorted(rows, key=lambda row: (row["step"], row["epoch"], row["position"])))
+    error = None
+    try:
+        append_quarantine(run, sorted(rows, key=lambda row: (row["step"], row["epoch"], row["position"])))
+    except UserError as problem:
+        error = problem
+    dist.raise_together(error)
     state.num_broken += len(rows)
     seen = max(state.step * cfg.optim.batch_size, plan.num_samples)  # no verdict on the first few samples
     if state.num_broken > cfg.data.max_bad_fraction * seen:
-        raise UserError(
+        return UserError(
             f"{state.num_broken} samples could not be read, more than data.max_bad_fraction {cfg.data.max_bad_fraction} of "
-            f"{seen}: see {run.quarantine}, repair the shards or raise data.max_bad_fraction"
+            f"{seen}: see {run.quarantine}, repair the shards or raise data.max_bad_fraction, then go on with --resume auto"
         )
+    return None
 
 
-def advise(cfg: PretrainConfig, plan: Plan, state: State, row: dict[str, Any], meters: Meters) -> None:
-    """Say once what looks unhealthy in a row of metrics, and which knob to turn."""
+def advise(cfg: PretrainConfig, plan: Plan, state: State, values: dict[str, Any], meters: Meters) -> None:
+    """Say once what looks unhealthy in values of a flush or a probe, and which knob to turn."""
     findings = health.check(
-        row,
+        values,
         num_prototypes=cfg.head.num_prototypes,
         embed_dim=state.student.backbone.embed_dim,
         early=state.step
@@ -108,18 +120,19 @@ def advise(cfg: PretrainConfig, plan: Plan, state: State, row: dict[str, Any], m
 
 
 @torch.no_grad()
-def draw_first_batch(
-    run: Run, losses: Distillation, teacher: torch.nn.Module, pixels: Pixels, batch: CropBatch
-) -> None:
+def draw_first_batch(run: Run, state: State, pixels: Pixels, batch: CropBatch) -> None:
     """Write first_batch.png (a global crop against the other one) and first_batch_local.png, with the matches in use.
 
-    Without a local loss the geometric matches are drawn all the same: they show that boxes and crops agree.
+    Without a local loss the geometric matches are drawn all the same: they show that boxes and crops agree. Only rank 0
+    works here, so nothing may be a collective: backbones, no heads (whose batch norm may be synchronised).
     """
     if not dist.is_main():
         return
-    b = len(batch.keys)
-    views = losses.student(pixels.global_crops, pixels.local_crops, num_images=b)
-    matches = losses.match(pixels, views, teacher(pixels.global_crops, num_images=b))
+    b, student = len(batch.keys), state.student.backbone
+    features = [
+        student(crops)[1] if len(crops) else None for crops in (pixels.global_crops, pixels.local_crops)
+    ]
+    matches = state.losses.match(pixels, features, state.teacher.backbone(pixels.global_crops)[1])
     n = min(b, NUM_DRAWN)
     drawn = {"first_batch.png": (1, batch.global_crops[b : b + n])}
     if len(batch.local_crops):
@@ -132,39 +145,60 @@ def draw_first_batch(
             batch.global_crops[:n],
             index=match.index[:n],
             weight=match.weight[:n],
-            stride=losses.student.backbone.stride,
+            stride=student.stride,
         )
 
 
-def probe(cfg: PretrainConfig, meters: Meters, state: State, accelerator: Accelerator) -> None:
-    """Classify the probe images by their nearest neighbours in the teacher's features; every rank calls, all embed."""
-    if not cfg.watch.probe_every:
-        return
-    train, val = (
-        embed_shards(cfg, patterns, key, state, accelerator)
-        for patterns, key in (
-            (cfg.watch.probe_train_shards, "watch.probe_train_shards"),
-            (cfg.watch.probe_val_shards, "watch.probe_val_shards"),
-        )
-    )
-    k = cfg.watch.probe_k
-    scores = knn_accuracy(train.features, train.labels, val.features, val.labels, k_list=(k,))
-    row = {"step": state.step, f"knn{k}_top1": scores[k]["top1"], "rankme": health.rankme(val.features)}
-    meters.write(row)
-    meters.say(
-        f"probe at step {state.step}: k-NN (k={k}) {scores[k]['top1']:.2%}, RankMe {row['rankme']:.1f}"
-    )
-
-
-def embed_shards(
-    cfg: PretrainConfig, patterns: str | list[str], key: str, state: State, accelerator: Accelerator
-) -> Embedded:
-    """Return the teacher's features of one probe set on every rank; UserError naming ``key`` if it is unset or unlabelled."""
-    if not patterns:
+def open_probe(cfg: PretrainConfig) -> tuple[ShardSet, ShardSet] | None:
+    """Return the labelled sets of the k-NN probe, None if there is none; UserError now rather than hours into the run."""
+    w = cfg.watch
+    if not w.probe_every:
+        return None
+    sets = {}
+    for key in ("probe_train_shards", "probe_val_shards"):
+        patterns = getattr(w, key)
+        if not patterns:
+            raise UserError(
+                f"watch.{key} is not set: name labelled shards, or turn the probe off with --watch.probe_every 0"
+            )
+        sets[key] = open_shards(patterns)
+        unlabelled = (sets[key].labels() < 0).nonzero()[0]
+        if len(unlabelled):
+            shard = sets[key].shard_of(int(unlabelled[0]))
+            raise UserError(
+                f"watch.{key}: {shard} holds images without a label; pack them from labelled folders"
+            )
+    train, val = sets["probe_train_shards"], sets["probe_val_shards"]
+    if w.probe_k > min(len(train), w.probe_images):
         raise UserError(
-            f"{key} is not set: name labelled shards, or turn the probe off with --watch.probe_every 0"
+            f"watch.probe_k {w.probe_k} is more than the {min(len(train), w.probe_images)} images that vote"
         )
-    shards = open_shards(patterns)
+    return train, val
+
+
+def probe(
+    cfg: PretrainConfig,
+    sets: tuple[ShardSet, ShardSet],
+    meters: Meters,
+    state: State,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Classify the val images by their nearest train images in the teacher's features; every rank embeds its share."""
+    train, val = (embed_shards(cfg, shards, state, accelerator) for shards in sets)
+    k = cfg.watch.probe_k
+    scores: dict[str, Any] = {}
+    if dist.is_main():
+        found = knn_accuracy(train.features, train.labels, val.features, val.labels, k_list=(k,))
+        scores = {f"knn{k}_top1": found[k]["top1"], "rankme": health.rankme(val.features)}
+        meters.write({"step": state.step, "probe": scores})
+        meters.say(
+            f"probe at step {state.step}: k-NN (k={k}) {found[k]['top1']:.2%}, RankMe {scores['rankme']:.1f}"
+        )
+    return dist.broadcast_object(scores)
+
+
+def embed_shards(cfg: PretrainConfig, shards: ShardSet, state: State, accelerator: Accelerator) -> Embedded:
+    """Return the teacher's features of one probe set on every rank."""
     loader = eval_loader(
         shards,
         resize=round(cfg.data.global_size * RESIZE_TO_CROP),
@@ -175,9 +209,4 @@ def embed_shards(
         num_workers=cfg.data.num_workers,
         limit=cfg.watch.probe_images,
     )
-    found = embed(state.teacher.backbone, loader, device=accelerator.device, precision=cfg.optim.precision)
-    if bool((found.labels < 0).any()):
-        raise UserError(
-            f"{key}: {shards.shard_of(int(found.indices[0]))} holds images without a label; pack them from labelled folders"
-        )
-    return found
+    return embed(state.teacher.backbone, loader, device=accelerator.device, precision=cfg.optim.precision)

@@ -32,6 +32,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--full_check", action="store_true", help="decode every image, leave out the damaged ones"
     )
+    parser.add_argument(
+        "--classes", metavar="FILE", help="classes.json of another packing: number the classes as it does"
+    )
     args = vars(parser.parse_args(argv))
     report(pack_folder(args.pop("src"), args.pop("dst"), **args))
 
@@ -43,6 +46,10 @@ def report(summary: PackSummary) -> None:
         f"packed {summary.num_images} images, {classes}, into {len(summary.shards)} shards: "
         f"{first} .. {last.name}"
     )
+    if summary.stray:
+        print(
+            f"no labels because {summary.stray} lies outside the subfolders: move such images and pack again"
+        )
     if summary.skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in list(summary.skipped.items())[:SHOWN])
         print(f"skipped {sum(summary.skipped.values())} files that are no images: {kinds}")

@@ -75,6 +75,24 @@ CASES = {
     "warm-up longer than the run": ({"optim.warmup_epochs": lambda *_: 9}, "optim.warmup_epochs"),
     "impossible scale": ({"data.global_scale": lambda *_: "[0.9, 0.1]"}, "data.global_scale"),
     "zero temperature": ({"loss.teacher_temp": lambda *_: 0.0}, "loss.teacher_temp"),
+    "too few checkpoints": (
+        {"watch.keep_checkpoints": lambda *_: 1},
+        "watch.keep_checkpoints is 1: expected 2 or more",
+    ),
+    "negative steps": ({"optim.max_steps": lambda *_: -1}, "optim.max_steps is -1: expected 0 or more"),
+    "momentum above 1": (
+        {"optim.teacher_momentum": lambda *_: 2.0},
+        "optim.teacher_momentum is 2.0: expected 0 to 1",
+    ),
+    "no Sinkhorn rounds": (
+        {"loss.sinkhorn_iterations": lambda *_: 0},
+        "loss.sinkhorn_iterations is 0: expected 1 or more",
+    ),
+    "probe without shards": ({"watch.probe_every": lambda *_: 5}, "watch.probe_train_shards is not set"),
+    "accepted mean over micro-batches": (
+        {"loss.local_mean": lambda *_: "accepted", "optim.accumulate_steps": lambda *_: 2},
+        "loss.local_mean accepted",
+    ),
     "no weights file": ({"model.init": lambda *_: "nowhere.safetensors"}, "nowhere.safetensors"),
 }
 
@@ -125,7 +143,10 @@ def test_an_existing_run_is_not_overwritten(door, tiny_run):
         ),
         ({"head.num_prototypes": 65}, "another architecture"),
         ({"matching": "none"}, "another architecture"),
-        ({"optim.batch_size": 16}, "optim.batch_size 16"),
+        ({"head.shared": "true"}, "another architecture"),
+        ({"head.trainable_gain": "true"}, "another architecture"),
+        ({"seed": 1}, "seed"),
+        ({"optim.batch_size": 16}, "optim.batch_size is not what"),
         ({"data.shards": "val"}, "data.shards"),
     ],
 )
@@ -134,6 +155,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(door, tiny_run, digit_
     assert door(pretrain.main, argv)[0] == 0
     if "data.shards" in change:
         change = {"data.shards": f"{digit_shards}/val-*.tar"}
+    kept = {
+        path: path.read_bytes() for path in Path(argv[0].removeprefix("--out=")).rglob("*") if path.is_file()
+    }
     code, lines = door(pretrain.main, tiny_run(optim__max_steps=4, resume="auto", **change))
     assert code == 2
     assert expected in lines[-1]
@@ -141,6 +165,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(door, tiny_run, digit_
     saved = checkpoint.load_latest(Path(argv[0].removeprefix("--out=")) / "checkpoints")
     assert saved is not None
     assert saved.step == 2
+    assert all(path.read_bytes() == before for path, before in kept.items()), (
+        "a refused resume changes no file"
+    )
 
 
 def test_a_few_broken_images_are_replaced_and_listed(door, tiny_run, digit_shards, tmp_path):

@@ -81,15 +81,21 @@ def test_wrong_flags_are_one_clear_line(argv, expected):
         ("optim: 3", "key 'optim' must hold"),
         ("just words", "the file must hold"),
         ("optim: [", "not valid YAML"),
+        (
+            "model: {timm_args: {x: {class_path: os.system, init_args: {command: 'touch EXECUTED'}}}}",
+            "model.timm_args",
+        ),
     ],
 )
-def test_wrong_files_are_one_clear_line(tmp_path, text, expected):
+def test_wrong_files_are_one_clear_line(tmp_path, monkeypatch, text, expected):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
         load(PretrainConfig, ["--config", str(tmp_path / "bad.yaml")])
     assert expected in str(caught.value)
     assert "bad.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "EXECUTED").exists(), "a config must never run code"
 
 
 @pytest.mark.slow

@@ -14,7 +14,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from glsd.command_line import dump
-from glsd.config import DataConfig, EvalConfig, EvalDataConfig, HeadConfig, ModelConfig, PretrainConfig
+from glsd.config import (
+    DataConfig,
+    EvalConfig,
+    EvalDataConfig,
+    HeadConfig,
+    ModelConfig,
+    PretrainConfig,
+    TimmArg,
+)
 from glsd.contracts import UserError
 from glsd.data.pack import pack_samples
 from glsd.evaluate import evaluate
@@ -22,7 +30,7 @@ from glsd.models.backbone import build_backbone
 from glsd.runtime import checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "evaluate.py"
-TINY = {"patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
+TINY: dict[str, TimmArg] = {"patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
 TRAINED = PretrainConfig(
     seed=5,
     data=DataConfig(global_size=32, local_size=16),

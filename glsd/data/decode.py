@@ -17,6 +17,10 @@ from torchvision.io import ImageReadMode, decode_image
 # it would be taken before a single pixel is read.
 MAX_PIXELS = 178_956_970
 
+# Formats we mean to read, as Pillow calls them (JPEG includes its MPO, several in one file). Others it would take from
+# the bytes whatever the file is called, among them EPS, which it hands to Ghostscript: a program that runs programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+
 # What Pillow's and torchvision's decoders raise on damaged files, beside their own error types.
 DECODE_ERRORS = (
     OSError,
@@ -34,6 +38,14 @@ DECODE_ERRORS = (
 )
 
 
+# Second bytes of JPEG markers.
+END, SCAN = 0xD9, 0xDA
+ALONE = frozenset(
+    (0x00, 0x01, *range(0xD0, 0xD9))
+)  # no length follows: restarts, start of image, no marker at all
+START_OR_END = re.compile(rb"\xff[\xd8\xd9]")
+
+
 class BrokenImage(Exception):
     """These bytes are not an image that can be used; the message is the reason, in a few words."""
 
@@ -41,10 +53,12 @@ class BrokenImage(Exception):
 def decode(raw: bytes) -> UInt8[Tensor, "3 h w"]:
     """Return the pixels of an image file as RGB, upright (EXIF orientation applied), channels last in memory.
 
-    RGB and gray JPEG go through libjpeg-turbo, everything else that Pillow knows through Pillow. Gray is repeated;
-    an alpha channel is dropped; 16-bit gray keeps its high byte; of an animation the first frame is taken.
-    Raises BrokenImage for empty, truncated or unreadable files, and for those whose header claims more than
-    MAX_PIXELS. Damage inside an otherwise complete JPEG stream cannot be told from noise and passes.
+    RGB and gray JPEG go through libjpeg-turbo, the other FORMATS through Pillow. Gray is repeated; an alpha channel is
+    dropped; gray of more than 8 bits is read as 0..65535 and keeps the high byte of those 16 bits, whatever its values
+    are (12 bits in a 16-bit TIFF stay dark); of an animation the first frame is taken.
+    Raises BrokenImage for empty, truncated or unreadable files, for float gray or gray beyond 16 bits, and for those
+    whose header claims more than MAX_PIXELS. Damage inside an otherwise complete JPEG stream cannot be told from noise
+    and passes; what follows its end (a film, a depth map) is ignored.
     """
     if not raw:
         raise BrokenImage("empty file (0 bytes)")
@@ -61,9 +75,8 @@ def decode(raw: bytes) -> UInt8[Tensor, "3 h w"]:
 def _decode_jpeg(raw: bytes) -> UInt8[Tensor, "3 h w"]:
     header = JpegImagePlugin.JpegImageFile(io.BytesIO(raw))  # reads the header only
     _check_size(header)
-    # libjpeg fills up with gray when zeros stand in for a lost end: insist on an end-of-image marker after the
-    # last start of a scan (inside coded data the byte 0xff is followed by 0x00 or a restart marker, never by these).
-    if raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda"):
+    # libjpeg fills up with gray where the data end, so completeness is ours to check.
+    if not _has_end(raw):
         raise BrokenImage("truncated JPEG (no end-of-image marker)")
     if header.mode not in ("RGB", "L"):
         return _to_rgb(header)
@@ -71,8 +84,32 @@ def _decode_jpeg(raw: bytes) -> UInt8[Tensor, "3 h w"]:
     return decode_image(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
 
 
+def _has_end(raw: bytes) -> bool:
+    """Tell whether the scans of a JPEG are followed by its end-of-image marker.
+
+    A thumbnail in an earlier segment has an end of its own, and anything may follow the file's: so go from segment to
+    segment to the first scan, and look from there. Coded data cannot imitate a start or end of image: a byte 0xff in
+    them is followed by 0x00 or a restart marker. Source: ITU-T T.81, annex B.
+    """
+    place = 2
+    while (place := raw.find(b"\xff", place)) >= 0 and place + 4 <= len(raw):
+        marker = raw[place + 1]
+        if marker == SCAN:
+            found = START_OR_END.search(raw, place)
+            return found is not None and found[0][1] == END
+        if marker == END:
+            return False
+        if marker == 0xFF:  # any number of them may stand before a marker
+            place += 1
+        elif marker in ALONE:
+            place += 2
+        else:
+            place += 2 + int.from_bytes(raw[place + 2 : place + 4])
+    return False
+
+
 def _decode_other(raw: bytes) -> UInt8[Tensor, "3 h w"]:
-    image = Image.open(io.BytesIO(raw))
+    image = Image.open(io.BytesIO(raw), formats=FORMATS)
     _check_size(image)
     return _to_rgb(image)
 
@@ -90,9 +127,7 @@ def _to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
         gray = np.asarray(image)
         if gray.dtype.kind == "f" or gray.min() < 0 or gray.max() > 65535:
             raise BrokenImage(f"pixels of {gray.dtype} outside 0..65535 or not integers")
-        if gray.dtype != np.int32 or gray.max() > 255:
-            gray = gray >> 8
-        pixels = np.repeat(gray.astype(np.uint8)[:, :, None], 3, axis=2)
+        pixels = np.repeat((gray >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     else:
         pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)

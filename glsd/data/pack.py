@@ -1,4 +1,8 @@
-"""From folders of images to tar shards: the original bytes, a label each, an index beside each shard."""
+"""From folders of images to tar shards: the original bytes, a label each, an index beside each shard.
+
+Beside the shards lie ``classes.json``, the class names in the order of their labels, and ``{prefix}-files.tsv``, the
+key and the source file of every image, to find the file behind a key in a log.
+"""
 
 import glob
 import io
@@ -16,12 +20,11 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from glsd.contracts import UserError
-from glsd.data.decode import BrokenImage, decode
+from glsd.data.decode import FORMATS, BrokenImage, decode
 from glsd.data.order import permutation
 from glsd.data.shard_index import BLOCK, IMAGE_EXTENSIONS, build_index, index_path, write_index
-from glsd.data.shards import find_shards
+from glsd.data.shards import CLASSES_FILE, SOURCES_SUFFIX, find_shards, read_classes
 
-CLASSES_FILE = "classes.json"
 SHUFFLE_STREAM = 0x7061636B
 SAMPLE_OVERHEAD = 4 * BLOCK  # image header, padding of the image, label header, label
 
@@ -35,6 +38,9 @@ class PackSummary:
     num_images: int
     shards: tuple[Path, ...]
     classes: tuple[str, ...] = ()  # in the order of their labels; empty = no labels
+    stray: str = (
+        ""  # the first image outside the subfolders, if a few such images cost most images their labels
+    )
     skipped: dict[str, int] = field(default_factory=dict)  # files that are no images, by extension
     unreadable: tuple[tuple[str, str], ...] = ()  # path and reason
 
@@ -47,20 +53,25 @@ def pack_folder(
     shard_megabytes: int = 256,
     shuffle_seed: int = 0,
     full_check: bool = False,
+    classes: str | Path | None = None,
 ) -> PackSummary:
     """Pack all images below a folder, shuffled, into ``dst/{prefix}-{000000}.tar`` with an index beside each.
 
-    If every image lies in some subfolder, the first-level subfolders are the classes (sorted; their names go
-    to ``dst/classes.json``, and a later call into the same ``dst`` uses the same numbers); otherwise there
-    are no labels. Hidden files are skipped. An image whose header cannot be read is left out and listed;
-    ``full_check`` decodes every image. Raises UserError if ``src`` holds no usable image, or ``dst`` cannot
-    be written or already has shards of that prefix.
+    If every image lies in some subfolder, the first-level subfolders are the classes, numbered in the order of
+    ``classes`` (a classes.json of another packing) or else of ``dst/classes.json`` (of an earlier packing into
+    the same folder) or else sorted; otherwise there are no labels. Hidden files are skipped. An image whose
+    header cannot be read is left out and listed; ``full_check`` decodes every image. Raises UserError if ``src``
+    holds no usable image or a class without number, or ``dst`` cannot be written or already has shards of that
+    prefix.
     """
     src, dst = Path(src), Path(dst)
     paths, skipped = find_images(src)
-    names = sorted({path.parts[0] for path in paths}) if all(len(p.parts) > 1 for p in paths) else []
-    labels = _labels(names, dst, src)
+    strays = [path for path in paths if len(path.parts) == 1]
+    labels = {} if strays else _labels({path.parts[0] for path in paths}, dst, src, classes)
+    if strays and classes is not None:
+        raise UserError(f"--classes {classes}: {src / strays[0]} lies in no subfolder, so it has no class")
     unreadable: list[tuple[str, str]] = []
+    sources: list[str] = []
 
     def samples() -> Iterator[Sample]:
         order = permutation(len(paths), seed=shuffle_seed, stream=SHUFFLE_STREAM)
@@ -72,13 +83,17 @@ def pack_folder(
             except (OSError, BrokenImage) as error:
                 unreadable.append((str(path), str(error)))
                 continue
+            sources.append(path.as_posix())
             yield raw, path.suffix[1:].lower(), labels[path.parts[0]] if labels else None
 
-    shards, count = _write_shards(samples(), dst, prefix, shard_megabytes, tuple(labels), source=str(src))
+    shards, count = _write_shards(
+        samples(), dst, prefix, shard_megabytes, tuple(labels), source=str(src), sources=sources
+    )
     return PackSummary(
         num_images=count,
         shards=shards,
         classes=tuple(labels),
+        stray=str(strays[0]) if 0 < len(strays) < len(paths) / 2 else "",
         skipped=skipped,
         unreadable=tuple(unreadable),
     )
@@ -150,28 +165,27 @@ def _check(raw: bytes, full_check: bool) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images long before it refuses them
-            Image.open(io.BytesIO(raw)).close()
+            Image.open(io.BytesIO(raw), formats=FORMATS).close()
     except Image.UnidentifiedImageError as error:
         raise BrokenImage("not an image of a known format" if raw else "empty file (0 bytes)") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BrokenImage(str(error)) from error
 
 
-def _labels(names: list[str], dst: Path, src: Path) -> dict[str, int]:
-    """The label of each class name; those that an earlier packing into ``dst`` gave are kept."""
-    file = dst / CLASSES_FILE
-    if names and file.is_file():
-        try:
-            known = [str(name) for name in json.loads(file.read_text())]
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"cannot read {file} ({error}): expected a JSON list of class names") from error
-        new = [name for name in names if name not in set(known)]
-        if new:
-            raise UserError(
-                f"{src} has the class {new[0]!r}, which {file} of an earlier packing lacks: "
-                "pack into another folder"
-            )
-        names = known
+def _labels(found: set[str], dst: Path, src: Path, classes: str | Path | None) -> dict[str, int]:
+    """The label of each class name, as ``classes`` or an earlier packing into ``dst`` gave them."""
+    earlier = dst / CLASSES_FILE
+    file = Path(classes) if classes is not None else earlier
+    if classes is None and not earlier.is_file():
+        return {name: label for label, name in enumerate(sorted(found))}
+    names = read_classes(file)
+    if earlier.is_file() and read_classes(earlier) != names:
+        raise UserError(f"{file} and {earlier} of an earlier packing differ: pack into another folder")
+    if new := sorted(found - set(names)):
+        raise UserError(
+            f"{src} has the class {new[0]!r}, which {file} lacks: leave it out, or, to use it, pack all sets anew, first the "
+            "one with all classes, so that a label means the same class in each"
+        )
     return {name: label for label, name in enumerate(names)}
 
 
@@ -183,6 +197,7 @@ def _write_shards(
     classes: tuple[str, ...],
     *,
     source: str,
+    sources: Sequence[str] = (),
 ) -> tuple[tuple[Path, ...], int]:
     """Write all into a hidden folder inside ``dst``, then move it up: half a packing never looks whole."""
     if shard_megabytes < 1:
@@ -210,6 +225,12 @@ def _write_shards(
             raise UserError(f"no usable image in {source}: nothing was packed")
         if classes:
             (work / CLASSES_FILE).write_text(json.dumps(classes, indent=1) + "\n")
+        if sources:
+            rows = (f"{_key(number)}\t{_escaped(path)}\n" for number, path in enumerate(sources))
+            with open(
+                work / f"{prefix}{SOURCES_SUFFIX}", "w", encoding="utf-8", errors="surrogateescape"
+            ) as table:
+                table.writelines(["key\tfile\n", *rows])
         # Indices first: a shard is there only when its index is.
         for path in sorted(work.iterdir(), key=lambda path: path.suffix == ".tar"):
             os.replace(path, dst / path.name)
@@ -218,6 +239,16 @@ def _write_shards(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return tuple(dst / path.name for path in paths), count
+
+
+def _key(number: int) -> str:
+    return f"{number:08d}"
+
+
+def _escaped(path: str) -> str:
+    for character, escape in (("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r")):
+        path = path.replace(character, escape)
+    return path
 
 
 def _fill(samples: Iterable[Sample], folder: Path, prefix: str, shard_bytes: int) -> tuple[list[Path], int]:
@@ -233,7 +264,7 @@ def _fill(samples: Iterable[Sample], folder: Path, prefix: str, shard_bytes: int
                 while sample is not None and (not size or size + len(sample[0]) <= shard_bytes):
                     raw, extension, label = sample
                     members = {extension: raw} if label is None else {extension: raw, "cls": b"%d" % label}
-                    tar.write({"__key__": f"{count:08d}", **members})
+                    tar.write({"__key__": _key(count), **members})
                     size += len(raw) + SAMPLE_OVERHEAD
                     count += 1
                     sample = next(rows, None)

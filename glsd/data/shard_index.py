@@ -5,6 +5,7 @@ that opening a hundred million samples costs one small read per shard. (The text
 holds no labels, cannot hold names with spaces, and has to be parsed whole.)
 """
 
+import hashlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from safetensors.numpy import save
 
 from glsd.contracts import UserError
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".index"
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif"))
 BLOCK = 512  # a tar file is a sequence of blocks of this many bytes, the last two of them zero
@@ -29,6 +30,9 @@ MAX_TAIL = (
 )  # what is looked at behind the last member; writers pad with zeros, usually to 10,240 bytes
 MAX_HEADER = 1 << 20
 MAX_LABEL_BYTES = 32
+MARK_BYTES = (
+    8 * BLOCK
+)  # what is remembered of a shard at each of a few places; an image starts in the middle of it
 REBUILD = "write it again with: python launch/pack.py index SHARDS"
 
 # As webdataset groups members: the key ends at the first dot of the last path component, the rest names the
@@ -50,6 +54,8 @@ class ShardIndex:
     """The samples of one shard in their order in the tar; offsets and sizes in bytes."""
 
     shard_bytes: int  # size of the whole tar file
+    marks: tuple[int, ...]  # where the pieces of the tar begin that tell it from another one of the same size
+    digest: str  # of those pieces
     image_offset: Int64[np.ndarray, " n"]  # -1 = the sample has no image member
     image_size: Int64[np.ndarray, " n"]
     label: Int64[np.ndarray, " n"]  # -1 = no label
@@ -103,14 +109,35 @@ def build_index(shard: str | Path) -> ShardIndex:
             f"{', '.join(sorted(IMAGE_EXTENSIONS))})"
         )
     keys = [sample.key.encode(errors="surrogateescape") for sample in samples]
+    with_image = [sample.offset for sample in samples if sample.offset >= 0]
+    # Before an image stand its headers, and its label or that of the sample before: new labels alone are seen, too.
+    chosen = {with_image[0], with_image[len(with_image) // 2], with_image[-1]}
+    marks = tuple(sorted(max(0, offset - MARK_BYTES // 2) for offset in chosen))
     return ShardIndex(
         shard_bytes=shard_bytes,
+        marks=marks,
+        digest=marks_digest(shard, marks),
         image_offset=np.array([sample.offset for sample in samples], dtype=np.int64),
         image_size=np.array([sample.size for sample in samples], dtype=np.int64),
         label=np.array([sample.label for sample in samples], dtype=np.int64),
         key_end=np.cumsum([len(key) for key in keys], dtype=np.int64),
         key_bytes=np.frombuffer(b"".join(keys), dtype=np.uint8),
     )
+
+
+def marks_digest(shard: str | Path, marks: tuple[int, ...]) -> str:
+    """Return the hash of a shard's bytes at a few places: one small read for each.
+
+    It goes with the content, so it survives what a time stamp does not: copies, archives, version control.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(shard, "rb", buffering=0) as file:
+            for mark in marks:
+                digest.update(os.pread(file.fileno(), MARK_BYTES, mark))
+    except OSError as error:
+        raise UserError(f"cannot read shard {shard}: {error.strerror or error}") from error
+    return digest.hexdigest()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -163,6 +190,8 @@ def write_index(index: ShardIndex, path: Path, *, shard_name: str) -> None:
         "version": str(VERSION),
         "shard": shard_name,
         "shard_bytes": str(index.shard_bytes),
+        "marks": json.dumps(index.marks),
+        "digest": index.digest,
         "count": str(len(index)),
     }
     temporary = None
@@ -191,6 +220,8 @@ class IndexHeader:
     path: Path
     count: int
     shard_bytes: int
+    marks: tuple[int, ...]
+    digest: str
     data_start: int  # byte of the file where the arrays begin
     spans: dict[str, tuple[int, int]]  # first and past-the-last byte of each array, from data_start
 
@@ -211,12 +242,23 @@ def read_header(path: Path) -> IndexHeader:
         spans = {name: _span(header[name], name, count) for name in DTYPES}
         if max(end for _, end in spans.values()) != file_bytes - 8 - length or count < 1:
             raise ValueError("wrong length")
-        shard_bytes = int(metadata["shard_bytes"])
+        shard_bytes, digest = int(metadata["shard_bytes"]), str(metadata["digest"])
+        marks = tuple(int(mark) for mark in json.loads(metadata["marks"]))
+        if not all(0 <= mark < shard_bytes for mark in marks):
+            raise ValueError("marks outside the shard")
     except OSError as error:
         raise UserError(f"cannot read the index {path}: {error.strerror or error}") from error
     except (struct.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"index {path} is damaged ({error!r}): {REBUILD}") from error
-    return IndexHeader(path=path, count=count, shard_bytes=shard_bytes, data_start=8 + length, spans=spans)
+    return IndexHeader(
+        path=path,
+        count=count,
+        shard_bytes=shard_bytes,
+        marks=marks,
+        digest=digest,
+        data_start=8 + length,
+        spans=spans,
+    )
 
 
 def _span(entry: dict, name: str, count: int) -> tuple[int, int]:
@@ -241,9 +283,4 @@ def map_index(header: IndexHeader) -> ShardIndex:
         name: data[start:end].view(DTYPES[name][1]).view(np.ndarray)
         for name, (start, end) in header.spans.items()
     }
-    return ShardIndex(shard_bytes=header.shard_bytes, **arrays)
-
-
-def read_index(path: Path) -> ShardIndex:
-    """Return the index stored in a file; UserError if it is damaged or of another version."""
-    return map_index(read_header(path))
+    return ShardIndex(shard_bytes=header.shard_bytes, marks=header.marks, digest=header.digest, **arrays)

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,17 +24,20 @@ from glsd.data.shard_index import (
     build_index,
     index_path,
     map_index,
+    marks_digest,
     read_header,
     write_index,
 )
 
+CLASSES_FILE = "classes.json"  # beside labelled shards: the class names, in the order of their labels
+SOURCES_SUFFIX = "-files.tsv"  # beside packed shards: which file a key comes from
 MAX_OPEN_SHARDS = 64  # per process, two files each; a system allows 1,024 open files by default
 
 
 class ShardSet:
     """The samples of all shards in the order given, numbered from 0.
 
-    Opening costs one small read per shard; files are opened where and when they are read, so a set can be
+    Opening costs a few small reads per shard; files are opened where and when they are read, so a set can be
     handed to worker processes. Not for several threads at once.
     """
 
@@ -147,7 +151,8 @@ def open_shards(patterns: str | Sequence[str], *, cache_dir: Path | None = None)
     The index of a shard is its sidecar ``<shard>.index`` if there is one; otherwise the tar is scanned once
     and the index is kept in ``cache_dir`` (default ``$GLSD_CACHE/index``, or ``~/.cache/glsd/index``), never
     beside the user's data. Raises UserError for a pattern without match, a remote or piped address, a shard
-    named twice, and a shard that is missing, truncated, damaged, or of another size than its index says.
+    named twice, and a shard that is missing, truncated, damaged, or of another size or content than its index says
+    (compared at three places: times of files say nothing about copies).
     """
     paths = find_shards(patterns)
     cache = cache_dir if cache_dir is not None else default_cache_dir()
@@ -193,7 +198,7 @@ def _expand(pattern: str) -> list[str]:
         if not found:
             part = "" if name == pattern else f" (of the pattern {pattern!r})"
             raise UserError(f"no shard matches {name!r}{part}: check the path and the range")
-        paths += [path for path in found if not path.endswith(SUFFIX)]
+        paths += [path for path in found if not path.endswith((SUFFIX, SOURCES_SUFFIX))]
     return paths
 
 
@@ -215,4 +220,44 @@ def _header(path: str, cache_dir: Path) -> IndexHeader:
             f"shard {path} has {status.st_size} bytes but {header.shard_bytes} by its index {sidecar}: it is "
             f"truncated or was replaced; restore it, or {REBUILD}"
         )
+    if marks_digest(path, header.marks) != header.digest:
+        raise UserError(
+            f"shard {path} is not the one that its index {sidecar} was made for: restore it, or {REBUILD}"
+        )
     return header
+
+
+def check_disjoint(one: ShardSet, other: ShardSet, *, names: tuple[str, str]) -> None:
+    """Raise UserError if a shard is in both sets, also under another name; ``names``: what to call the sets."""
+    real = {os.path.realpath(path): path for path in one.paths}
+    shared = [path for path in other.paths if os.path.realpath(path) in real]
+    if shared:
+        raise UserError(
+            f"{names[0]} and {names[1]} have {len(shared)} shards in common, as {shared[0]}: an image would be measured "
+            "against itself; name different shards"
+        )
+
+
+def check_same_classes(one: ShardSet, other: ShardSet) -> None:
+    """Raise UserError if classes.json files beside the shards of two sets give labels different meanings."""
+    folders = dict.fromkeys(os.path.dirname(path) for path in (*one.paths, *other.paths))
+    files = [file for folder in folders if (file := Path(folder, CLASSES_FILE)).is_file()]
+    for file in files[1:]:
+        if read_classes(file) != read_classes(files[0]):
+            raise UserError(
+                f"{files[0]} and {file} number different classes: a label would not mean the same in both sets; pack one "
+                f"of them anew with --classes {files[0]}"
+            )
+
+
+def read_classes(file: Path) -> list[str]:
+    """Return the class names of a classes.json, in the order of their labels; UserError if it is no such list."""
+    try:
+        names = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file} ({error}): expected a JSON list of class names") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{file} is no list of class names: expected JSON such as ["cat", "dog"]')
+    if len(set(names)) < len(names):
+        raise UserError(f"{file} names a class twice: expected each name once, in the order of the labels")
+    return names

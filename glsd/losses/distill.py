@@ -14,6 +14,7 @@ from torch import Tensor
 from glsd.contracts import Match, UserError, pick
 from glsd.losses.match import geometric, similarity
 from glsd.losses.prototype_ce import PrototypeCE, prototype_ce
+from glsd.runtime import dist
 
 # For every pair (q, v) the matches of all matchers in use, with the matcher's share already in the weight.
 Matches = dict[tuple[int, int], tuple[Match, ...]]
@@ -31,7 +32,9 @@ class LocalLoss(NamedTuple):
     loss: Float[Tensor, ""]
     teacher_mean: Float[Tensor, " k"]
     teacher_entropy: Float[Tensor, ""]
-    matched_share: Float[Tensor, ""]  # share of matches with a weight above 0, over all pairs
+    matched_share: Float[
+        Tensor, ""
+    ]  # share of student patches that the first matcher accepted, over all pairs
 
 
 def view_pairs(num_teacher_views: int, num_student_views: int) -> list[tuple[int, int]]:
@@ -94,12 +97,13 @@ def local_loss(
 
     student_patches: one entry (views, b, patches, e) per resolution, global views first; matches: from
     match_views, one entry per pair. mean 'all' divides by all student patches of a view, so that rejected
-    ones weaken the loss (as published); 'accepted' by those with a weight above 0 (a pair without any counts
-    as 0).
+    ones weaken the loss (as published); 'accepted' by those with a weight above 0, counted over the batches of
+    all ranks so that their number changes nothing (a pair without any counts as 0).
     Source: GLSD (arXiv 2207.14676).
     """
     _, num_images, num_teacher, _ = teacher_patches.shape
     device = teacher_patches.device
+    counts = _accepted_per_match(matches) if mean == "accepted" else None
     first_row = torch.arange(num_images, device=device)[:, None] * num_teacher  # within a view
     index, weight, accepted = [], [], []
     num_kinds = max(map(len, matches.values()))
@@ -107,12 +111,12 @@ def local_loss(
     for v, num_patches in enumerate(patches_per_view):
         columns, shares = [], []
         for q in range(len(teacher_patches)):
-            for match in matches.get((q, v), ()):
-                kept = match.weight > 0
-                count = kept.sum().clamp(min=1) if mean == "accepted" else num_images * num_patches
+            for kind, match in enumerate(matches.get((q, v), ())):
+                count = num_images * num_patches if counts is None else counts[q, v][kind]
                 columns.append((q * num_images * num_teacher + first_row + match.index).flatten())
                 shares.append((match.weight / count / len(matches)).flatten().to(center.dtype))
-                accepted.append(kept.flatten())
+            if (q, v) in matches:
+                accepted.append((matches[q, v][0].weight > 0).flatten())
         # A global view has one teacher view less than a local one: fill up with entries that weigh nothing.
         for _ in range(len(teacher_patches) * num_kinds - len(columns)):
             columns.append(torch.zeros(num_images * num_patches, dtype=torch.int64, device=device))
@@ -131,6 +135,16 @@ def local_loss(
         teacher_temp=teacher_temp,
     )
     return LocalLoss(*result, torch.cat(accepted).to(center.dtype).mean())
+
+
+def _accepted_per_match(matches: Matches) -> dict[tuple[int, int], list[Float[Tensor, ""]]]:
+    """Return how many patches each match accepted, as the mean over ranks (the gradients are averaged over them too)."""
+    own = torch.stack([(match.weight > 0).sum().float() for kinds in matches.values() for match in kinds])
+    counts = iter(dist.all_reduce_mean(own).unbind())
+    return {
+        pair: [torch.where(count > 0, count, 1.0) for count in (next(counts) for _ in kinds)]
+        for pair, kinds in matches.items()
+    }
 
 
 def match_views(

@@ -6,6 +6,7 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -21,7 +22,10 @@ _RESERVED_ARGS = {
     "img_size": "data.global_size",
     "drop_path_rate": "model.drop_path",
     "global_pool": "model.pool",
-    "pretrained": "model.init",
+    **dict.fromkeys(
+        ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+        "model.init",
+    ),
     **dict.fromkeys(
         ("num_classes", "in_chans", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"), "glsd itself"
     ),
@@ -89,12 +93,14 @@ def build_backbone(
     name: a timm VisionTransformer, Eva or Swin; drop_path: stochastic depth of the last block, rising
     linearly from 0 (it draws from torch's default generator of the device); pool: "cls" or "mean" (always the
     mean for Swin, which has no class token); init: "random" (a function of ``seed`` alone, the global random
-    state stays as it was), "timm" (its pretrained weights) or a weights file; timm_args: further arguments of
-    timm.create_model. Raises UserError for an unknown or unsuitable network, a bad argument, a size that is
+    state stays as it was), "timm" (its pretrained weights, which have to expect ImageNet's mean and deviation) or a
+    weights file; timm_args: further arguments of timm.create_model, plain values or lists of them. Raises UserError for an unknown or unsuitable network, a bad argument, a size that is
     not a multiple of the stride, weights that do not fit. Source: DINO (arXiv 2104.14294), EsViT (arXiv
     2106.09785) for Swin's mean token.
     """
     args = _checked_args(name, drop_path, pool, timm_args or {})
+    if init == "timm":
+        _check_normalisation(name)
     with torch.random.fork_rng(devices=[]):  # built on the CPU: no other generator is touched
         torch.default_generator.manual_seed(seed)
         net = _create(name, args | {"img_size": image_size, "drop_path_rate": drop_path})
@@ -137,7 +143,40 @@ def _checked_args(name: str, drop_path: float, pool: str, timm_args: dict[str, A
             raise UserError(
                 f"model.timm_args.{key} cannot be set there: it follows from {_RESERVED_ARGS[key]}"
             )
+        if not _is_plain(timm_args[key]):
+            raise UserError(
+                f"model.timm_args.{key} is {timm_args[key]!r}: expected a number, a word or a list of them"
+            )
     return {**timm_args, "num_classes": 0, "global_pool": "", **_ANY_SIZE[_family(name)]}
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is a scalar or a list of scalars: nothing that timm could build an object from."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return all(item is None or isinstance(item, bool | int | float | str) for item in items)
+
+
+def _check_normalisation(name: str) -> None:
+    """Raise UserError for timm's weights of images normalised in another way than ours: they would be fed wrong ones."""
+    expected = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    try:
+        known = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"model.backbone {name!r}: {_line(error)}: check the part after the dot") from error
+    if known is None or (tuple(known.mean), tuple(known.std)) == expected:
+        return
+    others = {
+        tag: timm.get_pretrained_cfg(tag)
+        for tag in timm.list_models(f"{name.split('.')[0]}.*", pretrained=True)
+    }
+    good = [
+        tag for tag, other in others.items() if other and (tuple(other.mean), tuple(other.std)) == expected
+    ]
+    raise UserError(
+        f"model.backbone {name!r}: its timm weights expect images of mean {tuple(known.mean)} and deviation "
+        f"{tuple(known.std)}, but images here have ImageNet's {expected[0]} and {expected[1]}: "
+        f"use {' or '.join(good[:3]) or 'another network, such as vit_small_patch16_224.dino'}"
+    )
 
 
 def _family(name: str) -> str:

@@ -17,7 +17,6 @@ class Views(NamedTuple):
     """
 
     cls: Float[Tensor, "vb e"]  # bottleneck vectors of the global head, length 1
-    cls_features: Float[Tensor, "vb d"]  # backbone
     global_patches: Float[Tensor, "gb n e"] | None  # bottleneck vectors of the local head, length 1
     local_patches: Float[Tensor, "lb nl e"] | None
     global_features: Float[Tensor, "gb n d"]  # backbone patch features: the input of the local head
@@ -63,7 +62,7 @@ class MultiCrop(nn.Module):
             for i, (part, features) in enumerate(zip(rows.split(counts), patch_features, strict=True)):
                 patches[i] = part.unflatten(0, features.shape[:2])
         local_features = patch_features[1] if local_crops is not None else None
-        return Views(cls, cls_features, patches[0], patches[1], patch_features[0], local_features)
+        return Views(cls, patches[0], patches[1], patch_features[0], local_features)
 
     def _features(self, global_crops: Tensor, local_crops: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Return the class features of all views and the patch features per resolution."""

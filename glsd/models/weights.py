@@ -87,12 +87,12 @@ def read_weights(path: str | Path) -> State:
     return _strip_prefixes(_find_state(content, str(path)), str(path))
 
 
-def load_weights(net: Any, state: State, *, source: str, partial: bool = False) -> LoadReport:
+def load_weights(net: Any, state: State, *, source: str) -> LoadReport:
     """Copy ``state`` (named as by timm, DINO, DINOv2/3, EsViT or us) into a timm network, say what fitted.
 
     A position embedding of another grid is resampled as in the forward pass; no other tensor is. source:
     named in errors. Raises UserError unless every tensor of the network is filled and every backbone tensor
-    of the file is used; with ``partial`` only if nothing fits.
+    of the file is used.
     """
     own: State = net.state_dict()
     if "pos_embed" in state and "pos_embed" in own:
@@ -113,8 +113,7 @@ def load_weights(net: Any, state: State, *, source: str, partial: bool = False) 
         unexpected=tuple(name for name in found if name not in own),
         ignored=ignored,
     )
-    misfit = report.missing or report.mismatched or report.unexpected
-    if not matched or (misfit and not partial):
+    if not matched or report.missing or report.mismatched or report.unexpected:
         raise UserError(
             f"weights {source!r} are not of this network: {report}; check model.backbone and model.timm_args"
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from glsd.contracts import UserError
 from glsd.runtime import dist
 
 
@@ -32,7 +33,7 @@ class Meters:
     """
 
     def __init__(self, folder: Path, *, total_steps: int, start_step: int, device: torch.device) -> None:
-        self._device, self._total = device, total_steps
+        self._folder, self._device, self._total = folder, device, total_steps
         self._dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self._sums: dict[str, Tensor | int | float] = {}
         self._counts: dict[str, int] = {}
@@ -72,6 +73,13 @@ class Meters:
         yield
         self._waited += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the block (a probe, a save) out of images/s, step time and data wait."""
+        start = time.perf_counter()
+        yield
+        self._window_start += time.perf_counter() - start
+
     def advance(self, step: int, images: int) -> None:
         """Note that ``step`` is done and used ``images`` images on this rank."""
         self._images += images
@@ -104,10 +112,11 @@ class Meters:
         """
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps(_for_json(row), allow_nan=False) + "\n")
-        for name, value in _flat(row).items():
-            if name != "step":
-                self._board.add_scalar(name, value, row["step"])
+        with self._disk():
+            self._file.write(json.dumps(_for_json(row), allow_nan=False) + "\n")
+            for name, value in _flat(row).items():
+                if name != "step":
+                    self._board.add_scalar(name, value, row["step"])
 
     def say(self, line: str) -> None:
         """Show a line on the terminal without breaking the bar; rank 0 only does anything."""
@@ -119,10 +128,22 @@ class Meters:
         """Force what was written to the disk, before the checkpoint that relies on it; rank 0 only does
         anything.
         """
-        if self._file is not None and self._board is not None:
+        if self._file is None or self._board is None:
+            return
+        with self._disk():
             self._file.flush()
             os.fsync(self._file.fileno())
             self._board.flush()
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            raise UserError(
+                f"cannot write the metrics of {self._folder}: {problem.strerror}; free space or make it writable, "
+                "then go on with --resume auto"
+            ) from problem
 
     def close(self) -> None:
         """Close the files and the bar."""

@@ -54,18 +54,11 @@ class Run:
     def quarantine(self) -> Path:
         return self.folder / "quarantine.jsonl"
 
-    @property
-    def first_batch(self) -> Path:
-        return self.folder / "first_batch.png"
-
-    @property
-    def evals(self) -> Path:
-        return self.folder / "evals.json"
-
 
 def open_run(out: str | Path, *, resolved_config: str, resume: bool) -> Run:
     """Make or reopen the run directory ``out``; every rank calls, rank 0 writes config.yaml and env.txt.
 
+    Call it when everything else has been checked: what is refused must leave the directory as it was.
     A directory with checkpoints needs resume; one without starts over, its metrics and quarantine included.
     When the configuration differs from the one of the earlier start, the differing lines are shown and the
     old file is kept as config.<n>.yaml. env.txt gets one block per start. Raises UserError on every rank,
@@ -158,9 +151,9 @@ def _devices() -> str:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Drop the rows of later steps from metrics.jsonl and quarantine.jsonl, atomically; rank 0 only does
-    anything.
+    """Drop the rows of later steps from metrics.jsonl and quarantine.jsonl, atomically; rank 0 only does anything.
 
+    The probe row of ``step`` itself goes too: a checkpoint is saved before the probe of its step, which is made again.
     A row that is not whole (the machine died while it was written) is dropped too, with a warning.
     """
     if not dist.is_main():
@@ -170,30 +163,36 @@ def rewind(folder: Path, step: int) -> None:
             continue
         kept = []
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-            row_step = _step_of(line)
-            if row_step is None:
+            row = _row(line)
+            if row is None:
                 print(
                     f"warning: {path} line {number} is not a whole row: dropped", file=sys.stderr, flush=True
                 )
-            elif row_step <= step:
+            elif row["step"] < step or (row["step"] == step and "probe" not in row):
                 kept.append(line)
         _replace(path, "".join(f"{line}\n" for line in kept))
 
 
-def _step_of(line: str) -> int | None:
+def _row(line: str) -> dict[str, Any] | None:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        row = json.loads(line)
+    except ValueError:
         return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def append_quarantine(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to quarantine.jsonl, each with a ``step`` so that a resumed run can rewind; rank 0 only
-    does anything."""
+    """Append rows to quarantine.jsonl, each with a ``step`` so that a resumed run can rewind; rank 0 only does anything."""
     lines = [json.dumps(dict(row)) + "\n" for row in rows]
-    if lines and dist.is_main():
+    if not lines or not dist.is_main():
+        return
+    try:
         with run.quarantine.open("a") as file:
             file.writelines(lines)
+    except OSError as problem:
+        raise UserError(
+            f"cannot write {run.quarantine}: {problem.strerror}; free space or make it writable"
+        ) from problem
 
 
 def _replace(path: Path, text: str) -> None:
@@ -211,8 +210,8 @@ def catch_signals() -> Iterator[Callable[[], str]]:
     name, "" if none.
 
     The note is this process's own: ranks agree by reducing it. Launchers and schedulers send the same
-    signal several times, so repeats change nothing, except a Ctrl-C two seconds or more after the first:
-    that stops at once.
+    signal several times, so repeats change nothing, also after the block (SIGTERM and SIGUSR1 stay ignored once one came:
+    the process is on its way out), except a Ctrl-C two seconds or more after the first: that stops at once.
     """
     note, first_interrupt = "", 0.0
 
@@ -229,4 +228,5 @@ def catch_signals() -> Iterator[Callable[[], str]]:
         yield lambda: note
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            leaving = note and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if leaving else handler)

@@ -1,6 +1,5 @@
 """Query images and the images a network finds most like them, right ones and wrong ones marked."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtyping import Float, Int64, UInt8
@@ -21,12 +20,11 @@ def draw_neighbours(
     query_labels: Int64[Tensor, " q"],
     neighbour_labels: Int64[Tensor, "q k"],
     cosines: Float[Tensor, "q k"],
-    names: Sequence[str] | None = None,
 ) -> None:
     """Write a picture, one row per query: the query, then its k neighbours with their cosines.
 
-    A neighbour of the query's label has a green frame and a tick, another one a red frame and a cross. names:
-    what to call label i, its number if left out. Raises UserError if the file cannot be written.
+    A neighbour of the query's label has a green frame and a tick, another one a red frame and a cross.
+    Raises UserError if the file cannot be written.
     """
     num_queries, k = neighbour_labels.shape
     figure = Figure(figsize=(1.5 * (k + 1), 1.75 * num_queries), layout="constrained", dpi=110)
@@ -34,11 +32,11 @@ def draw_neighbours(
     axes = figure.subplots(num_queries, k + 1, squeeze=False)
     for row in range(num_queries):
         label = int(query_labels[row])
-        _show(axes[row, 0], query_images[row], f"query: {_name(label, names)}", "black")
+        _show(axes[row, 0], query_images[row], f"query: {label}", "black")
         for column in range(k):
             other = int(neighbour_labels[row, column])
             mark, color = ("\u2713", _RIGHT) if other == label else ("\u2717", _WRONG)
-            title = f"{mark} {_name(other, names)} {float(cosines[row, column]):.2f}"
+            title = f"{mark} {other} {float(cosines[row, column]):.2f}"
             _show(axes[row, column + 1], neighbour_images[row, column], title, color)
     save_figure(figure, path)
 
@@ -51,7 +49,3 @@ def _show(axis, image: Tensor, title: str, color: str) -> None:
     for edge in axis.spines.values():
         edge.set_color(color)
         edge.set_linewidth(2.5)
-
-
-def _name(label: int, names: Sequence[str] | None) -> str:
-    return names[label] if names is not None and 0 <= label < len(names) else str(label)

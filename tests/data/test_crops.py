@@ -95,6 +95,36 @@ def test_sixteen_bit_gray_is_scaled_not_clipped():
     assert np.array_equal(pixels[..., 1], (gray >> 8).astype(np.uint8))
 
 
+@pytest.mark.parametrize("top", [200, 256, 4095, 65535])
+def test_gray_is_scaled_by_its_mode_whatever_its_values(top):
+    gray = np.linspace(0, top, 60 * 80).astype(np.uint16).reshape(60, 80)
+    for image, form in (
+        (Image.fromarray(gray), "PNG"),
+        (Image.fromarray(gray), "TIFF"),
+        (Image.fromarray(gray.astype(np.int32)), "TIFF"),
+        (Image.fromarray(gray.astype(np.int32)), "PPM"),
+    ):
+        pixels = as_array(decode(encode(image, form)))
+        assert np.array_equal(pixels[..., 0], gray >> 8)
+    with pytest.raises(BrokenImage, match=r"outside 0\.\.65535"):
+        decode(encode(Image.fromarray(gray.astype(np.int32) + 65536), "TIFF"))
+
+
+def test_other_formats_are_not_even_opened():
+    """Pillow would hand an EPS to Ghostscript, whatever the file is called."""
+    for form in ("EPS", "PCX", "ICO", "TGA"):
+        raw = encode(Image.fromarray(picture()), form)
+        assert Image.open(io.BytesIO(raw)).format == form
+        with pytest.raises(BrokenImage, match="not an image of a known format"):
+            decode(raw)
+
+
+def test_pictures_of_several_views_in_one_file():
+    frames = [Image.fromarray(picture(seed=seed)) for seed in (0, 1)]
+    raw = encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert np.abs(as_array(decode(raw)).astype(int) - picture()).mean() < 4
+
+
 def test_first_frame_of_an_animation():
     frames = [Image.fromarray(picture(seed=s)).quantize(32) for s in (0, 1)]
     raw = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -144,10 +174,48 @@ def test_jpeg_whose_end_was_overwritten_with_zeros_is_refused(keep):
         decode(raw[:kept] + bytes(len(raw) - kept))
 
 
-def test_jpeg_with_something_appended_is_whole():
-    raw = encode(Image.fromarray(picture()), "JPEG")
-    for tail in (b"\0" * 100, b"a note", raw):
+def with_thumbnail(raw: bytes) -> bytes:
+    """Put an EXIF segment with a whole small JPEG in front, as cameras do."""
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    start = exif.tobytes() + encode(Image.fromarray(picture(24, 32)), "JPEG")
+    return raw[:2] + b"\xff\xe1" + (len(start) + 2).to_bytes(2) + start + raw[2:]
+
+
+JPEGS = {
+    "plain": lambda: encode(Image.fromarray(picture()), "JPEG"),
+    "gray": lambda: encode(Image.fromarray(picture()).convert("L"), "JPEG"),
+    "progressive": lambda: encode(Image.fromarray(picture()), "JPEG", progressive=True),
+    "with a thumbnail": lambda: with_thumbnail(encode(Image.fromarray(picture()), "JPEG")),
+    "progressive with a thumbnail": lambda: with_thumbnail(
+        encode(Image.fromarray(picture()), "JPEG", progressive=True)
+    ),
+    "with restarts and fill bytes": lambda: encode(
+        Image.fromarray(picture()), "JPEG", restart_marker_blocks=2
+    ).replace(b"\xff\xda", b"\xff\xff\xff\xda", 1),
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_jpeg_with_something_appended_is_whole(kind):
+    raw = JPEGS[kind]()
+    rng = np.random.default_rng(0)
+    film = b"\0\0\0\x18ftypmp42" + rng.bytes(20_000) + b"\xff\xda\0\x0c" + rng.bytes(400)
+    for tail in (b"\0" * 100, b"a note", raw, b"\xff\xda", film, *(rng.bytes(5000) for _ in range(20))):
         assert torch.equal(decode(raw + tail), decode(raw))
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_truncated_jpeg_is_refused_wherever_it_was_cut(kind):
+    raw = JPEGS[kind]()
+    assert raw.count(b"\xff\xd9") == (2 if "thumbnail" in kind else 1)
+    for end in range(0, len(raw) - 1, 5):
+        with pytest.raises(BrokenImage):
+            decode(raw[:end])
+    scan = raw.rindex(b"\xff\xda")
+    for end in range(scan, len(raw) - 1, 31):
+        with pytest.raises(BrokenImage):
+            decode(raw[:end] + raw)  # another picture is no end
 
 
 def png_claiming(width: int, height: int) -> bytes:

@@ -59,6 +59,7 @@ def test_folder_with_classes(photos_folder, tmp_path):
         "classes.json",
         "train-000000.tar",
         "train-000000.tar.index",
+        "train-files.tsv",
     ]
     assert json.loads((dst / "classes.json").read_text()) == ["cat", "dog"]
     packed = contents(dst)
@@ -91,7 +92,7 @@ def test_flat_folder_has_no_labels(tmp_path):
     (src / "a.jpg").write_bytes(noise_image(0))
     (src / "sub" / "b.png").write_bytes(noise_image(1, "PNG"))
     summary = pack_folder(src, tmp_path / "out")
-    assert (summary.num_images, summary.classes) == (2, ())
+    assert (summary.num_images, summary.classes, summary.stray) == (2, (), "")
     assert {label for _, label in contents(tmp_path / "out")} == {-1}
     assert not (tmp_path / "out" / "classes.json").exists()
 
@@ -106,8 +107,58 @@ def test_val_keeps_the_labels_of_train(photos_folder, tmp_path):
     assert contents(dst, "val-*.tar") == [(noise_image(30), 1)]
     (val / "emu").mkdir()
     (val / "emu" / "0.jpg").write_bytes(noise_image(31))
-    with pytest.raises(UserError, match=r"class 'emu'.*lacks"):
+    with pytest.raises(UserError, match=r"class 'emu'.*lacks: leave it out") as caught:
         pack_folder(val, dst, prefix="val2")
+    assert "another folder" not in str(caught.value)  # there it would be number 1
+
+
+def test_the_numbers_of_another_folder(photos_folder, tmp_path):
+    numbers = tmp_path / "mine.json"
+    numbers.write_text('["zebra", "dog", "cat"]')
+    summary = pack_folder(photos_folder, tmp_path / "out", classes=numbers)
+    assert summary.classes == ("zebra", "dog", "cat")
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["zebra", "dog", "cat"]
+    assert sorted(contents(tmp_path / "out")) == sorted(
+        (noise_image(number), 1 if number < 6 else 2) for number in range(10)
+    )
+    pack_folder(photos_folder, tmp_path / "other")
+    with pytest.raises(UserError, match=r"mine\.json and .*other/classes\.json .* differ"):
+        pack_folder(photos_folder, tmp_path / "other", prefix="x", classes=numbers)
+    numbers.write_text('["dog"]')
+    with pytest.raises(UserError, match=r"class 'cat', which .*mine\.json lacks"):
+        pack_folder(photos_folder, tmp_path / "third", classes=numbers)
+    (photos_folder / "top.jpg").write_bytes(noise_image(11))
+    with pytest.raises(UserError, match=r"top\.jpg lies in no subfolder"):
+        pack_folder(photos_folder, tmp_path / "third", classes=numbers)
+    with pytest.raises(UserError, match=r"cannot read .*nowhere\.json"):
+        pack_folder(photos_folder / "cat", tmp_path / "third", classes=tmp_path / "nowhere.json")
+
+
+def test_a_key_leads_back_to_its_file(photos_folder, tmp_path):
+    odd = "dog/tab\there\nand \\ ünd\udcff.jpg"
+    (photos_folder / odd).write_bytes(noise_image(12))
+    (photos_folder / "dog" / "empty.jpg").write_bytes(b"")
+    shards = open_shards(
+        [str(path) for path in pack_folder(photos_folder, tmp_path / "out", prefix="p").shards]
+    )
+    text = (tmp_path / "out" / "p-files.tsv").read_text("utf-8", "surrogateescape")
+    head, *rows = text.split("\n")[:-1]
+    assert head == "key\tfile"
+    table = dict(row.split("\t") for row in rows)
+    assert sorted(table) == [shards.key(i) for i in range(len(shards))]
+    for number in range(len(shards)):
+        file = table[shards.key(number)]
+        for escape, character in (("\\\\", "\\"), ("\\t", "\t"), ("\\n", "\n")):
+            file = file.replace(escape, character)
+        assert (photos_folder / file).read_bytes() == shards.read(number)
+
+
+def test_a_postscript_file_is_no_png(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.png").write_bytes(noise_image(0, "EPS"))
+    (tmp_path / "src" / "b.png").write_bytes(noise_image(0, "PNG"))
+    summary = pack_folder(tmp_path / "src", tmp_path / "out")
+    assert summary.unreadable == (("a.png", "not an image of a known format"),)
 
 
 def test_shards_roll_over_at_their_size(tmp_path):
@@ -243,6 +294,17 @@ def test_command_line(launch, photos_folder, tmp_path, capsys):
     assert printed[0].startswith("packed 10 images, 2 classes, into 1 shards: ")
     assert printed[1] == "skipped 2 files that are no images: 1 .txt, 1 .jpg"
     assert printed[2:] == ["left out 1 unreadable images:", "  dog/text.jpg: not an image of a known format"]
+    (photos_folder / "stray.jpg").write_bytes(noise_image(11))
+    launch([str(photos_folder), str(tmp_path / "out"), "--prefix", "q"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("packed 11 images, no labels, ")
+    assert printed[1].startswith("no labels because stray.jpg lies outside the subfolders: move ")
+    (photos_folder / "stray.jpg").unlink()
+    (tmp_path / "numbers.json").write_text('["dog", "cat"]')
+    launch([str(photos_folder), str(tmp_path / "o2"), "--classes", str(tmp_path / "numbers.json")])
+    assert {label for _, label in contents(tmp_path / "o2")} == {0, 1}
+    assert (tmp_path / "o2" / "classes.json").read_text() == '[\n "dog",\n "cat"\n]\n'
+    capsys.readouterr()
     (tmp_path / "out" / "p-000000.tar.index").unlink()
     launch(["index", str(tmp_path / "out" / "p-*.tar")])
     assert capsys.readouterr().out.strip() == "indexed 10 samples"

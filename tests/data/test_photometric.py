@@ -258,6 +258,57 @@ def test_the_plan_names_only_what_is_needed():
     ]
 
 
+# What torchvision's operation on a single image makes of it, and the largest difference that its coarser constants
+# explain: its gray weights are rounded to four digits and add up to 0.9999.
+BLUR_KERNEL = 21  # pixels, 10 sigma to each side
+OPERATIONS = {
+    "brightness": (1.3, lambda x: tvf.adjust_brightness(x, 1.3), 1e-6),
+    "contrast": (0.6, lambda x: tvf.adjust_contrast(x, 0.6), 1e-4),
+    "saturation": (1.7, lambda x: tvf.adjust_saturation(x, 1.7), 2e-4),
+    "hue": (0.1, lambda x: tvf.adjust_hue(x, 0.1), 1e-5),
+    "grayscale": (1.0, lambda x: tvf.rgb_to_grayscale(x, num_output_channels=3), 2e-4),
+    "blur_sigma": (1.0, lambda x: tvf.gaussian_blur(x, [BLUR_KERNEL, BLUR_KERNEL], [1.0, 1.0]), 1e-5),
+    "solarize": (1.0, lambda x: tvf.solarize(x, 128 / 255), 1e-6),
+}
+
+
+@pytest.fixture(scope="module")
+def photo_crops(photos) -> torch.Tensor:
+    """Twelve global crops of six photographs."""
+    with tarfile.open(photos / "pretrain_caltech101" / "train-000001.tar") as tar:
+        raws = [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")][:6]  # type: ignore[union-attr]
+    spec = CropSpec(num_local=0)
+    return torch.cat(
+        [crop_sample(raw, spec, seed=0, epoch=0, position=i).global_crops for i, raw in enumerate(raws)]
+    )
+
+
+def moments(image: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"mean": image.mean((1, 2)), "std": image.std((1, 2)), "cov": torch.cov(image.flatten(1))}
+
+
+@pytest.mark.photos
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_on_photographs_is_torchvisions_on_one_image(photo_crops, name):
+    value, operation, tolerance = OPERATIONS[name]
+    ours = shown(photo_crops, settings(len(photo_crops), **{name: value})).double()
+    moved = []
+    for crop, result in zip(photo_crops, ours, strict=True):
+        before = crop.double() / 255
+        expected, inside = operation(before), result
+        if name == "blur_sigma":  # beyond the border torchvision mirrors the image, we repeat its last pixel
+            for moment, want in moments(expected).items():
+                assert torch.allclose(moments(result)[moment], want, atol=2e-3), moment
+            reach = BLUR_KERNEL // 2
+            expected, inside = (x[:, reach:-reach, reach:-reach] for x in (expected, result))
+        assert (inside - expected).abs().max() < tolerance
+        for moment, want in moments(expected).items():
+            assert torch.allclose(moments(inside)[moment], want, rtol=1e-4, atol=tolerance), moment
+        moved.append(max((moments(result)[m] - old).abs().max().item() for m, old in moments(before).items()))
+    # What it does to the moments of most crops (some photographs are gray) is far more than the tolerance.
+    assert sum(move > 10 * tolerance for move in moved) >= 6
+
+
 @pytest.mark.photos
 def test_photographs_look_as_torchvision_makes_them(photos):
     with tarfile.open(photos / "pretrain_caltech101" / "train-000001.tar") as tar:

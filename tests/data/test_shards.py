@@ -3,19 +3,20 @@ import io
 import os
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
-from small_shards import pack_noise
+from small_shards import noise_image, pack_noise
 from webdataset import TarWriter
 
 from glsd.contracts import UserError
 from glsd.data import shards as shards_module
 from glsd.data.decode import BrokenImage
-from glsd.data.shard_index import build_index, index_path, read_header, read_index, write_index
-from glsd.data.shards import find_shards, open_shards
+from glsd.data.pack import pack_samples
+from glsd.data.shard_index import build_index, index_path, map_index, read_header, write_index
+from glsd.data.shards import check_disjoint, check_same_classes, find_shards, open_shards, read_classes
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +220,7 @@ def test_stale_or_damaged_sidecar(make_shards):
         sidecar.write_bytes(bad)
         with pytest.raises(UserError, match=r"s-000000\.tar\.index is damaged.*pack\.py index"):
             open_shards(pattern)
-    sidecar.write_bytes(good.replace(b'"version":"1"', b'"version":"9"'))
+    sidecar.write_bytes(good.replace(b'"version":"2"', b'"version":"9"'))
     with pytest.raises(UserError, match="version 9"):
         open_shards(pattern)
     sidecar.write_bytes(good)
@@ -230,13 +231,86 @@ def test_stale_or_damaged_sidecar(make_shards):
         open_shards(pattern)
 
 
+def bitmap(number: int) -> bytes:
+    """Pictures whose files are all of one size."""
+    return noise_image(number, "BMP")
+
+
+SAME_SIZE = {
+    "in another order": lambda rows: rows[::-1],
+    "of other images": lambda rows: [(bitmap(n + 50), ext, label) for n, (_, ext, label) in enumerate(rows)],
+    "with other labels": lambda rows: [(raw, ext, label + 1) for raw, ext, label in rows],
+    "with labels from the middle on": lambda rows: [
+        (raw, ext, label + label // 2) for raw, ext, label in rows
+    ],
+}
+
+
+@pytest.mark.parametrize("extension", ["bmp", "jpg"])  # the label comes after the image, or before it
+@pytest.mark.parametrize("change", SAME_SIZE)
+def test_sidecar_of_another_shard_of_the_same_size(tmp_path, change, extension):
+    """Whatever the files' times are: copies and archives do not keep them."""
+    rows = [(bitmap(number), extension, number) for number in range(5)]
+    one, other = (
+        pack_samples(part, tmp_path / name).shards[0]
+        for name, part in (("a", rows), ("b", SAME_SIZE[change](rows)))
+    )
+    assert one.stat().st_size == other.stat().st_size
+    open_shards(str(other))
+    for time in (1, 2_000_000_000):
+        os.utime(index_path(one), (time, time))
+        assert open_shards(str(one)).labels().tolist() == [0, 1, 2, 3, 4]
+    other.write_bytes(one.read_bytes())
+    with pytest.raises(UserError, match=r"is not the one that its index .* made for.*pack\.py index"):
+        open_shards(str(other))
+    write_index(build_index(other), index_path(other), shard_name=other.name)
+    assert open_shards(str(other)).labels().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_sets_that_share_a_shard(make_shards, tmp_path):
+    pattern, _ = make_shards(2, 2, 2)
+    first, second, third = find_shards(pattern)
+    train = open_shards([first, second])
+    check_disjoint(train, open_shards(third), names=("a", "b"))
+    (tmp_path / "link.tar").symlink_to(second)
+    (tmp_path / "link.tar.index").symlink_to(index_path(second))
+    for shared in (second, str(tmp_path / "link.tar")):
+        with pytest.raises(UserError, match=rf"^data.a and data.b have 1 shards in common, as {shared}"):
+            check_disjoint(train, open_shards([third, shared]), names=("data.a", "data.b"))
+
+
+def test_sets_that_number_classes_differently(tmp_path):
+    row = (noise_image(0), "jpg", 0)
+    for name, classes in (("a", ["x", "y"]), ("b", ["x", "y"]), ("c", ["y", "x"]), ("d", [])):
+        pack_samples([row], tmp_path / name, classes=classes)
+    a, b, c, d = (open_shards(str(tmp_path / name / "*.tar")) for name in "abcd")
+    for one, other in ((a, b), (a, a), (a, d), (d, c)):
+        check_same_classes(one, other)
+    with pytest.raises(
+        UserError, match=r"a/classes\.json and .*c/classes\.json number different classes.*--classes"
+    ):
+        check_same_classes(a, c)
+    both = open_shards([str(tmp_path / name / "*.tar") for name in "db"])
+    with pytest.raises(UserError, match=r"b/classes\.json and .*c/classes\.json"):
+        check_same_classes(both, c)
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', '["a", 1]', '["a", "a"]', '"ab"'])
+def test_damaged_classes_files(tmp_path, text):
+    (tmp_path / "classes.json").write_text(text)
+    with pytest.raises(UserError, match=r"classes\.json") as caught:
+        read_classes(tmp_path / "classes.json")
+    assert "\n" not in str(caught.value)
+
+
 def test_index_round_trip(tmp_path, make_shards):
     pattern, _ = make_shards(4)
     index = build_index(find_shards(pattern)[0])
     write_index(index, tmp_path / "x.index", shard_name="x")
-    again = read_index(tmp_path / "x.index")
+    again = map_index(read_header(tmp_path / "x.index"))
     for name in ("image_offset", "image_size", "label", "key_end", "key_bytes"):
         np.testing.assert_array_equal(getattr(index, name), getattr(again, name))
+    assert (again.marks, again.digest) == (index.marks, index.digest)
     assert (again.shard_bytes, read_header(tmp_path / "x.index").count) == (index.shard_bytes, 4)
     assert [path.name for path in tmp_path.glob("*x.index*")] == ["x.index"]  # no temporary file left
 
@@ -245,10 +319,8 @@ def test_index_that_points_outside(make_shards):
     pattern, _ = make_shards(2)
     path = find_shards(pattern)[0]
     index = build_index(path)
-    arrays = {n: getattr(index, n) for n in ("image_offset", "image_size", "label", "key_end", "key_bytes")}
-    arrays["image_size"] = np.array([1 << 60, 5])
-    metadata = {"version": "1", "count": "2", "shard_bytes": str(index.shard_bytes), "shard": "s"}
-    index_path(path).write_bytes(save(arrays, metadata=metadata))
+    beyond = replace(index, image_size=np.array([1 << 60, 5]))
+    write_index(beyond, index_path(path), shard_name="s")
     with pytest.raises(UserError, match=r"index of shard .* is damaged"):
         open_shards(pattern).read(0)
 
@@ -291,7 +363,8 @@ def test_patterns_keep_their_order(make_shards, tmp_path, monkeypatch):
         Path(p).name[7:8] for p in find_shards([f"{folder}/s-00000[23].tar", f"{folder}/s-00000{{1,0}}.tar"])
     ]
     assert names == ["2", "3", "1", "0"]
-    assert len(find_shards(f"{folder}/s-*")) == 4  # not the indices beside them
+    (folder / "s-files.tsv").write_text("key\tfile\n")
+    assert len(find_shards(f"{folder}/s-*")) == 4  # not the indices and the table beside them
     (folder / "odd {1..2}[x].tar").write_bytes((folder / "s-000000.tar").read_bytes())
     assert len(open_shards(f"{folder}/odd {{1..2}}[x].tar")) == 1
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -3,13 +3,16 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from test_pretrain import rows
+from test_pretrain import assert_same_run, rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -41,9 +44,10 @@ def run(command: list[str], extra: dict[str, str] | None = None) -> subprocess.C
     [
         {"matching": "geometric"},
         {"matching": "both", "optim__accumulate_steps": 2, "optim__clip_grad": 0.0},
+        {"matching": "geometric", "loss__local_mean": "accepted", "head__shared": "true"},
         {"matching": "similarity", "loss__centering": "sinkhorn", "optim__clip_mode": "global"},
     ],
-    ids=lambda o: o["matching"],
+    ids=["geometric", "both", "accepted", "sinkhorn"],
 )
 def test_two_ranks_are_one_rank_with_the_joined_batch(tiny_run, tmp_path, options):
     argv = tiny_run(
@@ -103,3 +107,41 @@ def test_a_launch_line_that_starts_one_rank_in_silence_is_refused(tiny_run):
     done = run([*launcher, str(ROOT / "launch" / "pretrain.py"), *tiny_run()])
     assert done.returncode != 0
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both_and_they_go_on(tiny_run):
+    """USR1 reaches one worker only: both save the same step, exit 0, and the resumed run is the straight one."""
+    environment, command = launch_line()
+    script = str(ROOT / "launch" / "pretrain.py")
+    options = {"model__drop_path": 0.2, "optim__epochs": 60, "optim__max_steps": 150, "watch__log_every": 2}
+    straight, stopped = (tiny_run(name, **options) for name in ("straight", "stopped"))
+    assert run([*command, script, *straight], environment).returncode == 0
+    process = subprocess.Popen(
+        [*command, script, *stopped],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folder = Path(stopped[0].removeprefix("--out="))
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if "pretrain.py" in " ".join(child.cmdline())
+    ]
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGUSR1)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "stopped by SIGUSR1 after step" in output
+    done = run([*command, script, *stopped, "--resume=auto"], environment)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    assert_same_run(Path(straight[0].removeprefix("--out=")), folder)

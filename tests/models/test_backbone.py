@@ -179,6 +179,22 @@ def test_crop_size_must_be_a_multiple_of_the_patch(size, message):
         ("vit_tiny_patch16_224", {"timm_args": {"depht": 3}}, "depht.*check model.timm_args"),
         ("vit_tiny_patch16_224", {"timm_args": {"depth": 0}}, "set model.timm_args.depth"),
         ("vit_tiny_patch16_224", {"timm_args": {"img_size": 32}}, "follows from data.global_size"),
+        *(
+            ("vit_tiny_patch16_224", {"timm_args": {key: None}}, f"{key} cannot be set there: .* model.init")
+            for key in (
+                "pretrained",
+                "pretrained_cfg",
+                "pretrained_cfg_overlay",
+                "checkpoint_path",
+                "cache_dir",
+            )
+        ),
+        (
+            "vit_tiny_patch16_224",
+            {"timm_args": {"norm_layer": {"class_path": "os.system"}}},
+            "norm_layer is .*os.system",
+        ),
+        ("vit_tiny_patch16_224", {"timm_args": {"depth": [[1]]}}, r"depth is \[\[1\]\]: expected a number"),
         ("vit_tiny_patch16_224", {"image_size": 90}, "data.global_size 90 .* use 80 or 96"),
         (SWINS[0], {"image_size": 80}, "data.global_size 80 .* use 64 or 96"),
         ("vit_tiny_patch16_224.no_such_tag", {}, "no_such_tag"),
@@ -207,22 +223,43 @@ def test_no_pretrained_weights_is_one_line(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UserError, match=r"model.init 'timm': .*\(no connection\).*weights file"):
-        small("vit_tiny_patch16_224", init="timm")
+        small("vit_small_patch16_224.dino", init="timm")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "vit_small_patch16_224",
+            ["mean (0.5, 0.5, 0.5) and deviation (0.5, 0.5, 0.5)", "use vit_small_patch16_224.dino"],
+        ),
+        ("vit_small_patch16_224.augreg_in1k", ["(0.5, 0.5, 0.5)", "use vit_small_patch16_224.dino"]),
+        ("vit_base_patch16_clip_224", ["0.48145466", "0.26862954", "use "]),
+        ("vit_tiny_patch16_224", ["(0.5, 0.5, 0.5)", "another network, such as"]),
+        ("vit_tiny_patch16_224.no_such_tag", ["no_such_tag", "after the dot"]),
+    ],
+)
+def test_pretrained_weights_of_another_normalisation_are_refused(name, words, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: pytest.fail("too late"))
+    with pytest.raises(UserError) as caught:
+        small(name, init="timm")
+    assert [word for word in words if word not in str(caught.value)] == []
+    assert "\n" not in str(caught.value)
 
 
 def test_pretrained_weights_of_another_size_are_resampled(monkeypatch):
     build = timm.create_model
-    source = build("vit_tiny_patch16_224", img_size=224, num_classes=0, dynamic_img_size=True, **SMALL)
+    source = build("deit_tiny_patch16_224", img_size=224, num_classes=0, dynamic_img_size=True, **SMALL)
     monkeypatch.setattr(
         timm,
         "create_model",
         lambda name, pretrained=False, **args: source if pretrained else build(name, **args),
     )
-    backbone = small("vit_tiny_patch16_224", init="timm", image_size=96)
+    backbone = small("deit_tiny_patch16_224", init="timm", image_size=96)
     assert backbone.load_report is not None
     assert backbone.load_report.matched == backbone.load_report.total == len(source.state_dict())
     ours, native = (
         backbone(images(96)),
-        small("vit_tiny_patch16_224", init="timm", image_size=224)(images(96)),
+        small("deit_tiny_patch16_224", init="timm", image_size=224)(images(96)),
     )
     torch.testing.assert_close(ours[1], native[1], rtol=1e-4, atol=1e-5)

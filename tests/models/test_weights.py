@@ -155,17 +155,6 @@ def test_what_does_not_fit_is_named(change, message):
     assert same_weights(target, small(seed=2))  # untouched
 
 
-def test_partial_loading_has_to_be_asked_for():
-    source, target = small(), small(seed=2)
-    state = {name: tensor for name, tensor in source.net.state_dict().items() if "blocks.1" not in name}
-    report = load_weights(target.net, state, source="x", partial=True)
-    assert (report.matched, report.total, len(report.missing)) == (18, 30, 12)
-    assert torch.equal(target.net.blocks[0].attn.qkv.weight, source.net.blocks[0].attn.qkv.weight)
-    assert torch.equal(target.net.blocks[1].attn.qkv.weight, small(seed=2).net.blocks[1].attn.qkv.weight)
-    with pytest.raises(UserError, match="0 of 30"):
-        load_weights(target.net, {"other": torch.zeros(1)}, source="x", partial=True)
-
-
 class RunsCode:
     def __reduce__(self):
         return (print, ("code from a weights file was run",))

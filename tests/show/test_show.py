@@ -104,11 +104,10 @@ def test_neighbours_are_marked_right_or_wrong(figures, tmp_path):
         query_labels=torch.tensor([1, 0]),
         neighbour_labels=torch.tensor([[1, 0, 1], [0, 0, 5]]),
         cosines=torch.tensor([[0.99, 0.5, 0.25], [0.75, 0.5, -0.125]], dtype=torch.float64),
-        names=["cat", "dog"],
     )
     titles = [axis.get_title() for axis in figures[0].axes]
-    assert titles[:4] == ["query: dog", "✓ dog 0.99", "✗ cat 0.50", "✓ dog 0.25"]
-    assert titles[4:] == ["query: cat", "✓ cat 0.75", "✓ cat 0.50", "✗ 5 -0.12"]
+    assert titles[:4] == ["query: 1", "✓ 1 0.99", "✗ 0 0.50", "✓ 1 0.25"]
+    assert titles[4:] == ["query: 0", "✓ 0 0.75", "✓ 0 0.50", "✗ 5 -0.12"]
     colors = {axis.get_title()[0]: axis.spines["left"].get_edgecolor() for axis in figures[0].axes}
     assert len({colors[mark] for mark in "q✓✗"}) == 3
     shown = figures[0].axes[5].images[0].get_array()
