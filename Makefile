@@ -20,11 +20,14 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python launch/demo.py
 
+# Two test processes of one thread each suit two cores; JOBS=0 runs them in this process.
+JOBS ?= 2
+
 test: $(STAMP)
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest tests -m "not slow and not photos"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not slow and not photos"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

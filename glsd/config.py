@@ -220,8 +220,8 @@ class EvalDataConfig:
     Args:
         train_shards: Labelled shards that vote (k-NN) or train the classifier (linear): brace pattern, glob, or a list.
         val_shards: Labelled shards that are classified.
-        resize: Short side in pixels before the centre crop.
-        crop: Side of the centre crop in pixels.
+        resize: Short side in pixels before the centre crop; unset = 256/224 of the crop.
+        crop: Side of the centre crop in pixels; unset = the run's data.global_size, 224 for other models.
         batch_size: Images per forward pass and rank.
         num_workers: Loader processes per rank.
         limit: At most this many images of each set, evenly spread; 0 = all.
@@ -229,8 +229,8 @@ class EvalDataConfig:
 
     train_shards: str | list[str] = ""
     val_shards: str | list[str] = ""
-    resize: int = 256
-    crop: int = 224
+    resize: int | None = None
+    crop: int | None = None
     batch_size: int = 64
     num_workers: int = 2
     limit: int = 0
@@ -253,7 +253,7 @@ class EvalConfig:
         linear_lr: Learning rates at batch size 256; with several, the best on a held-out tenth of the training set.
         linear_batch_size: Images per step of the linear classifier.
         precision: Forward passes in float32 ('no') or bfloat16 autocast ('bf16').
-        seed: Seed of the linear classifier.
+        seed: Seed of the linear classifier, at least 0.
         out: Folder of evals.json; unset = the run folder, or only printed when the model is not a run.
     """
 

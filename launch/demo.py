@@ -10,7 +10,7 @@ import torch
 from glsd.command_line import load
 from glsd.config import EvalConfig, PretrainConfig
 from glsd.data.decode import decode
-from glsd.data.embedded import digit_canvases
+from glsd.data.embedded import CANVAS, NUM_VAL_DIGITS, digit_canvases
 from glsd.data.eval_loader import eval_loader
 from glsd.data.pack import pack_samples
 from glsd.data.shards import open_shards
@@ -28,7 +28,7 @@ NUM_QUERIES, NUM_NEIGHBOURS, K = 8, 8, 20
 def main(argv: list[str]) -> None:
     start = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
-    chapter("1. pack 5,397 digit canvases into shards")
+    chapter("1. pack scanned digits into shards")
     for split in ("train", "val"):
         print(
             f"  {pack_samples(digit_canvases(split), OUT / 'shards', prefix=split).num_images} {split} images"
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
     chapter("4. look")
     draw_neighbours_of(run)
-    print(f"\nk-NN (k={K}) accuracy on 597 unseen digits")
+    print(f"\nk-NN (k={K}) accuracy on {NUM_VAL_DIGITS} unseen digits")
     for name, score in scores.items():
         print(f"  {name:24} {score:6.1%}")
     gain = scores["pretrained, no labels"] - scores["untrained network"]
@@ -69,15 +69,15 @@ def eval_config(run: Path, features: str) -> EvalConfig:
         "k": f"[{K}]",
         "data.train_shards": SHARDS["train"],
         "data.val_shards": SHARDS["val"],
-        "data.resize": 32,
-        "data.crop": 32,
+        "data.resize": CANVAS,
+        "data.crop": CANVAS,
     }
     return load(EvalConfig, [f"--{key}={value}" for key, value in flags.items()])
 
 
 def embed_split(split: str, forward) -> Embedded:
     loader = eval_loader(
-        open_shards(SHARDS[split]), resize=32, crop=32, batch_size=256, rank=0, world_size=1, num_workers=0
+        open_shards(SHARDS[split]), resize=CANVAS, crop=CANVAS, batch_size=256, rank=0, world_size=1, num_workers=0
     )
     return embed(forward, loader, device=torch.device("cpu"))
 

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from glsd.config import (
 )
 from glsd.contracts import UserError
 from glsd.data.pack import pack_samples
-from glsd.evaluate import evaluate
+from glsd.evaluate import NATIVE_SIZE, choose_sizes, evaluate
 from glsd.models.backbone import build_backbone
 from glsd.runtime import checkpoint
 
@@ -128,7 +130,7 @@ def test_records_are_appended_and_repeatable(cfg):
     assert third["result"] == first["result"]
     assert second["result"]["linear"]["top1"] > 0.4
     assert "SGD momentum 0.9" in second["protocol"]
-    assert [path.name for path in Path(cfg.out).iterdir()] == ["evals.json"]
+    assert sorted(path.name for path in Path(cfg.out).iterdir()) == [".evals.json.lock", "evals.json"]
 
 
 def test_each_way_to_name_a_network(cfg, world):
@@ -175,7 +177,12 @@ def test_run_folder_gets_the_file_when_out_is_unset(cfg, world):
         ({"model": "timm:vit_tinny_patch16_224"}, "vit_tinny_patch16_224"),
         ({"k": [91]}, "k: 91 neighbours of 90 train images"),
         ({"out": "/proc/nowhere"}, "cannot write evals.json to /proc/nowhere"),
-        ({"data.train_shards": ""}, "data.train_shards is not set"),
+        (
+            {"data.train_shards": ""},
+            "data.train_shards is not set: give labelled shards, e.g. --data.train_shards 'shards/train-*",
+        ),
+        ({"data.val_shards": ""}, "e.g. --data.val_shards 'shards/val-*.tar'"),
+        ({"protocol": "linear", "seed": -1}, "seed -1: expected 0 to"),
         ({"data.val_shards": "no-such-*.tar"}, "no-such-*.tar"),
         ({"data.crop": 30}, "data.crop 30 is not a multiple of the patch size 8"),
         ({"data.resize": 16}, "crop 32"),
@@ -189,6 +196,102 @@ def test_mistakes_are_one_clear_line(cfg, changes, words):
         evaluate(replace(cfg, **plain, data=replace(cfg.data, **data)))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_overlapping_sets_and_classes_of_other_numbers(cfg, tmp_path):
+    with pytest.raises(UserError, match=r"data\.train_shards and data\.val_shards have 1 shards in common"):
+        evaluate(replace(cfg, data=replace(cfg.data, val_shards=cfg.data.train_shards)))
+    pack_samples(samples(31, seed=2), tmp_path / "other", prefix="val", classes=["a", "aa", "b", "c"])
+    with pytest.raises(
+        UserError, match=r"evaluate\d*/classes\.json and .*other/classes\.json number different"
+    ):
+        evaluate(replace(cfg, data=replace(cfg.data, val_shards=str(tmp_path / "other" / "*.tar"))))
+
+
+def test_sizes_follow_the_model(cfg, world):
+    """A run is measured at the size it was trained for, others at 224, both with the margin of 256 : 224."""
+    unset = replace(cfg.data, resize=None, crop=None)
+    record = evaluate(replace(cfg, data=unset))
+    assert record["protocol"].startswith("resize 37 bicubic, centre crop 32,")
+    assert evaluate(replace(cfg, data=replace(unset, resize=36)))["result"] == evaluate(cfg)["result"]
+    record = evaluate(replace(cfg, data=replace(unset, crop=40)))
+    assert record["protocol"].startswith("resize 46 bicubic, centre crop 40,")
+    assert choose_sizes(replace(cfg, data=unset), NATIVE_SIZE) == (256, 224)
+
+
+@pytest.mark.slow
+def test_one_rank_that_fails_keeps_no_other_waiting(cfg, tmp_path):
+    """A mistake that one rank sees before they talk ends all; after they have talked, rank 0 is on its own."""
+    body = f"""
+        import os, sys, time
+        from pathlib import Path
+        import _door
+        from glsd import evaluate as story
+        from glsd.contracts import UserError
+
+        rank, left = int(os.environ["RANK"]), Path({str(tmp_path / "left")!r})
+        case = sys.argv.pop(1)
+
+        def opening(patterns):
+            raise UserError("no shard matches on this machine")
+
+        def protocol(*arguments):
+            while not left.exists():
+                time.sleep(0.1)
+            raise RuntimeError("a fault of ours")
+
+        if case == "before" and rank == 1:
+            story.open_shards = opening
+        if case == "after":
+            story.PROTOCOLS["knn"] = protocol
+
+        def main(argv):
+            from glsd.command_line import load
+            from glsd.config import EvalConfig
+            from glsd.runtime import dist
+            story.evaluate(load(EvalConfig, argv))
+            left.touch()
+            dist.finish()
+
+        _door.run(main)
+    """
+    script = tmp_path / "ranks.py"
+    script.write_text(textwrap.dedent(body))
+    for case, codes in (("before", [2, 2]), ("after", [1, 0])):
+        done = two_processes([str(script), case, *command(cfg)[1:]])
+        assert [code for code, _ in done] == codes, done
+        words = "error: no shard matches on this machine" if case == "before" else "a fault of ours"
+        assert words in done[0][1]
+
+
+def two_processes(arguments):
+    """Run two ranks without a launcher, which would end one when the other fails; return exit codes and stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        stderr = [process.communicate(timeout=90)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()  # does nothing to one that has ended
+    return [(process.returncode, text) for process, text in zip(running, stderr, strict=True)]
 
 
 def test_weights_files_need_a_backbone_and_must_fit(cfg, world):

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
@@ -14,6 +13,9 @@ from glsd.contracts import UserError
 _MOMENTUM = 0.9
 _INIT_STD = 0.01
 _FAR_BELOW = 60.0
+# Random streams of a seed: initial weights, order of each epoch (its number from 1), the split that holds images out.
+_WEIGHTS, _SPLIT = 0, 2**63
+MAX_SEED = 2**63 - 1
 
 
 class LinearProbe(NamedTuple):
@@ -49,10 +51,7 @@ def linear_probe(
     """
     _check(train_features, train_labels, "train")
     _check(val_features, val_labels, "val")
-    if not lr_list or min(lr_list) <= 0 or epochs < 1 or batch_size < 1:
-        raise UserError(
-            f"linear probe: rates {lr_list}, {epochs} epochs, batches of {batch_size}: expected > 0"
-        )
+    check_settings(lr_list, epochs=epochs, batch_size=batch_size, seed=seed)
     classes, train_classes = train_labels.unique(return_inverse=True)
     val_classes = torch.searchsorted(classes, val_labels).clamp(max=len(classes) - 1)
     # A label that was never trained is never right.
@@ -65,7 +64,7 @@ def linear_probe(
             raise UserError(
                 "linear probe: fewer than 10 train images cannot choose a learning rate: give one only"
             )
-        order = torch.from_numpy(_permutation(len(train_features), seed, 0)).to(train_features.device)
+        order = torch.from_numpy(_permutation(len(train_features), seed, _SPLIT)).to(train_features.device)
         tenth, rest = order[: len(order) // 10], order[len(order) // 10 :]
         weight, bias = _train(
             train_features[rest], train_classes[rest], len(classes), lr_list, epochs, batch_size, seed
@@ -81,6 +80,16 @@ def linear_probe(
     return LinearProbe(top1, top5, lr, held_out)
 
 
+def check_settings(lr_list: Sequence[float], *, epochs: int, batch_size: int, seed: int) -> None:
+    """Raise UserError for settings of the linear probe that are out of range."""
+    if not lr_list or min(lr_list) <= 0 or epochs < 1 or batch_size < 1:
+        raise UserError(
+            f"linear probe: rates {lr_list}, {epochs} epochs, batches of {batch_size}: expected > 0"
+        )
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"linear probe: seed {seed}: expected 0 to {MAX_SEED}")
+
+
 def _train(
     features: Float32[Tensor, "n d"],
     classes: Int64[Tensor, " n"],
@@ -92,14 +101,13 @@ def _train(
 ) -> tuple[Float32[Tensor, "r d c"], Float32[Tensor, "r c"]]:
     """Train one classifier per learning rate side by side: same batches, same initial weights."""
     device, num_rates = features.device, len(lr_list)
-    start = np.random.Generator(np.random.Philox(key=[np.uint64(seed), np.uint64(0)])).standard_normal(
+    start = np.random.Generator(np.random.Philox(key=[np.uint64(seed), np.uint64(_WEIGHTS)])).standard_normal(
         (features.shape[1], num_classes)
     )
     weight = torch.tensor(start * _INIT_STD, dtype=torch.float32, device=device).repeat(num_rates, 1, 1)
     bias = torch.zeros(num_rates, 1, num_classes, device=device)
     weight_speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
     rates = torch.tensor(lr_list, device=device).reshape(-1, 1, 1) * batch_size / 256
-    targets = F.one_hot(classes, num_classes).to(torch.uint8)
     num_steps, step = epochs * -(-len(features) // batch_size), 0
     for epoch in range(epochs):
         order = torch.from_numpy(_permutation(len(features), seed, epoch + 1)).to(device)
@@ -109,7 +117,9 @@ def _train(
             # A probability below e^-60 changes nothing but the speed: CPUs crawl on subnormal numbers.
             logits = torch.maximum(logits, logits.amax(dim=2, keepdim=True) - _FAR_BELOW)
             # Gradient of the mean cross-entropy by hand: softmax minus target.
-            error = (logits.softmax(dim=2) - targets[rows]) / len(rows)
+            error = logits.softmax(dim=2)
+            error[:, torch.arange(len(rows), device=device), classes[rows]] -= 1
+            error /= len(rows)
             weight_speed = _MOMENTUM * weight_speed + x.T @ error
             bias_speed = _MOMENTUM * bias_speed + error.sum(dim=1, keepdim=True)
             share = (1 + np.cos(np.pi * step / num_steps)) / 2

@@ -1,7 +1,10 @@
 """evals.json: every evaluation of a model with its protocol, one record after the other."""
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,18 @@ FILE = "evals.json"
 def append_record(folder: Path, record: dict[str, Any]) -> None:
     """Add a record to the folder's evals.json; written under a temporary name and renamed, so never half there.
 
+    Evaluations that end at the same time wait for one another (``.evals.json.lock``), so that none is lost.
     Raises UserError if the file cannot be written or is no list of records.
     """
     path, draft = folder / FILE, _draft(folder)
-    text = json.dumps([*_read(path), record], indent=1) + "\n"
     try:
-        with draft.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        with _locked(folder):
+            text = json.dumps([*_read(path), record], indent=1) + "\n"
+            with draft.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
     except OSError as problem:
         raise UserError(f"cannot write {path}: {problem.strerror}; choose another folder") from problem
 
@@ -31,9 +36,10 @@ def cannot_write(folder: Path) -> UserError | None:
     """Return why evals.json cannot be written there, to know it before the long part; makes the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _draft(folder).touch()
-        _draft(folder).unlink()
-        _read(folder / FILE)
+        with _locked(folder):
+            _draft(folder).touch()
+            _draft(folder).unlink()
+            _read(folder / FILE)
     except UserError as problem:
         return problem
     except OSError as problem:
@@ -41,6 +47,14 @@ def cannot_write(folder: Path) -> UserError | None:
             f"cannot write {FILE} to {folder}: {problem.strerror}; choose another folder with --out"
         )
     return None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    # A file of its own: evals.json is replaced by another file each time. It stays, as nobody can know who waits for it.
+    with (folder / f".{FILE}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, whatever happens
+        yield
 
 
 def _draft(folder: Path) -> Path:

@@ -93,10 +93,11 @@ def build_backbone(
     name: a timm VisionTransformer, Eva or Swin; drop_path: stochastic depth of the last block, rising
     linearly from 0 (it draws from torch's default generator of the device); pool: "cls" or "mean" (always the
     mean for Swin, which has no class token); init: "random" (a function of ``seed`` alone, the global random
-    state stays as it was), "timm" (its pretrained weights, which have to expect ImageNet's mean and deviation) or a
-    weights file; timm_args: further arguments of timm.create_model, plain values or lists of them. Raises UserError for an unknown or unsuitable network, a bad argument, a size that is
-    not a multiple of the stride, weights that do not fit. Source: DINO (arXiv 2104.14294), EsViT (arXiv
-    2106.09785) for Swin's mean token.
+    state stays as it was), "timm" (its pretrained weights, which have to expect ImageNet's mean and
+    deviation) or a weights file; timm_args: further arguments of timm.create_model, plain values or lists of
+    them. Raises UserError for an unknown or unsuitable network, a bad argument, a size that is not a multiple
+    of the stride, weights that do not fit. Source: DINO (arXiv 2104.14294), EsViT (arXiv 2106.09785) for
+    Swin's mean token.
     """
     args = _checked_args(name, drop_path, pool, timm_args or {})
     if init == "timm":

@@ -1,7 +1,9 @@
 """The linear probe against torch's own SGD, and what it must be able to do and must not."""
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glsd.contracts import UserError
 from glsd.evals import linear
@@ -40,6 +42,37 @@ def test_every_image_once_per_epoch_and_never_in_the_same_order():
     orders = [linear._permutation(50, 0, epoch) for epoch in range(3)]
     assert all(sorted(order.tolist()) == list(range(50)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 3
+
+
+def test_weights_split_and_epochs_draw_from_streams_of_their_own(monkeypatch):
+    streams = []
+    philox = np.random.Philox
+
+    def spy(key):
+        streams.append(tuple(map(int, key)))
+        return philox(key=key)
+
+    monkeypatch.setattr(np.random, "Philox", spy)
+    train, labels = clusters(30)
+    linear_probe(train, labels, train, labels, epochs=2, lr_list=(0.1, 1.0), seed=7)
+    weights, first, second, split = 0, 1, 2, 2**63
+    assert streams == [(7, s) for s in (split, weights, first, second, weights, first, second)]
+
+
+def test_memory_does_not_hold_a_row_of_classes_per_image():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    n, num_classes = 2000, 300
+    with Largest() as largest:
+        linear._train(torch.ones(n, 2), torch.arange(n) % num_classes, num_classes, [0.1], 1, 50, seed=0)
+    assert 50 * num_classes <= largest.numel < n * num_classes / 10
 
 
 def test_reads_separable_classes_and_not_noise():
@@ -87,6 +120,9 @@ def test_bad_input_is_one_clear_line():
     for settings in ({"lr_list": ()}, {"lr_list": (0.1, -1.0)}, {"epochs": 0}, {"batch_size": 0}):
         with pytest.raises(UserError, match="expected > 0"):
             linear_probe(train, labels, train, labels, **settings)
+    for seed in (-1, 2**63):
+        with pytest.raises(UserError, match=f"seed {seed}: expected 0 to"):
+            linear_probe(train, labels, train, labels, seed=seed)
     with pytest.raises(UserError, match="not finite"):
         linear_probe(train * float("nan"), labels, train, labels)
     with pytest.raises(UserError, match="50 of 50 val"):

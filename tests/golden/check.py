@@ -39,7 +39,10 @@ def check_file(path: Path) -> tuple[bool, str]:
         return False, f"unknown kind: the name starts with none of {', '.join(KINDS)}"
     if not path.with_suffix(".json").is_file():
         return False, "no .json beside it"
-    golden = Golden.open(path)
+    try:
+        golden = Golden.open(path)
+    except Exception as error:  # noqa: BLE001 - a damaged archive may raise anything; the other files are still checked
+        return False, f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     try:
         KINDS[kind](golden)
     except Exception as error:  # noqa: BLE001 - whatever the library raises on one file is the result of that file

@@ -1,9 +1,10 @@
 """Golden checks of schedules, heads, clipping, parameter groups and position embeddings."""
 
+import itertools
 import re
 
 import torch
-from golden_file import Golden
+from golden_file import FLOOR, Golden
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -64,17 +65,32 @@ def check_head(golden: Golden) -> None:
     golden.close("out_y", y)
     golden.close("out_grad_x", x.grad)
     parameters = dict(head.named_parameters())
-    # The gradient of a bias before batch normalisation is rounding: what remains of numbers as large as the
-    # others.
-    floor = 1e-3 * max(float(gradient.abs().max()) for gradient in golden.with_prefix("grad_").values())
+    cancelled = biases_before_batch_norm(head)
     for name, trainable in golden["trainable"].items():
         parameter = parameters[reference_head_name(name)]
         golden.equal(f"{name} is trainable", parameter.requires_grad, trainable)
         if trainable:
+            # What is left of a sum of numbers as large as those of the layer's weights.
+            of_weights = (
+                golden.tensor(f"grad_{name.removesuffix('bias')}weight") if name in cancelled else None
+            )
+            floor = FLOOR if of_weights is None else float(of_weights.abs().max())
             golden.close(f"grad_{name}", parameter.grad, floor=floor)
     after = dict(head.named_buffers())
     for name in golden.with_prefix("after_"):
         golden.close(f"after_{name}", after[reference_head_name(name)])
+
+
+def biases_before_batch_norm(head: ProjectionHead) -> set[str]:
+    """Return the names of the biases that batch normalisation takes back.
+
+    Their gradient is zero but for rounding: it has no scale of its own.
+    """
+    return {
+        f"mlp.{place}.bias"
+        for place, (layer, after) in enumerate(itertools.pairwise(head.mlp))
+        if isinstance(layer, nn.Linear) and isinstance(after, nn.BatchNorm1d)
+    }
 
 
 def check_clip(golden: Golden) -> None:
