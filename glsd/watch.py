@@ -10,7 +10,7 @@ from glsd.command_line import differences
 from glsd.config import PretrainConfig
 from glsd.contracts import BrokenSample, CropBatch, UserError
 from glsd.data.eval_loader import eval_loader
-from glsd.data.shards import ShardSet, open_shards
+from glsd.data.shards import ShardSet, check_disjoint, check_same_classes, open_shards
 from glsd.distillation import NUM_GLOBAL, Pixels
 from glsd.evals.embed import Embedded, embed
 from glsd.evals.knn import knn_accuracy
@@ -169,6 +169,8 @@ def open_probe(cfg: PretrainConfig) -> tuple[ShardSet, ShardSet] | None:
                 f"watch.{key}: {shard} holds images without a label; pack them from labelled folders"
             )
     train, val = sets["probe_train_shards"], sets["probe_val_shards"]
+    check_disjoint(train, val, names=("watch.probe_train_shards", "watch.probe_val_shards"))
+    check_same_classes(train, val)
     if w.probe_k > min(len(train), w.probe_images):
         raise UserError(
             f"watch.probe_k {w.probe_k} is more than the {min(len(train), w.probe_images)} images that vote"

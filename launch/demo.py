@@ -77,7 +77,13 @@ def eval_config(run: Path, features: str) -> EvalConfig:
 
 def embed_split(split: str, forward) -> Embedded:
     loader = eval_loader(
-        open_shards(SHARDS[split]), resize=CANVAS, crop=CANVAS, batch_size=256, rank=0, world_size=1, num_workers=0
+        open_shards(SHARDS[split]),
+        resize=CANVAS,
+        crop=CANVAS,
+        batch_size=256,
+        rank=0,
+        world_size=1,
+        num_workers=0,
     )
     return embed(forward, loader, device=torch.device("cpu"))
 

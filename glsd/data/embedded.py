@@ -11,7 +11,11 @@ from sklearn.datasets import load_digits
 
 CANVAS = 20  # pixels
 DIGIT_SIDES = (12, 15)  # smallest and largest side of the digit on the canvas, in pixels
-PAPER, INK, NOISE = 0.1, 0.9, 0.02  # one gray each for all canvases (tone tells nothing), standard deviation of the paper
+PAPER, INK, NOISE = (
+    0.1,
+    0.9,
+    0.02,
+)  # one gray each for all canvases (tone tells nothing), standard deviation of the paper
 NUM_VAL_DIGITS = 597  # the last ones: other writers than the first 1,200, as the data set was collected
 CANVASES_PER_DIGIT = {"train": 4, "val": 1}
 
