@@ -16,7 +16,7 @@ PAPER, INK, NOISE = (
     0.9,
     0.02,
 )  # one gray each for all canvases (tone tells nothing), standard deviation of the paper
-NUM_VAL_DIGITS = 597  # the last ones: other writers than the first 1,200, as the data set was collected
+NUM_VAL_DIGITS = 597  # the last ones
 CANVASES_PER_DIGIT = {"train": 4, "val": 1}
 
 
