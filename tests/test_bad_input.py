@@ -16,6 +16,8 @@ from accelerate.state import AcceleratorState
 
 from glsd.runtime import checkpoint
 
+pytestmark = pytest.mark.slow  # each case starts the whole program up to its mistake
+
 
 @pytest.fixture
 def door(capfd, monkeypatch):

@@ -127,6 +127,7 @@ def test_a_signal_saves_and_ends_cleanly(tiny_run, name):
     assert_same_run(straight, stopped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("matching", "extra"),
     [
@@ -171,6 +172,7 @@ def load_initial(tiny_run, matching: str, extra: dict) -> dict[str, torch.Tensor
     return load_file(run / "checkpoints" / "latest" / "student.safetensors")
 
 
+@pytest.mark.slow
 def test_probes_are_repeated_exactly_on_resume(tiny_run, digit_shards):
     """The checkpoint of a step is saved before its probe; a run killed in between probes again, once."""
     options = {
@@ -187,6 +189,7 @@ def test_probes_are_repeated_exactly_on_resume(tiny_run, digit_shards):
     assert len([row for row in rows(resumed) if "probe" in row]) == 4
 
 
+@pytest.mark.slow
 def test_a_collapsed_probe_names_the_knob(tiny_run, digit_shards, monkeypatch, capsys):
     import glsd.runtime.health as health
 
@@ -199,6 +202,7 @@ def test_a_collapsed_probe_names_the_knob(tiny_run, digit_shards, monkeypatch, c
     assert "optim.lr" in printed
 
 
+@pytest.mark.slow
 def test_accumulation_is_one_large_batch(tiny_run):
     whole = train(tiny_run("whole", optim__max_steps=3, model__drop_path=0))
     parts = train(tiny_run("parts", optim__max_steps=3, model__drop_path=0, optim__accumulate_steps=4))
@@ -206,6 +210,7 @@ def test_accumulation_is_one_large_batch(tiny_run):
         assert one == pytest.approx(other, rel=2e-5, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_prototypes_are_frozen_at_the_start_then_free(tiny_run):
     """6 steps an epoch: frozen through step 6, moving at step 7."""
     runs = {n: train(tiny_run(f"run{n}", optim__max_steps=n)) for n in (1, 6, 8)}
@@ -247,6 +252,7 @@ def test_what_a_run_leaves_behind(tiny_run, digit_shards):
     assert {"images_per_s", "data_wait"} <= timing.keys()
 
 
+@pytest.mark.slow
 def test_a_bad_gradient_stops_before_the_weights_move(tiny_run, monkeypatch):
     """Gradients go bad at the 4th step, the check comes at the 6th: by then the student is still that of step 3."""
     import glsd.pretrain as story
@@ -279,6 +285,7 @@ def test_a_bad_gradient_stops_before_the_weights_move(tiny_run, monkeypatch):
     assert not list((three.parent / "bad" / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 def test_a_diverging_run_names_step_and_samples_and_keeps_the_good_checkpoint(tiny_run):
     """An absurd learning rate makes a later step overflow."""
     argv = tiny_run(optim__lr=1e38, optim__warmup_epochs=0, watch__checkpoint_every=1, watch__log_every=5)
