@@ -281,6 +281,7 @@ def test_weights_of_another_architecture_name_tensor_and_shapes():
     assert torch.equal(other.get_parameter("0.weight"), saved["0.weight"])
 
 
+@pytest.mark.slow
 def test_two_ranks_write_once_and_load_the_same(tmp_path):
     outputs = run_ranks(
         """

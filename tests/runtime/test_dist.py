@@ -22,6 +22,7 @@ def test_alone_everything_is_the_identity():
         dist.raise_together(UserError("mistake"))
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     outputs = run_ranks(
         """

@@ -162,6 +162,7 @@ def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
     assert "loss=1.5000" in err
 
 
+@pytest.mark.slow
 def test_ranks_are_averaged_and_one_writes(tmp_path):
     run_ranks(
         """

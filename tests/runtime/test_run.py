@@ -66,6 +66,7 @@ def test_an_unwritable_folder_is_the_users_error(tmp_path, place):
         open_run(tmp_path / place, resolved_config="", resume=False)
 
 
+@pytest.mark.slow
 def test_both_ranks_hear_of_it(tmp_path):
     outputs = run_ranks(
         """
