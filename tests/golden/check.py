@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 from golden_file import Golden
+from kinds_dml import check_distillation, check_mdr, check_symmetric, check_trace_mdr, check_trace_obdsd
 from kinds_losses import check_global, check_local_distance, check_local_similarity, check_positions
 from kinds_parts import check_clip, check_head, check_param_groups, check_pos_embed, check_schedules
+from kinds_ranking import check_margin, check_ms
 from kinds_train import check_train
 
 # What the file's name starts with -> how to check it.
@@ -29,6 +31,14 @@ KINDS: dict[str, Callable[[Golden], None]] = {
     "param_groups": check_param_groups,
     "pos_embed": check_pos_embed,
     "train": check_train,
+    "ms": check_ms,
+    "margin": check_margin,
+    "psd": check_distillation,
+    "obdsd_softmax": check_distillation,
+    "obdp_sym": check_symmetric,
+    "mdr": check_mdr,
+    "trace_obdsd": check_trace_obdsd,
+    "trace_mdr": check_trace_mdr,
 }
 
 
