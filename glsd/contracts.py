@@ -112,3 +112,26 @@ class LabelledBatch:
     images: Float32[Tensor, "b 3 h w"]
     labels: Int64[Tensor, " b"]  # -1 = no label
     indices: Int64[Tensor, " b"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledCrops:
+    """One rank's share of a metric-learning batch: one random crop per image, class ranks as labels."""
+
+    images: UInt8[Tensor, "b 3 h w"]
+    labels: Int64[Tensor, " b"]  # 0 .. number of training classes - 1
+    indices: Int64[Tensor, " b"]  # dataset positions of the images really used
+    keys: tuple[str, ...]
+    broken: tuple[BrokenSample, ...] = ()
+
+    def pin_memory(self) -> "LabelledCrops":
+        """Return the batch in pinned memory (called by the DataLoader)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> "LabelledCrops":
+        """Return the batch on ``device``, copied asynchronously when pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, move) -> "LabelledCrops":
+        tensors = {name: move(getattr(self, name)) for name in ("images", "labels", "indices")}
+        return replace(self, **tensors)

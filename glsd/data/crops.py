@@ -56,20 +56,20 @@ class CropSpec:
 
     def __post_init__(self) -> None:
         for key in ("global_size", "local_size"):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "a size of at least 1 pixel")
-        _require(self.num_local >= 0, "num_local", self.num_local, "0 or more")
+            require(getattr(self, key) >= 1, key, getattr(self, key), "a size of at least 1 pixel")
+        require(self.num_local >= 0, "num_local", self.num_local, "0 or more")
         for key in ("global_scale", "local_scale"):
             scale = getattr(self, key)
             ok = 0 < scale[0] <= scale[1] <= 1
-            _require(ok, key, scale, "two shares of the area with 0 < smallest <= largest <= 1")
+            require(ok, key, scale, "two shares of the area with 0 < smallest <= largest <= 1")
         for key in ("jitter_prob", "grayscale_prob", "flip_prob"):
-            _require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "a probability between 0 and 1")
+            require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "a probability between 0 and 1")
         for key in ("blur_prob", "solarize_prob"):
             rates = getattr(self, key)
             ok = all(0 <= rate <= 1 for rate in rates)
-            _require(ok, key, rates, "three probabilities: first global, second global, local crops")
+            require(ok, key, rates, "three probabilities: first global, second global, local crops")
         ok = all(0 <= v < math.inf for v in self.jitter) and self.jitter[3] <= 0.5
-        _require(ok, "jitter", self.jitter, "four strengths >= 0 (hue: at most 0.5)")
+        require(ok, "jitter", self.jitter, "four strengths >= 0 (hue: at most 0.5)")
 
     @property
     def num_crops(self) -> int:
@@ -117,18 +117,41 @@ def draw(spec: CropSpec, *, height: int, width: int, seed: int, epoch: int, posi
     Source: augmentation of DINO (arXiv 2104.14294) and GLSD (arXiv 2207.14676).
     """
     u = uniforms(spec.num_crops, seed=seed, epoch=epoch, position=position)
-    boxes = torch.from_numpy(_boxes(spec, u, height=height, width=width))
+    scales = np.array([spec.global_scale] * NUM_GLOBAL + [spec.local_scale] * spec.num_local)
+    boxes = torch.from_numpy(_boxes(scales, spec.flip_prob, u, height=height, width=width))
     return CropPlan(boxes, torch.from_numpy(_photometric_parameters(spec, u)))
 
 
-def uniforms(num_crops: int, *, seed: int, epoch: int, position: int) -> np.ndarray:
+def random_crop(
+    raw: bytes,
+    *,
+    size: int,
+    scale: tuple[float, float],
+    flip_prob: float,
+    seed: int,
+    stream: int,
+    epoch: int,
+    position: int,
+) -> UInt8[Tensor, "3 s s"]:
+    """Decode one image file and cut a single random resized crop, drawn and cut as those of pretraining.
+
+    Its numbers depend on (seed, stream, epoch, position) alone. Raises BrokenImage if the bytes are no usable
+    image.
+    """
+    image = decode(raw)
+    u = uniforms(1, seed=seed, epoch=epoch, position=position, stream=stream)
+    boxes = _boxes(np.array([scale]), flip_prob, u, height=image.shape[1], width=image.shape[2])
+    return cut(image, torch.from_numpy(boxes), size)[0]
+
+
+def uniforms(num_crops: int, *, seed: int, epoch: int, position: int, stream: int = STREAM) -> np.ndarray:
     """Return (num_crops, NUM_DRAWS) float64 in [0, 1).
 
-    Philox is counter-based: (seed, epoch, position) select a stream directly, and its raw output never changes
-    between releases of numpy (the distributions built upon it may). seed: any integer; epoch, position: >= 0.
+    Philox is counter-based: (seed, stream, epoch, position) select a stream directly, and its raw output never
+    changes between releases of numpy (the distributions built upon it may). seed: any integer; the others: >= 0.
     """
     # Explicit uint64: numpy turns a list of mixed large and small integers into float64 and loses digits.
-    key = np.array([seed % 2**64, STREAM], dtype=np.uint64)
+    key = np.array([seed % 2**64, stream], dtype=np.uint64)
     counter = np.array([0, 0, position, epoch], dtype=np.uint64)
     bits = np.random.Philox(key=key, counter=counter)
     raw = bits.random_raw(num_crops * NUM_DRAWS).reshape(num_crops, NUM_DRAWS)
@@ -148,8 +171,8 @@ def cut(image: UInt8[Tensor, "3 h w"], boxes: Float[Tensor, "m 4"], size: int) -
     return crops
 
 
-def _boxes(spec: CropSpec, u: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    low, high = np.array([spec.global_scale] * NUM_GLOBAL + [spec.local_scale] * spec.num_local).T[:, :, None]
+def _boxes(scales: np.ndarray, flip_prob: float, u: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    low, high = scales.T[:, :, None]  # one row a crop
     area = height * width * (low + (high - low) * u[:, AREA_DRAWS])
     aspect = np.exp(math.log(ASPECT[0]) + (math.log(ASPECT[1]) - math.log(ASPECT[0])) * u[:, ASPECT_DRAWS])
     w = np.rint(np.sqrt(area * aspect))
@@ -163,7 +186,7 @@ def _boxes(spec: CropSpec, u: np.ndarray, *, height: int, width: int) -> np.ndar
     h = np.where(found, h[first], fallback_h)
     x = np.where(found, np.floor(u[:, DRAWS["x"]] * (width - w + 1)), (width - fallback_w) // 2)
     y = np.where(found, np.floor(u[:, DRAWS["y"]] * (height - h + 1)), (height - fallback_h) // 2)
-    flip = u[:, DRAWS["flip"]] < spec.flip_prob
+    flip = u[:, DRAWS["flip"]] < flip_prob
     return np.stack([np.where(flip, x + w, x), y, np.where(flip, x, x + w), y + h], axis=1)
 
 
@@ -186,6 +209,7 @@ def _photometric_parameters(spec: CropSpec, u: np.ndarray) -> np.ndarray:
     return np.stack([columns[name] for name in PHOTOMETRIC_FIELDS], axis=1).astype(np.float32)
 
 
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
+def require(ok: bool, key: str, value: object, expected: str) -> None:
+    """Raise UserError naming ``data.<key>`` unless ``ok``."""
     if not ok:
         raise UserError(f"data.{key} is {value!r}: expected {expected}")

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from glsd.contracts import LabelledBatch, UserError
 from glsd.data.decode import BrokenImage, decode
-from glsd.data.photometric import MEAN, STD
+from glsd.data.photometric import normalise
 from glsd.data.shards import ShardSet
 from glsd.data.workers import make_loader, raised
 
@@ -69,8 +69,11 @@ def eval_loader(
     world_size: int,
     num_workers: int,
     limit: int = 0,
+    chosen: Int64[np.ndarray, " c"] | None = None,
 ) -> EvalLoader:
     """Return one rank's loader over the images of a set, or over ``limit`` of them spread evenly (0 = all).
+
+    chosen: the dataset indices of a part of the set, ascending; the rest is as if it were not there.
 
     The short side is resized to ``resize`` pixels (bicubic, antialiased), a square of ``crop`` is cut from
     the centre and normalised with the mean and deviation of ImageNet. Rank r of R takes images r, r+R, ...;
@@ -84,7 +87,9 @@ def eval_loader(
         raise UserError(f"batch_size is {batch_size}: expected at least 1")
     if limit < 0:
         raise UserError(f"limit is {limit}: expected 0 (all images) or more")
-    indices = rank_indices(len(shards), rank=rank, world_size=world_size, limit=limit)
+    among = np.arange(len(shards)) if chosen is None else chosen
+    rows = rank_indices(len(among), rank=rank, world_size=world_size, limit=limit)
+    indices = np.append(among, PADDING)[rows]  # row -1 is padding, and picks the last: padding
     dataset = _EvalDataset(shards, resize=resize, crop=crop)
     return EvalLoader(dataset, indices, batch_size=batch_size, num_workers=num_workers)
 
@@ -148,10 +153,8 @@ def _collate(
 ) -> tuple[LabelledBatch, list[BrokenImageRecord]] | UserError:
     if isinstance(samples, UserError):
         return samples
-    images = torch.stack([sample.image for sample in samples]).float().div_(255)
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     batch = LabelledBatch(
-        images=images.sub_(mean).div_(std),
+        images=normalise(torch.stack([sample.image for sample in samples])),
         labels=torch.tensor([sample.label for sample in samples]),
         indices=torch.tensor([sample.index for sample in samples]),
     )

@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,19 +80,21 @@ def pack_folder(
             path = paths[number]
             try:
                 raw = (src / path).read_bytes()
-                _check(raw, full_check)
+                decode(raw) if full_check else image_extension(raw)
             except (OSError, BrokenImage) as error:
                 unreadable.append((str(path), str(error)))
                 continue
             sources.append(path.as_posix())
             yield raw, path.suffix[1:].lower(), labels[path.parts[0]] if labels else None
 
-    shards, count = _write_shards(
-        samples(), dst, prefix, shard_megabytes, tuple(labels), source=str(src), sources=sources
-    )
+    with staging(dst, [prefix]) as work:
+        names, count = write_shards(
+            samples(), work, prefix, shard_megabytes, source=str(src), sources=sources
+        )
+        write_classes(work, tuple(labels))
     return PackSummary(
         num_images=count,
-        shards=shards,
+        shards=tuple(dst / name for name in names),
         classes=tuple(labels),
         stray=str(strays[0]) if 0 < len(strays) < len(paths) / 2 else "",
         skipped=skipped,
@@ -108,8 +111,11 @@ def pack_samples(
     classes: Sequence[str] = (),
 ) -> PackSummary:
     """Pack (image bytes, extension, label or None) in the order given, unchecked; the rest as pack_folder."""
-    shards, count = _write_shards(samples, Path(dst), prefix, shard_megabytes, tuple(classes), source="input")
-    return PackSummary(num_images=count, shards=shards, classes=tuple(classes))
+    dst = Path(dst)
+    with staging(dst, [prefix]) as work:
+        names, count = write_shards(samples, work, prefix, shard_megabytes, source="input")
+        write_classes(work, tuple(classes))
+    return PackSummary(num_images=count, shards=tuple(dst / name for name in names), classes=tuple(classes))
 
 
 def index_shards(patterns: str | Sequence[str]) -> int:
@@ -157,19 +163,18 @@ def _unreadable_folder(error: OSError) -> None:
     raise UserError(f"cannot read folder {error.filename}: {error.strerror}") from error
 
 
-def _check(raw: bytes, full_check: bool) -> None:
-    """Raise BrokenImage for bytes that cannot be an image; by the header alone unless ``full_check``."""
-    if full_check:
-        decode(raw)
-        return
+def image_extension(raw: bytes) -> str:
+    """Return the extension that suits the bytes of an image file; BrokenImage if their header is of none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images long before it refuses them
-            Image.open(io.BytesIO(raw), formats=FORMATS).close()
+            with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+                kind = str(image.format).lower()
     except Image.UnidentifiedImageError as error:
         raise BrokenImage("not an image of a known format" if raw else "empty file (0 bytes)") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BrokenImage(str(error)) from error
+    return "jpg" if kind in ("jpeg", "mpo") else kind
 
 
 def _labels(found: set[str], dst: Path, src: Path, classes: str | Path | None) -> dict[str, int]:
@@ -189,25 +194,19 @@ def _labels(found: set[str], dst: Path, src: Path, classes: str | Path | None) -
     return {name: label for label, name in enumerate(names)}
 
 
-def _write_shards(
-    samples: Iterable[Sample],
-    dst: Path,
-    prefix: str,
-    shard_megabytes: int,
-    classes: tuple[str, ...],
-    *,
-    source: str,
-    sources: Sequence[str] = (),
-) -> tuple[tuple[Path, ...], int]:
-    """Write all into a hidden folder inside ``dst``, then move it up: half a packing never looks whole."""
-    if shard_megabytes < 1:
-        raise UserError(f"shard_megabytes is {shard_megabytes}: expected at least 1")
-    if not prefix or "/" in prefix or prefix.startswith("."):
-        raise UserError(f"prefix {prefix!r}: expected the beginning of a file name, such as train")
-    work = dst / f".{prefix}.packing"
+@contextmanager
+def staging(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
+    """Give a hidden folder inside ``dst`` whose files are moved up at the end: half a packing never looks whole.
+
+    Raises UserError if ``dst`` cannot be written or has shards of one of the prefixes.
+    """
+    for prefix in prefixes:
+        if not prefix or "/" in prefix or prefix.startswith("."):
+            raise UserError(f"prefix {prefix!r}: expected the beginning of a file name, such as train")
+    work = dst / f".{prefixes[0]}.packing"
     try:
         dst.mkdir(parents=True, exist_ok=True)
-        old = sorted(dst.glob(f"{glob.escape(prefix)}-[0-9]*.tar"))
+        old = [path for prefix in prefixes for path in sorted(dst.glob(f"{glob.escape(prefix)}-[0-9]*.tar"))]
         if old:
             raise UserError(f"{dst} already has {old[0].name}: choose another prefix or an empty folder")
         work.mkdir()
@@ -220,17 +219,7 @@ def _write_shards(
     except OSError as error:
         raise UserError(f"cannot write to {dst}: {error.strerror or error}") from error
     try:
-        paths, count = _fill(samples, work, prefix, shard_megabytes * 2**20)
-        if not count:
-            raise UserError(f"no usable image in {source}: nothing was packed")
-        if classes:
-            (work / CLASSES_FILE).write_text(json.dumps(classes, indent=1) + "\n")
-        if sources:
-            rows = (f"{_key(number)}\t{_escaped(path)}\n" for number, path in enumerate(sources))
-            with open(
-                work / f"{prefix}{SOURCES_SUFFIX}", "w", encoding="utf-8", errors="surrogateescape"
-            ) as table:
-                table.writelines(["key\tfile\n", *rows])
+        yield work
         # Indices first: a shard is there only when its index is.
         for path in sorted(work.iterdir(), key=lambda path: path.suffix == ".tar"):
             os.replace(path, dst / path.name)
@@ -238,7 +227,39 @@ def _write_shards(
         raise UserError(f"cannot write to {dst}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return tuple(dst / path.name for path in paths), count
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    work: Path,
+    prefix: str,
+    shard_megabytes: int,
+    *,
+    source: str,
+    sources: Sequence[str] = (),
+) -> tuple[list[str], int]:
+    """Write shards, their indices and the table of ``sources``; return the shards' names and the number of samples.
+
+    ``sources`` is read at the end, so that ``samples`` may fill it. Raises UserError if there is no sample, naming
+    ``source``; OSError is for ``staging`` to name.
+    """
+    if shard_megabytes < 1:
+        raise UserError(f"shard_megabytes is {shard_megabytes}: expected at least 1")
+    names, count = _fill(samples, work, prefix, shard_megabytes * 2**20)
+    if not count:
+        raise UserError(f"no usable image in {source}: nothing was packed")
+    if sources:
+        rows = (f"{_key(number)}\t{_escaped(path)}\n" for number, path in enumerate(sources))
+        table = work / f"{prefix}{SOURCES_SUFFIX}"
+        with open(table, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(["key\tfile\n", *rows])
+    return names, count
+
+
+def write_classes(work: Path, classes: Sequence[str]) -> None:
+    """Write classes.json, unless there are none."""
+    if classes:
+        (work / CLASSES_FILE).write_text(json.dumps(list(classes), indent=1) + "\n")
 
 
 def _key(number: int) -> str:
@@ -251,13 +272,13 @@ def _escaped(path: str) -> str:
     return path
 
 
-def _fill(samples: Iterable[Sample], folder: Path, prefix: str, shard_bytes: int) -> tuple[list[Path], int]:
-    paths: list[Path] = []
+def _fill(samples: Iterable[Sample], folder: Path, prefix: str, shard_bytes: int) -> tuple[list[str], int]:
+    names: list[str] = []
     count = 0
     rows = iter(samples)
     sample = next(rows, None)
     while sample is not None:
-        path = folder / f"{prefix}-{len(paths):06d}.tar"
+        path = folder / f"{prefix}-{len(names):06d}.tar"
         with open(path, "wb") as file:
             with TarWriter(file, encoder=False, mtime=0) as tar:
                 size = 0
@@ -271,5 +292,5 @@ def _fill(samples: Iterable[Sample], folder: Path, prefix: str, shard_bytes: int
             file.flush()
             os.fsync(file.fileno())
         write_index(build_index(path), index_path(path), shard_name=path.name)
-        paths.append(path)
-    return paths, count
+        names.append(path.name)
+    return names, count

@@ -43,9 +43,13 @@ def photometric(
             rows = slice(start, start + size)
             x = torch.div(crops[rows], 255, out=changed[rows])
             _apply(x, parameters[rows])
-            for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
-                x[:, channel].sub_(mean).div_(std)
+            _standardise(x)
     return changed
+
+
+def normalise(images: UInt8[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 3 h w"]:
+    """Return the images in 0..1 minus MEAN, over STD, channel by channel, on their device."""
+    return _standardise(images.float().div_(255))
 
 
 class Task(NamedTuple):
@@ -170,6 +174,12 @@ CHANGES = {
 JITTERS = ("brightness", "contrast", "saturation", "hue")
 AFTER_JITTERS = ("grayscale", "blur_sigma", "solarize")
 ORDERS = tuple(itertools.permutations(JITTERS))
+
+
+def _standardise(x: Float32[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 3 h w"]:
+    for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+        x[:, channel].sub_(mean).div_(std)
+    return x
 
 
 def _gray(x: Float32[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 1 h w"]:

@@ -79,6 +79,48 @@ def test_labels_indices_and_padding(make_shards, world_size):
     assert sum(loader.num_images for loader in loaders) == 11
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_only_the_chosen_images(make_shards, world_size):
+    pattern, packed = make_shards(5, 6, change={7: b"text"})
+    shards = open_shards(pattern)
+    everything = {
+        int(index): image
+        for batch in eval_loader(shards, **SETUP)
+        for index, image in zip(batch.indices, batch.images, strict=True)
+    }
+    chosen = np.array([1, 4, 5, 7, 10])
+    setup = {**SETUP, "batch_size": 2, "world_size": world_size, "chosen": chosen}
+    loaders = [eval_loader(shards, **{**setup, "rank": rank}) for rank in range(world_size)]
+    read = []
+    for loader in loaders:
+        made = list(loader)
+        assert len(made) == len(loaders[0])
+        for batch in made:
+            for index, label, image in zip(
+                batch.indices.tolist(), batch.labels.tolist(), batch.images, strict=True
+            ):
+                if index >= 0:
+                    read.append(index)
+                    assert label == packed[index][2]
+                    assert torch.equal(image, everything[index])
+    assert sorted(read) == [1, 4, 5, 10]
+    assert [broken.index for loader in loaders for broken in loader.broken] == [7]
+    assert sum(loader.num_images for loader in loaders) == 5
+
+
+def test_limit_counts_within_the_chosen(make_shards):
+    shards = open_shards(make_shards(5, 6)[0])
+
+    def read(**change):
+        return torch.cat([b.indices for b in eval_loader(shards, **{**SETUP, **change})]).tolist()
+
+    chosen = np.array([0, 2, 3, 5, 8, 9])
+    assert read(chosen=chosen, limit=3) == [0, 3, 8]
+    assert read(chosen=chosen, limit=20) == chosen.tolist()
+    assert read(chosen=np.arange(11), limit=4) == read(limit=4)
+    assert list(eval_loader(shards, **{**SETUP, "chosen": chosen[:0]})) == []
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_broken_images_are_listed_not_fatal(make_shards, workers):
     pattern, _ = make_shards(9, change={4: b"text", 7: b""})
@@ -149,7 +191,7 @@ def test_settings_that_cannot_work(make_shards, change):
 @pytest.mark.slow
 def test_photographs_over_three_ranks(photos):
     shards = open_shards(str(photos / "pretrain_caltech101" / "val-*.tar"))
-    setup = {"resize": 64, "crop": 56, "batch_size": 100, "world_size": 3, "num_workers": 1}
+    setup: dict[str, Any] = {"resize": 64, "crop": 56, "batch_size": 100, "world_size": 3, "num_workers": 1}
     rows = [batch for rank in range(3) for batch in eval_loader(shards, rank=rank, **setup)]
     indices, labels = (torch.cat([getattr(b, name) for b in rows]) for name in ("indices", "labels"))
     real = indices >= 0

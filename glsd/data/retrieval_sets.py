@@ -1,0 +1,128 @@
+"""Four benchmarks of metric learning, from their owners' files to shards in the splits of the field."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from glsd.contracts import UserError
+from glsd.data.retrieval_files import CARS_OWNER, Listing, read_cars, read_cub, read_inshop, read_sop
+from glsd.data.roles import RoleImage, RoleSummary, pack_roles
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSet:
+    """A benchmark: how to read it, where its owner publishes it, and its published size."""
+
+    title: str
+    owner: str
+    published: dict[str, tuple[int, int]]  # images and classes of each role
+    read: Callable[[Path], Listing]
+
+
+def prepare(
+    name: str,
+    src: str | Path,
+    dst: str | Path,
+    *,
+    shard_megabytes: int = 256,
+    shuffle_seed: int = 0,
+    allow_incomplete: bool = False,
+) -> dict[str, RoleSummary]:
+    """Pack a benchmark of ``RETRIEVAL_SETS``, as unpacked from its owner's archives, into one set of shards per role.
+
+    Labels number the classes of all roles together. Raises UserError if an annotation file or an image is missing or
+    damaged, or the counts of images and classes are not the published ones; with ``allow_incomplete`` images that are
+    missing or damaged are left out and listed, and counts are as they come. The splits are those of Oh Song et al.
+    (2016), Deep Metric Learning via Lifted Structured Feature Embedding, and for In-Shop of Liu et al. (2016),
+    DeepFashion.
+    """
+    benchmark, src = RETRIEVAL_SETS[name], Path(src)
+    if not src.is_dir():
+        raise UserError(
+            f"{src} is no folder: expected {benchmark.title} as unpacked from its archive; {benchmark.owner}"
+        )
+    try:
+        listing = benchmark.read(src)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename} is missing: it belongs to {benchmark.title}; {benchmark.owner}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    _check_listing(listing)
+    if not allow_incomplete:
+        _check_counts(listing, benchmark)
+        missing = [image.path for image in listing.images if not (listing.root / image.path).is_file()]
+        if missing:
+            raise UserError(
+                f"{listing.root / missing[0]} is missing, one of {len(missing)} such images of {listing.source}: "
+                f"{benchmark.owner}; or pack what is there with --allow_incomplete"
+            )
+    roles: dict[str, list[RoleImage]] = {role: [] for role in benchmark.published}
+    for role, path, label in listing.images:
+        roles[role].append(RoleImage(path, label, (listing.root / path).read_bytes))
+    restore = f"restore it ({benchmark.owner}), or leave such images out with --allow_incomplete"
+    return pack_roles(
+        roles,
+        dst,
+        classes=listing.classes,
+        shard_megabytes=shard_megabytes,
+        shuffle_seed=shuffle_seed,
+        unreadable_hint=None if allow_incomplete else restore,
+    )
+
+
+def _check_listing(listing: Listing) -> None:
+    """Raise UserError for an image listed twice and for a class in training and test."""
+    role_of: dict[str, str] = {}
+    training = {image.label for image in listing.images if image.role == "train"}
+    for role, path, label in listing.images:
+        if path in role_of:
+            raise UserError(
+                f"{listing.source} lists {path} twice (roles {role_of[path]} and {role}): restore it"
+            )
+        role_of[path] = role
+        if role != "train" and label in training:
+            raise UserError(
+                f"{listing.source}: class {listing.classes[label]} of {path} is in train and in {role}, but no class "
+                "may be in both: restore the annotation files"
+            )
+
+
+def _check_counts(listing: Listing, benchmark: RetrievalSet) -> None:
+    for role, (num_images, num_classes) in benchmark.published.items():
+        labels = [image.label for image in listing.images if image.role == role]
+        if (len(labels), len(set(labels))) != (num_images, num_classes):
+            raise UserError(
+                f"{listing.source} lists {len(labels)} images of {len(set(labels))} classes for {role}, but "
+                f"{benchmark.title} has {num_images} of {num_classes}: restore it ({benchmark.owner}), or pack what is "
+                "there with --allow_incomplete"
+            )
+
+
+RETRIEVAL_SETS = {
+    "cub200": RetrievalSet(
+        title="CUB-200-2011",
+        owner="its owner Caltech publishes it at https://www.vision.caltech.edu/datasets/cub_200_2011/",
+        published={"train": (5_864, 100), "test": (5_924, 100)},
+        read=read_cub,
+    ),
+    "cars196": RetrievalSet(
+        title="Cars-196",
+        owner=CARS_OWNER,
+        published={"train": (8_054, 98), "test": (8_131, 98)},
+        read=read_cars,
+    ),
+    "sop": RetrievalSet(
+        title="Stanford Online Products",
+        owner="its owner Stanford publishes it at https://cvgl.stanford.edu/projects/lifted_struct/",
+        published={"train": (59_551, 11_318), "test": (60_502, 11_316)},
+        read=read_sop,
+    ),
+    "inshop": RetrievalSet(
+        title="the In-shop Clothes Retrieval Benchmark",
+        owner="its owner, CUHK, publishes it at https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html",
+        published={"train": (25_882, 3_997), "query": (14_218, 3_985), "gallery": (12_612, 3_985)},
+        read=read_inshop,
+    ),
+}

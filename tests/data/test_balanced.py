@@ -1,0 +1,457 @@
+"""P x M batches: literal properties, any number of ranks, resuming, images that cannot be read."""
+
+import functools
+import io
+import itertools
+import math
+import os
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_shards import noise_image, pack_noise
+
+from glsd.contracts import BrokenSample, LabelledCrops, UserError
+from glsd.data.balanced import (
+    CROP_STREAM,
+    ClassGroups,
+    balanced_batch,
+    balanced_loader,
+    class_groups,
+    collate,
+    rank_slots,
+    split_classes,
+)
+from glsd.data.crops import AREA_DRAWS, ASPECT_DRAWS, DRAWS, cut, random_crop, uniforms
+from glsd.data.decode import decode
+from glsd.data.photometric import MEAN, STD, normalise
+from glsd.data.shards import open_shards
+
+MORE_WORKERS_THAN_CORES = "ignore:This DataLoader will create"
+SETUP: dict[str, Any] = {
+    "size": 16,
+    "scale": (0.2, 1.0),
+    "flip_prob": 0.5,
+    "seed": 5,
+    "classes": 4,
+    "images_per_class": 3,
+    "first_step": 0,
+    "rank": 0,
+    "world_size": 1,
+    "num_workers": 0,
+    "pin_memory": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
+
+
+@pytest.fixture
+def make_shards(tmp_path):
+    return functools.partial(pack_noise, tmp_path)  # labels: number % 7
+
+
+def batches(shards, count: int, **changes) -> list[LabelledCrops]:
+    groups = class_groups(shards.labels())
+    return list(itertools.islice(balanced_loader(shards, groups, **{**SETUP, **changes}), count))
+
+
+def same(first: LabelledCrops, second: LabelledCrops) -> bool:
+    tensors = all(
+        torch.equal(getattr(first, name), getattr(second, name)) for name in ("images", "labels", "indices")
+    )
+    return tensors and (first.keys, first.broken) == (second.keys, second.broken)
+
+
+def joined(parts: list[LabelledCrops]) -> LabelledCrops:
+    return LabelledCrops(
+        images=torch.cat([part.images for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        indices=torch.cat([part.indices for part in parts]),
+        keys=tuple(key for part in parts for key in part.keys),
+        broken=tuple(broken for part in parts for broken in part.broken),
+    )
+
+
+def groups_of_sizes(*sizes: int) -> ClassGroups:
+    """Classes 10, 20, ... of these sizes, shuffled over the data set."""
+    labels = np.repeat(10 * np.arange(1, len(sizes) + 1), sizes)
+    return class_groups(np.random.default_rng(0).permutation(labels))
+
+
+# ------------------------------------------------------------------------------------------- classes
+
+
+def test_groups_are_the_images_of_each_label():
+    labels = np.array([7, 3, 3, 12, 7, 3, 12])
+    groups = class_groups(labels)
+    assert groups.labels.tolist() == [3, 7, 12]
+    assert [groups.images(rank).tolist() for rank in range(3)] == [[1, 2, 5], [0, 4], [3, 6]]
+    assert groups.sizes.tolist() == [3, 2, 2]
+    assert groups.indices.tolist() == list(range(7))
+    some = class_groups(labels, chosen=np.array([12, 3]))
+    assert some.labels.tolist() == [3, 12]
+    assert [some.images(rank).tolist() for rank in range(2)] == [[1, 2, 5], [3, 6]]
+    assert some.indices.tolist() == [1, 2, 3, 5, 6]
+
+
+def test_lone_classes_are_refused_or_left_out():
+    labels = np.array([4, 4, 9, 6, 5, 5])
+    with pytest.raises(
+        UserError,
+        match=r"class 6 has one image, img3 \(number 3\) \(1 other classes too\).*drop_lone_classes",
+    ) as caught:
+        class_groups(labels, key_of=lambda index: f"img{index}")
+    assert "\n" not in str(caught.value)
+    groups = class_groups(labels, drop_lone=True)
+    assert groups.labels.tolist() == [4, 5]
+    assert [groups.images(rank).tolist() for rank in range(2)] == [[0, 1], [4, 5]]
+    assert class_groups(labels, chosen=np.array([5, 4])).labels.tolist() == [
+        4,
+        5,
+    ]  # 6 and 9 were not asked for
+
+
+def test_labels_that_cannot_be_grouped():
+    with pytest.raises(UserError, match=r"2 of 5 images have no label.*one subfolder per class"):
+        class_groups(np.array([1, -1, 1, -1, 2]))
+    with pytest.raises(UserError, match=r"no image has the label 8"):
+        class_groups(np.array([1, 1, 2, 2]), chosen=np.array([1, 8]))
+
+
+@pytest.mark.parametrize(("share", "held_out"), [(0.2, 2), (0.5, 5), (0.9, 9), (0.14, 1)])
+def test_split_holds_out_the_last_classes(share, held_out):
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(10) * 3, 4))
+    groups = class_groups(labels)
+    train, val = split_classes(groups, share)
+    assert train.labels.tolist() == (np.arange(10 - held_out) * 3).tolist()
+    assert val.tolist() == np.flatnonzero(labels >= 3 * (10 - held_out)).tolist()
+    assert not set(labels[val]) & set(labels[train.indices])
+    assert sorted([*val.tolist(), *train.indices.tolist()]) == list(range(40))
+    for rank in range(len(train)):
+        assert train.images(rank).tolist() == groups.images(rank).tolist()
+
+
+def test_a_share_of_nothing_and_shares_that_cannot_be():
+    groups = groups_of_sizes(2, 2, 2)
+    train, val = split_classes(groups, 0.0)
+    assert (train.labels.tolist(), len(val)) == (groups.labels.tolist(), 0)
+    for share in (0.1, 0.9, 1.0, -0.2, math.nan):
+        with pytest.raises(UserError, match=rf"data\.val_share is {share}: of 3 classes"):
+            split_classes(groups, share)
+
+
+# ------------------------------------------------------------------------------------------- batches
+
+
+def test_every_batch_has_p_distinct_classes_of_m_distinct_images():
+    groups = groups_of_sizes(5, 9, 3, 30, 4, 3)
+    for step in range(200):
+        indices, ranks = balanced_batch(groups, seed=1, step=step, classes=4, images_per_class=3)
+        assert len(set(indices.tolist())) == 12
+        by_class = ranks.reshape(4, 3)
+        assert (by_class == by_class[:, :1]).all()
+        assert len(set(by_class[:, 0].tolist())) == 4
+        for index, rank in zip(indices.tolist(), ranks.tolist(), strict=True):
+            assert index in groups.images(rank)
+
+
+def test_small_classes_repeat_their_images_evenly():
+    groups = groups_of_sizes(2, 3, 50)
+    for step in range(20):
+        indices, ranks = balanced_batch(groups, seed=1, step=step, classes=3, images_per_class=8)
+        for rank, counts in ((0, [4, 4]), (1, [2, 3, 3]), (2, [1] * 8)):
+            drawn = indices[ranks == rank]
+            assert sorted(np.unique(drawn, return_counts=True)[1].tolist()) == counts
+
+
+def test_classes_of_a_batch_are_drawn_from_independently():
+    groups = class_groups(np.arange(80) // 8)
+    agree = 0
+    for step in range(300):
+        indices, _ = balanced_batch(groups, seed=2, step=step, classes=2, images_per_class=1)
+        agree += int(indices[0] % 8 == indices[1] % 8)
+    assert abs(agree - 300 / 8) < 5 * math.sqrt(300 * 1 / 8 * 7 / 8)
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    groups = groups_of_sizes(*[6] * 20)
+
+    def draw(seed, step):
+        made = balanced_batch(groups, seed=seed, step=step, classes=5, images_per_class=2)
+        return tuple(np.concatenate(made).tolist())
+
+    drawn = {(seed, step): draw(seed, step) for seed in (0, 1, -1, 2**63 + 5) for step in range(30)}
+    assert len(set(drawn.values())) == len(drawn)
+    for key in ((1, 17), (0, 0), (-1, 29)):
+        assert draw(*key) == drawn[key]
+
+
+def test_classes_and_images_are_drawn_uniformly():
+    """Counts within five standard deviations; images of a class and first places in a batch too."""
+    sizes = [4, 8, 4, 16, 4, 4, 6, 4, 4, 10]
+    groups = groups_of_sizes(*sizes)
+    steps, p, m = 1500, 3, 2
+    made = [balanced_batch(groups, seed=3, step=s, classes=p, images_per_class=m) for s in range(steps)]
+    drawn = np.stack([ranks for _, ranks in made])[:, ::m]
+
+    def near(counts, share, number):
+        return (np.abs(counts - number * share) < 5 * math.sqrt(number * share * (1 - share))).all()
+
+    assert near(np.bincount(drawn.ravel(), minlength=10), p / 10, steps)
+    assert near(np.bincount(drawn[:, 0], minlength=10), 1 / 10, steps)
+    images = np.bincount(np.concatenate([indices for indices, _ in made]), minlength=sum(sizes))
+    for rank, size in enumerate(sizes):
+        assert near(images[groups.images(rank)], p / 10 * m / size, steps)
+    pairs = {tuple(sorted(row)) for row in drawn[:, :2].tolist()}
+    assert len(pairs) == 45  # every pair of classes meets
+
+
+def test_many_classes_are_cheap():
+    groups = class_groups(np.arange(60_000) % 11_318)
+    balanced_batch(groups, seed=0, step=0, classes=56, images_per_class=2)
+    start = time.process_time()
+    for step in range(10):
+        balanced_batch(groups, seed=0, step=step, classes=56, images_per_class=2)
+    assert (time.process_time() - start) / 10 < 0.05
+
+
+def test_too_few_classes():
+    with pytest.raises(
+        UserError,
+        match=r"hold 3 classes, fewer than the 4 = optim\.batch_size / data\.images_per_class classes of a batch",
+    ):
+        balanced_batch(groups_of_sizes(4, 4, 4), seed=0, step=0, classes=4, images_per_class=2)
+
+
+# -------------------------------------------------------------------------------------------- loader
+
+
+def crop_by_hand(raw: bytes, *, seed: int, step: int, slot: int) -> torch.Tensor:
+    """The random resized crop written out, one try at a time."""
+    image = decode(raw)
+    height, width = image.shape[1:]
+    u = uniforms(1, seed=seed, epoch=step, position=slot, stream=CROP_STREAM)[0].tolist()
+    for u_area, u_aspect in zip(u[AREA_DRAWS], u[ASPECT_DRAWS], strict=True):
+        area = (0.2 + 0.8 * u_area) * height * width
+        aspect = (3 / 4) ** (1 - u_aspect) * (4 / 3) ** u_aspect
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if w <= width and h <= height:
+            break
+    else:
+        raise AssertionError("no box fits: choose other images")
+    x, y = int(u[DRAWS["x"]] * (width - w + 1)), int(u[DRAWS["y"]] * (height - h + 1))
+    crop = cut(image, torch.tensor([[x, y, x + w, y + h]]).double(), 16)[0]
+    return crop.flip(-1) if u[DRAWS["flip"]] < 0.5 else crop
+
+
+def test_rows_are_the_drawn_images_cropped(make_shards):
+    pattern, packed = make_shards(20, 15)
+    shards = open_shards(pattern)
+    groups = class_groups(shards.labels())
+    for step, batch in enumerate(batches(shards, 3)):
+        indices, ranks = balanced_batch(groups, seed=5, step=step, classes=4, images_per_class=3)
+        assert batch.indices.tolist() == indices.tolist()
+        assert batch.labels.tolist() == ranks.tolist()
+        assert batch.images.dtype == torch.uint8
+        assert batch.broken == ()
+        for slot, index in enumerate(indices.tolist()):
+            assert packed[index][2] == groups.labels[ranks[slot]]
+            assert batch.keys[slot] == shards.key(index)
+            by_hand = crop_by_hand(packed[index][0], seed=5, step=step, slot=slot)
+            assert torch.equal(batch.images[slot], by_hand)
+
+
+def test_scale_and_flip_are_obeyed():
+    raw = noise_image(1, "PNG")
+    key = {"size": 24, "seed": 0, "stream": CROP_STREAM, "epoch": 0}
+    plain = random_crop(raw, scale=(0.3, 0.3), flip_prob=0.0, position=2, **key)
+    flipped = random_crop(raw, scale=(0.3, 0.3), flip_prob=1.0, position=2, **key)
+    assert torch.equal(plain, flipped.flip(-1))
+    assert not torch.equal(plain, flipped)
+    assert not torch.equal(plain, random_crop(raw, scale=(0.9, 0.9), flip_prob=0.0, position=2, **key))
+    assert not torch.equal(plain, random_crop(raw, scale=(0.3, 0.3), flip_prob=0.0, position=3, **key))
+    other_stream = {**key, "stream": CROP_STREAM + 1}
+    assert not torch.equal(
+        plain, random_crop(raw, scale=(0.3, 0.3), flip_prob=0.0, position=2, **other_stream)
+    )
+
+
+def test_resume_at_any_step(make_shards):
+    pattern, _ = make_shards(20, 15, change={3: b"text", 8: b""})
+    straight = batches(open_shards(pattern), 7)
+    assert any(batch.broken for batch in straight)
+    assert not any(same(a, b) for a, b in itertools.combinations(straight, 2))
+    for step in (1, 4, 6):
+        resumed = batches(open_shards(pattern), 7 - step, first_step=step)
+        assert all(same(a, b) for a, b in zip(straight[step:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_hold_contiguous_parts_of_the_same_batch(make_shards, world_size):
+    pattern, _ = make_shards(20, 15, change={3: b"text", 8: b""})
+    shards = open_shards(pattern)
+    whole = batches(shards, 5)
+    parts = [batches(shards, 5, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for step in range(5):
+        assert len({len(part[step].keys) for part in parts}) == 1
+        assert same(joined([part[step] for part in parts]), whole[step])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(MORE_WORKERS_THAN_CORES)
+def test_workers_change_nothing(make_shards):
+    pattern, _ = make_shards(20, 15, change={3: b"text", 8: b""})
+    shards = open_shards(pattern)
+    expected = batches(shards, 9)
+    assert sum(len(batch.broken) for batch in expected) >= 2
+    for workers in (1, 2):
+        made = batches(shards, 9, num_workers=workers)
+        assert all(same(a, b) for a, b in zip(expected, made, strict=True))
+
+
+def test_global_random_state_is_left_alone(make_shards):
+    pattern, _ = make_shards(20, 15)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    batches(open_shards(pattern), 2)
+    assert torch.equal(before, torch.get_rng_state())
+    assert numpy_before == np.random.get_state()[1].tolist()  # type: ignore[index]
+
+
+def test_a_broken_image_is_replaced_within_its_class(make_shards):
+    """Labels are number % 7: class 3 has the images 3, 10, 17, 24, 31, of which two cannot be read."""
+    pattern, packed = make_shards(20, 15, change={3: b"text", 17: noise_image(17)[:-300], 6: b""})
+    shards = open_shards(pattern)
+    groups = class_groups(shards.labels())
+    stand_ins: dict[int, set[int]] = {3: set(), 17: set(), 6: set()}
+    for step, batch in enumerate(batches(shards, 40)):
+        drawn, _ = balanced_batch(groups, seed=5, step=step, classes=4, images_per_class=3)
+        replaced = np.flatnonzero(batch.indices.numpy() != drawn)
+        assert set(replaced.tolist()) == set(np.flatnonzero(np.isin(drawn, [3, 17, 6])).tolist())
+        for slot in replaced.tolist():
+            used = int(batch.indices[slot])
+            records = [record for record in batch.broken if record.position == slot]
+            record = records[0]
+            index = int(drawn[slot])
+            assert record == BrokenSample(step, slot, index, shards.key(index), record.reason, used)
+            assert record.reason
+            assert packed[used][2] == groups.labels[batch.labels[slot]] == packed[index][2]
+            assert batch.keys[slot] == shards.key(used)
+            by_hand = crop_by_hand(packed[used][0], seed=5, step=step, slot=slot)
+            assert torch.equal(batch.images[slot], by_hand)  # the stand-in gets the crop of the slot
+            class_mates = drawn[batch.labels.numpy() == int(batch.labels[slot])]
+            free = (
+                set(groups.images(int(batch.labels[slot])).tolist()) - set(class_mates.tolist()) - {3, 17, 6}
+            )
+            assert used in free or not free  # an image that is not in the batch, if there is one
+            stand_ins[index].add(used)
+    assert stand_ins[3] == stand_ins[17] == {10, 24, 31}
+    assert stand_ins[6] == {13, 20, 27, 34}
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_class_of_which_nothing_can_be_read(make_shards, workers):
+    pattern, _ = make_shards(20, 15, change=dict.fromkeys(range(2, 35, 7), b"text"))
+    with pytest.raises(
+        UserError,
+        match=r"sample '0.*s-00000[01]\.tar cannot be read \(.+\), nor can any.* 5 images of its class 2:",
+    ) as caught:
+        batches(open_shards(pattern), 9, num_workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_shard_that_vanishes_while_workers_read(make_shards):
+    pattern, _ = make_shards(20, 15)
+    shards = open_shards(pattern)
+    groups = class_groups(shards.labels())
+    stream = balanced_loader(shards, groups, **{**SETUP, "num_workers": 1})
+    os.unlink(shards.paths[0])
+    with pytest.raises(UserError, match="cannot read shard"):
+        list(itertools.islice(stream, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"world_size": 5}, r"optim\.batch_size 12 does not divide over 5 processes"),
+        ({"rank": 1}, "rank 1 of 1"),
+        ({"classes": 8}, r"hold 7 classes, fewer than the 8"),
+        ({"classes": 0}, r"a batch of 0 classes of 3 images"),
+        ({"images_per_class": 0}, r"data\.images_per_class"),
+        ({"size": 0}, r"^data\.crop is 0: expected "),
+        ({"scale": (0.5, 0.2)}, r"^data\.scale is \(0\.5, 0\.2\): expected "),
+        ({"scale": (0.0, 1.0)}, r"^data\.scale is "),
+        ({"flip_prob": 1.5}, r"^data\.flip_prob is 1\.5: expected "),
+        ({"num_workers": -1}, "num_workers is -1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_once(make_shards, change, message):
+    pattern, _ = make_shards(14)
+    shards = open_shards(pattern)
+    with pytest.raises(UserError, match=message) as caught:
+        balanced_loader(shards, class_groups(shards.labels()), **{**SETUP, **change})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+def test_slots_of_ranks_follow_each_other(world_size):
+    parts = [rank_slots(12, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert [slot for part in parts for slot in part] == list(range(12))
+
+
+def test_collate_hands_errors_on():
+    problem = UserError("one line")
+    assert collate(problem) is problem
+
+
+def test_labelled_digits(digit_shards):
+    shards = open_shards(f"{digit_shards}/train-*.tar")
+    labels = shards.labels()
+    train, val = split_classes(class_groups(labels), 0.3)
+    stream = balanced_loader(shards, train, **{**SETUP, "size": 32, "images_per_class": 4})
+    for batch in itertools.islice(stream, 10):
+        assert batch.images.shape == (16, 3, 32, 32)
+        assert labels[batch.indices.numpy()].tolist() == train.labels[batch.labels.numpy()].tolist()
+        assert not set(batch.indices.tolist()) & set(val.tolist())
+    assert set(labels[val]) == {7, 8, 9}
+
+
+@pytest.mark.photos
+@pytest.mark.slow
+@pytest.mark.filterwarnings(MORE_WORKERS_THAN_CORES)
+def test_photographs_with_and_without_workers(photos):
+    shards = open_shards(str(photos / "dml_grocery81" / "train-*.tar"))
+    setup = {"size": 224, "classes": 16, "images_per_class": 2}
+    expected = batches(shards, 4, **setup)
+    assert all(batch.broken == () for batch in expected)
+    made = batches(shards, 4, **setup, num_workers=2)
+    assert all(same(a, b) for a, b in zip(expected, made, strict=True))
+
+
+# ---------------------------------------------------------------------------------------- normalise
+
+
+def test_normalise_takes_each_channels_mean_and_deviation():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    kept = images.clone()
+    made = normalise(images)
+    expected = (images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(made, expected.float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(images, kept)
+    assert normalise(images[:0]).shape == (0, 3, 16, 16)
+
+
+def test_gray_and_png_side_by_side(make_shards):
+    gray = io.BytesIO()
+    Image.new("L", (30, 50), 77).save(gray, "PNG")
+    pattern, _ = make_shards(14, change={0: gray.getvalue(), 7: noise_image(7, "WEBP")})
+    made = batches(open_shards(pattern), 2, classes=7, images_per_class=2)
+    for batch in made:
+        assert batch.broken == ()
+        assert (batch.images[batch.indices == 0] == 77).all()
