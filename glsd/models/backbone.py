@@ -1,6 +1,5 @@
-"""Backbones from timm that give class and patch features at any crop size: plain ViTs, Eva (DINOv3), Swin."""
+"""Backbones from timm that give image and patch features at any crop size: ViTs, Eva (DINOv3), Swin, CNNs."""
 
-from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -8,13 +7,12 @@ import torch
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.eva import Eva
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from glsd.contracts import UserError, nearest
-from glsd.models.pos_embed import resample_pos_embed
+from glsd.contracts import UserError, nearest, pick
+from glsd.models.tokens import POOLS, TOKENS
 from glsd.models.weights import LoadReport, load_weights, read_weights
 
 # Arguments of timm.create_model that follow from other settings or would change what a token means.
@@ -40,14 +38,18 @@ _ANY_SIZE: dict[str, dict[str, Any]] = {
     "eva": {"dynamic_img_size": True},
     "swin_transformer": {"strict_img_size": False},
     "swin_transformer_v2": {"strict_img_size": False},
+    "resnet": {},
+    "efficientnet": {},
 }
+_WITHOUT_NATIVE_SIZE = ("resnet", "efficientnet")  # nothing in them depends on the size of an image
 
 
 class Backbone(nn.Module):
-    """A timm network seen as images -> (class features, patch features), both after the final norm.
+    """A timm network seen as images -> (image features, patch features), both after the final norm.
 
-    Attributes: ``net`` the timm network; ``embed_dim`` d; ``stride`` side of a patch in pixels; ``pool``
-    "cls" (the class token) or "mean" (of the patch features); ``load_report`` what fitted of given weights.
+    Attributes: ``net`` the timm network; ``embed_dim`` d; ``stride`` side of a patch in pixels; ``pool`` what
+    the image feature is, of the patch features unless "cls" (the class token): "mean" or "mean+max" (both
+    added); ``load_report`` what fitted of given weights.
     """
 
     def __init__(self, net: nn.Module, *, pool: str):
@@ -63,7 +65,7 @@ class Backbone(nn.Module):
     def forward(
         self, images: Float[Tensor, "b 3 h w"]
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        """Return class and patch features, n = h/stride * w/stride, row-major.
+        """Return image and patch features, n = h/stride * w/stride, row-major.
 
         Raises UserError if a side is not a multiple of the stride (the rest would be dropped or padded in
         silence).
@@ -71,11 +73,7 @@ class Backbone(nn.Module):
         for side in images.shape[2:]:
             check_crop_size(side, self.stride, "an image side")
         prefix, patches = self._tokens(self.net, images)
-        if self.pool == "mean":
-            # The mean itself is never taken in half precision.
-            wide = torch.promote_types(patches.dtype, torch.float32)
-            return patches.mean(dim=1, dtype=wide), patches
-        return prefix[:, 0], patches
+        return POOLS[self.pool](prefix, patches), patches
 
 
 def build_backbone(
@@ -87,33 +85,36 @@ def build_backbone(
     init: str = "random",
     timm_args: dict[str, Any] | None = None,
     seed: int = 0,
+    allow_partial: bool | None = None,
 ) -> Backbone:
     """Return a backbone whose native resolution is ``image_size`` pixels (it takes other sizes as well).
 
-    name: a timm VisionTransformer, Eva or Swin; drop_path: stochastic depth of the last block, rising
-    linearly from 0 (it draws from torch's default generator of the device); pool: "cls" or "mean" (always the
-    mean for Swin, which has no class token); init: "random" (a function of ``seed`` alone, the global random
-    state stays as it was), "timm" (its pretrained weights, which have to expect ImageNet's mean and
-    deviation) or a weights file; timm_args: further arguments of timm.create_model, plain values or lists of
-    them. Raises UserError for an unknown or unsuitable network, a bad argument, a size that is not a multiple
-    of the stride, weights that do not fit. Source: DINO (arXiv 2104.14294), EsViT (arXiv 2106.09785) for
-    Swin's mean token.
+    name: a timm VisionTransformer, Eva, Swin, ResNet or EfficientNet; drop_path: stochastic depth of the last block, rising
+    linearly from 0 (it draws from torch's default generator of the device); pool: "cls", "mean" or "mean+max"
+    ("cls" is the mean for Swin and CNNs, which have no class token); init: "random" (a function of
+    ``seed`` alone, the global random state stays as it was), "timm" (its pretrained weights, which have to
+    expect ImageNet's mean and deviation) or a weights file, of which all has to fit unless ``allow_partial``
+    (None: the error does not offer it);
+    timm_args: further arguments of timm.create_model, plain values or lists of them. Raises UserError for an
+    unknown or unsuitable network, a bad argument, a size that is not a multiple of the stride, weights that
+    do not fit. Source: DINO (arXiv 2104.14294), EsViT (arXiv 2106.09785) for Swin's mean token.
     """
     args = _checked_args(name, drop_path, pool, timm_args or {})
     if init == "timm":
         _check_normalisation(name)
+    native = {} if _family(name) in _WITHOUT_NATIVE_SIZE else {"img_size": image_size}
     with torch.random.fork_rng(devices=[]):  # built on the CPU: no other generator is touched
         torch.default_generator.manual_seed(seed)
-        net = _create(name, args | {"img_size": image_size, "drop_path_rate": drop_path})
+        net = _create(name, args | native | {"drop_path_rate": drop_path})
         pretrained = _create(name, args | {"pretrained": True}).state_dict() if init == "timm" else None
     has_token = getattr(net, "cls_token", None) is not None
     if isinstance(net, VisionTransformer | Eva) and pool == "cls" and not has_token:
         raise UserError(f"model.backbone {name!r} has no class token: set model.pool to 'mean'")
-    backbone = Backbone(net, pool=pool if has_token else "mean")
+    backbone = Backbone(net, pool="mean" if pool == "cls" and not has_token else pool)
     check_crop_size(image_size, backbone.stride, "data.global_size")
     if init != "random":
         state = read_weights(init) if pretrained is None else pretrained
-        backbone.load_report = load_weights(backbone.net, state, source=init)
+        backbone.load_report = load_weights(backbone.net, state, source=init, allow_partial=allow_partial)
     return backbone
 
 
@@ -129,14 +130,15 @@ def check_crop_size(size: int, stride: int, key: str) -> None:
 def _checked_args(name: str, drop_path: float, pool: str, timm_args: dict[str, Any]) -> dict[str, Any]:
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models())
-        raise UserError(f"unknown model.backbone {name!r}: expected the name of a timm ViT or Swin{hint}")
+        raise UserError(
+            f"unknown model.backbone {name!r}: expected the name of a timm ViT, Swin or CNN{hint}"
+        )
     if _family(name) not in _ANY_SIZE:
         raise UserError(
             f"model.backbone {name!r} is of timm's family {_family(name)}, whose tokens are not known here:"
             f" choose one of {', '.join(_ANY_SIZE)}"
         )
-    if pool not in ("cls", "mean"):
-        raise UserError(f"unknown model.pool {pool!r}: expected cls or mean")
+    pick(POOLS, pool, "model.pool")
     if not 0 <= drop_path < 1:
         raise UserError(f"model.drop_path is {drop_path}: expected at least 0 and below 1")
     for key in timm_args:
@@ -189,7 +191,7 @@ def _create(name: str, args: dict[str, Any]) -> nn.Module:
     pretrained = args.get("pretrained", False)
     try:
         net = timm.create_model(name, **args)
-    except (TypeError, AssertionError, ValueError, KeyError) as error:
+    except (TypeError, AssertionError, ValueError, KeyError, ZeroDivisionError) as error:
         raise UserError(
             f"model.backbone {name!r} cannot be built: {_line(error)} (check model.timm_args)"
         ) from error
@@ -203,64 +205,18 @@ def _create(name: str, args: dict[str, Any]) -> nn.Module:
     if type(net) not in TOKENS:  # the exact class: a subclass may treat its tokens in another way
         raise UserError(
             f"model.backbone {name!r} is a {type(net).__name__}, whose tokens are not known here:"
-            " choose a plain ViT, Eva (DINOv3) or Swin"
+            " choose a plain ViT, Eva (DINOv3), Swin, ResNet or EfficientNet"
         )
     if not net.feature_info:
         raise UserError(f"model.backbone {name!r} has no blocks: set model.timm_args.depth to 1 or more")
+    stages = [len(getattr(net, f"layer{i}", ())) for i in range(1, 5)] if isinstance(net, ResNet) else [1]
+    if 0 in stages or (isinstance(net, ResNet) and net.feature_info[-1]["num_chs"] != net.num_features):
+        raise UserError(
+            f"model.backbone {name!r} has a stage without blocks: give 4 numbers of 1 or more in"
+            " model.timm_args.layers (and 4 in channels)"
+        )
     return net
 
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def _with_prefix_and_positions(net: Any, patches: Tensor) -> Tensor:
-    """Put class and register tokens before patches (b rows columns d), add the positions of that grid."""
-    grid = (patches.shape[1], patches.shape[2])
-    tokens = patches.flatten(1, 2)
-    num_prefix = 0 if net.no_embed_class else net.num_prefix_tokens
-    positions = None
-    if net.pos_embed is not None:
-        positions = resample_pos_embed(net.pos_embed, num_prefix, net.patch_embed.grid_size, grid)
-    if positions is not None and net.no_embed_class:
-        tokens = tokens + positions
-    prefix = [
-        token.expand(len(tokens), -1, -1) for token in (net.cls_token, net.reg_token) if token is not None
-    ]
-    tokens = torch.cat([*prefix, tokens], dim=1)
-    if positions is not None and not net.no_embed_class:
-        tokens = tokens + positions
-    return net.pos_drop(tokens)
-
-
-def _split(net: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise and split; one of the two norms is the identity, depending on how the network pools."""
-    tokens = net.fc_norm(net.norm(tokens))
-    return tokens[:, : net.num_prefix_tokens], tokens[:, net.num_prefix_tokens :]
-
-
-def _vit_tokens(net: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = _with_prefix_and_positions(net, net.patch_embed(images))
-    return _split(net, net.blocks(net.norm_pre(tokens)))
-
-
-def _eva_tokens(net: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    patches = net.patch_embed(images)
-    rotation = None if net.rope is None else net.rope.get_embed(shape=patches.shape[1:3])
-    tokens = net.norm_pre(_with_prefix_and_positions(net, patches))
-    for i, block in enumerate(net.blocks):
-        tokens = block(tokens, rope=rotation[i] if net.rope_mixed and rotation is not None else rotation)
-    return _split(net, tokens)
-
-
-def _swin_tokens(net: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = net.forward_features(images).flatten(1, 2)
-    return tokens[:, :0], tokens
-
-
-TOKENS: dict[type, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
-    VisionTransformer: _vit_tokens,
-    Eva: _eva_tokens,
-    SwinTransformer: _swin_tokens,
-    SwinTransformerV2: _swin_tokens,
-}

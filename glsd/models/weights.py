@@ -24,7 +24,7 @@ _PREFIXES = ("module.", "_orig_mod.", "backbone.", "net.", "encoder.")
 # What checkpoints hold besides a backbone: classifiers, projection heads, tokens of masked-image training.
 _NOT_BACKBONE = (
     "head", "head_dense", "head_dist", "heads", "fc", "classifier", "global_head", "local_head", "attn_pool",
-    "mlp", "last_layer", "prototypes", "dino_head", "ibot_head", "mask_token", "pre_logits", "projectors",
+    "mlp", "last_layer", "last_linear", "prototypes", "dino_head", "ibot_head", "mask_token", "pre_logits", "projectors",
 )  # fmt: skip
 _TIMM_FORMS = {
     "VisionTransformer": vision_transformer.checkpoint_filter_fn,
@@ -33,31 +33,47 @@ _TIMM_FORMS = {
     "SwinTransformerV2": swin_transformer_v2.checkpoint_filter_fn,
 }
 
+# Batch normalisation counts its batches; old torch files do not hold the count, and nothing is computed from it here.
+_COUNTER = "num_batches_tracked"
+
 # What damaged files raise, and files that would need code to be run.
 _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError)
 
 
 class LoadReport(NamedTuple):
-    """How well weights fitted: tensors of the network that were filled, of how many, and what did not fit."""
+    """How well weights fitted: tensors of the network that were filled, of how many, and what did not fit.
+
+    The batch counters of batch normalisation are no weights and appear nowhere.
+    """
 
     matched: int
     total: int
+    matched_names: tuple[str, ...]
     missing: tuple[str, ...]  # tensors of the network that the file lacks
     mismatched: tuple[str, ...]  # "name: shape in the file, shape in the network"
     unexpected: tuple[str, ...]  # tensors of the file that belong to a backbone, but not to this one
     ignored: tuple[str, ...]  # heads and the like
 
+    @property
+    def complete(self) -> bool:
+        """Tell whether every tensor of the network was filled and every backbone tensor of the file used."""
+        return not (self.missing or self.mismatched or self.unexpected)
+
     def __str__(self) -> str:
         parts = [f"{self.matched} of {self.total} tensors matched"]
+        if not self.complete and self.matched:
+            parts[0] += f" {_first(self.matched_names)}"
         for what in ("missing", "mismatched", "unexpected"):
             names = getattr(self, what)
             if names:
-                parts.append(
-                    f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                )
+                parts.append(f"{len(names)} {what} {_first(names)}")
         if self.ignored:
             parts.append(f"{len(self.ignored)} of heads and the like left out")
         return ", ".join(parts)
+
+
+def _first(names: tuple[str, ...]) -> str:
+    return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def read_weights(path: str | Path) -> State:
@@ -87,37 +103,49 @@ def read_weights(path: str | Path) -> State:
     return _strip_prefixes(_find_state(content, str(path)), str(path))
 
 
-def load_weights(net: Any, state: State, *, source: str) -> LoadReport:
-    """Copy ``state`` (named as by timm, DINO, DINOv2/3, EsViT or us) into a timm network, say what fitted.
+def load_weights(net: Any, state: State, *, source: str, allow_partial: bool | None = None) -> LoadReport:
+    """Copy ``state`` (named as by timm, torchvision, DINO, DINOv2/3, EsViT or us) into a timm network, say what fitted.
 
     A position embedding of another grid is resampled as in the forward pass; no other tensor is. source:
-    named in errors. Raises UserError unless every tensor of the network is filled and every backbone tensor
-    of the file is used.
+    named in errors; allow_partial: fill what has a name and shape of the network, leave the rest of it as it is
+    (None: no, and errors do not offer it). Raises UserError, with the network untouched, if no tensor fits, or unless allow_partial if not every
+    tensor of the network is filled or not every backbone tensor of the file is used.
     """
     own: State = net.state_dict()
+    offer = " (--model.allow_partial true loads what fits)" if allow_partial is not None else ""
     if "pos_embed" in state and "pos_embed" in own:
-        state = {**state, "pos_embed": _fit_pos_embed(net, state["pos_embed"], source)}
+        fitted = _fit_pos_embed(net, state["pos_embed"])
+        if fitted is None and not allow_partial:
+            raise UserError(
+                f"weights {source!r}: a position embedding of shape {tuple(state['pos_embed'].shape)} is of no"
+                f" square grid{offer}"
+            )
+        state = state if fitted is None else {**state, "pos_embed": fitted}
     found, ignored = _leave_out_heads(_to_timm_names(net, state), own)
-    matched = {
-        name: tensor for name, tensor in found.items() if name in own and tensor.shape == own[name].shape
-    }
+    counters = {name: tensor for name, tensor in found.items() if name.endswith(_COUNTER)}
+    found = {name: tensor for name, tensor in found.items() if name not in counters}
+    needed = [name for name in own if not name.endswith(_COUNTER)]
+    matched = {name: found[name] for name in needed if name in found and _same_shape(found, own, name)}
     report = LoadReport(
         matched=len(matched),
-        total=len(own),
-        missing=tuple(name for name in own if name not in found),
+        total=len(needed),
+        matched_names=tuple(matched),
+        missing=tuple(name for name in needed if name not in found),
         mismatched=tuple(
-            f"{name}: {tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the network"
-            for name, tensor in found.items()
-            if name in own and name not in matched
+            f"{name}: {tuple(found[name].shape)} in the file, {tuple(own[name].shape)} in the network"
+            for name in needed
+            if name in found and name not in matched
         ),
         unexpected=tuple(name for name in found if name not in own),
         ignored=ignored,
     )
-    if not matched or report.missing or report.mismatched or report.unexpected:
+    if not matched or not (report.complete or allow_partial):
         raise UserError(
-            f"weights {source!r} are not of this network: {report}; check model.backbone and model.timm_args"
+            f"weights {source!r} are not of this network: {report};"
+            f" check model.backbone and model.timm_args{offer if matched else ''}"
         )
-    net.load_state_dict(matched, strict=False)
+    counters = {name: count for name, count in counters.items() if name in own and count.numel() == 1}
+    net.load_state_dict(matched | counters, strict=False)
     return report
 
 
@@ -183,27 +211,41 @@ def _leave_out_heads(found: State, own: State) -> tuple[State, tuple[str, ...]]:
     return {name: tensor for name, tensor in found.items() if name not in ignored}, ignored
 
 
-def _fit_pos_embed(net: Any, pos_embed: Tensor, source: str) -> Tensor:
-    """Resample a file's position embedding to the network's grid; entries without a place stay in front."""
+def _same_shape(found: State, own: State, name: str) -> bool:
+    return found[name].shape == own[name].shape
+
+
+def _fit_pos_embed(net: Any, pos_embed: Tensor) -> Tensor | None:
+    """Resample a file's position embedding to the network's grid, None if it is of no square one.
+
+    Entries without a place stay in front.
+    """
     own_prefix = 0 if net.no_embed_class else net.num_prefix_tokens
     # DINOv2 with registers: the file has an entry for the class token that timm folds into the token itself.
-    for num_prefix in (own_prefix, 1, 0):
+    for num_prefix in (own_prefix, 1, 0) if pos_embed.ndim == 3 else ():
         side = math.isqrt(max(pos_embed.shape[1] - num_prefix, 0))
-        if pos_embed.ndim == 3 and side and side * side == pos_embed.shape[1] - num_prefix:
+        if side and side * side == pos_embed.shape[1] - num_prefix:
             return resample_pos_embed(pos_embed, num_prefix, (side, side), net.patch_embed.grid_size)
     if pos_embed.shape == net.pos_embed.shape:  # a grid that is not square, but the network's own
         return pos_embed
-    raise UserError(
-        f"weights {source!r}: a position embedding of shape {tuple(pos_embed.shape)} is of no square grid"
-    )
+    return None
 
 
 def _to_timm_names(net: Any, state: State) -> State:
-    """Rename with timm's own tables, but take back what they resample beyond the position embedding."""
-    if net.state_dict().keys() <= state.keys():
+    """Rename with timm's own tables, but keep from them what they would resample."""
+    if type(net).__name__ not in _TIMM_FORMS or net.state_dict().keys() <= state.keys():
         return state
-    found: State = _TIMM_FORMS[type(net).__name__]({**state}, net)
-    for name in found:
-        if name.endswith(("patch_embed.proj.weight", "relative_position_bias_table")) and name in state:
-            found[name] = state[name]
-    return found
+    kept = {name: tensor for name, tensor in state.items() if _is_resampled(name)}
+    try:
+        found = _TIMM_FORMS[type(net).__name__](
+            {name: tensor for name, tensor in state.items() if name not in kept}, net
+        )
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError, AssertionError):
+        return state  # of another kind of network altogether, which the report will show by its names
+    return found | kept
+
+
+def _is_resampled(name: str) -> bool:
+    """Tell whether timm would resample a tensor to the network's shape; positions have that shape by now."""
+    table = name.startswith("layers.") and name.endswith("relative_position_bias_table")
+    return table or name == "patch_embed.proj.weight"

@@ -1,5 +1,7 @@
 """Backbones against timm's own forward at the native size, and at other sizes; the user's mistakes."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 
 from glsd.contracts import UserError
 from glsd.models.backbone import build_backbone, check_crop_size
+from glsd.models.tokens import POOLS
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 SMALL_SWIN = {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 4)}
@@ -20,10 +23,18 @@ VITS = {  # name: (tokens before the patches, arguments)
     "vit_small_patch16_rope_mixed_224": (1, SMALL),
 }
 SWINS = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")
+SMALL_RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}
+RESNETS = {
+    "resnet50": 256,
+    "resnet18": 64,
+    "resnet10t": 64,
+    "seresnet50": 256,
+    "resnetblur50": 256,
+}  # name: d
 
 
 def small(name: str, **options):
-    args = SMALL_SWIN if name in SWINS else VITS.get(name, (1, SMALL))[1]
+    args = VITS.get(name, (1, SMALL_RESNET if name in RESNETS else SMALL_SWIN if name in SWINS else SMALL))[1]
     return build_backbone(name, **{"image_size": 64, "timm_args": args, **options})
 
 
@@ -55,6 +66,63 @@ def test_swin_gives_normalised_tokens_and_their_mean(name):
         torch.testing.assert_close(cls, patches.mean(dim=1))
     layer_norm = F.layer_norm(patches, (192,))  # the final norm starts as the plain one
     torch.testing.assert_close(patches, layer_norm, rtol=1e-3, atol=1e-3)
+
+
+def timm_resnet(name: str, pool: str) -> torch.nn.Module:
+    """The same network with timm's own pooling; the start of both is timm's, after the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return timm.create_model(name, num_classes=0, global_pool=pool, **SMALL_RESNET)
+
+
+@pytest.mark.parametrize(("pool", "of_timm"), [("mean", "avg"), ("cls", "avg"), ("mean+max", "avgmax")])
+@pytest.mark.parametrize("name", RESNETS)
+def test_resnet_equals_timm(name, pool, of_timm):
+    backbone, net = small(name, pool=pool, seed=3), timm_resnet(name, of_timm)
+    assert (backbone.embed_dim, backbone.stride) == (RESNETS[name], 32)
+    assert backbone.pool == ("mean" if pool == "cls" else pool)
+    for mode in (True, False):  # the running statistics of both move alike in between
+        features, patches = backbone.train(mode)(images(96))
+        grid = net.train(mode).forward_features(images(96))
+        assert torch.equal(patches, grid.permute(0, 2, 3, 1).reshape(2, 9, RESNETS[name]))
+        pooled = net.forward_head(grid)  # timm's avgmax is half of our sum
+        torch.testing.assert_close(features, pooled * 2 if of_timm == "avgmax" else pooled)
+        assert features.std() > 0.01
+
+
+def test_resnet_takes_any_multiple_of_its_stride_and_other_strides():
+    backbone = small("resnet50", image_size=64)
+    for height, width in ((32, 32), (96, 64), (64, 160)):
+        _, patches = backbone(torch.randn(2, 3, height, width))
+        assert patches.shape == (2, height * width // 32**2, 256)
+    dense = small("resnet50", image_size=72, timm_args=SMALL_RESNET | {"output_stride": 8})
+    assert dense.stride == 8
+    assert dense(images(72))[1].shape == (2, 81, 256)
+
+
+def test_resnet_has_stochastic_depth():
+    backbone = small("resnet18", drop_path=0.3)
+    rates = [
+        getattr(block.drop_path, "drop_prob", 0.0)
+        for block in [backbone.net.layer4[0], backbone.net.layer1[0]]
+    ]
+    assert rates == pytest.approx([0.3, 0.0])
+
+
+@pytest.mark.parametrize("pool", ["mean", "mean+max"])
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", SWINS[0], "resnet18"])
+def test_pools_are_of_the_patches_alone(name, pool):
+    image_features, patches = small(name, pool=pool)(images(64))
+    expected = torch.stack([row.sum(0) / len(row) for row in patches])
+    if pool == "mean+max":
+        expected = expected + torch.stack([row.max(0).values for row in patches])
+    torch.testing.assert_close(image_features, expected)
+
+
+def test_gradient_of_mean_plus_max():
+    patches = torch.tensor([[[1.0], [5.0], [2.0], [0.0]]], dtype=torch.float64, requires_grad=True)
+    POOLS["mean+max"](patches[:, :0], patches).sum().backward()
+    assert patches.grad.flatten().tolist() == [0.25, 1.25, 0.25, 0.25]
 
 
 @pytest.mark.slow
@@ -112,8 +180,8 @@ def test_mean_pool_is_over_patches_only(name):
     assert not torch.allclose(cls, backbone.net.forward_features(images(64)).mean(dim=1))
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", SWINS[0]])
+@pytest.mark.parametrize("pool", ["cls", "mean", "mean+max"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", SWINS[0], "resnet50"])
 def test_every_parameter_gets_a_gradient(name, pool):
     """DDP waits for gradients that never come otherwise."""
     backbone = small(name, pool=pool)
@@ -146,12 +214,21 @@ def test_drop_path_rises_linearly_and_only_acts_in_training():
     assert torch.equal(backbone.eval()(many)[0], teacher(many)[0])  # the teacher has none, even in train mode
 
 
-def test_mean_is_taken_in_float32():
-    backbone = small("vit_tiny_patch16_224", pool="mean").bfloat16()
+@pytest.mark.parametrize("pool", ["mean", "mean+max"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_pooling_is_in_float32(name, pool):
+    backbone = small(name, pool=pool).bfloat16()
     cls, patches = backbone(images(64).bfloat16())
     assert patches.dtype == torch.bfloat16
     assert cls.dtype == torch.float32
-    torch.testing.assert_close(cls, patches.float().mean(dim=1))
+    expected = patches.float().mean(dim=1)
+    torch.testing.assert_close(
+        cls, expected + patches.float().amax(dim=1) if pool == "mean+max" else expected
+    )
+
+
+def test_pooling_keeps_float64():
+    assert POOLS["mean+max"](torch.zeros(1, 0, 2), torch.rand(1, 3, 2).double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -170,10 +247,24 @@ def test_crop_size_must_be_a_multiple_of_the_patch(size, message):
     ("name", "options", "message"),
     [
         ("vit_smal_patch16_224", {}, "did you mean 'vit_small_patch16_224'"),
-        ("resnet18", {}, "family resnet"),
+        ("resnest14d", {}, "family resnest"),
+        (
+            "resnet18",
+            {"timm_args": SMALL_RESNET | {"layers": (1, 0, 1, 1)}},
+            "a stage without blocks: give 4",
+        ),
+        ("resnet18", {"timm_args": {"layers": (1,), "channels": (8,)}, "drop_path": 0.1}, "cannot be built"),
+        (
+            "resnet18",
+            {"timm_args": SMALL_RESNET | {"channels": (8, 16, 32, 64, 99)}},
+            "a stage without blocks",
+        ),
+        ("resnet18", {"image_size": 80}, "data.global_size 80 .* use 64 or 96"),
+        ("resnet18", {"timm_args": {"global_pool": "avg"}}, "follows from model.pool"),
         ("beit_base_patch16_224", {}, "family beit"),
         ("deit_tiny_distilled_patch16_224", {}, "cannot be built|tokens are not known"),
         ("vit_base_patch16_siglip_224", {}, "no class token: set model.pool to 'mean'"),
+        ("vit_tiny_patch16_224", {"pool": "mean_max"}, "one of cls, mean, mean.max; did you mean 'mean.max'"),
         ("vit_tiny_patch16_224", {"pool": "max"}, "unknown model.pool 'max'"),
         ("vit_tiny_patch16_224", {"drop_path": 1.0}, "model.drop_path is 1.0"),
         ("vit_tiny_patch16_224", {"timm_args": {"depht": 3}}, "depht.*check model.timm_args"),
@@ -208,7 +299,7 @@ def test_users_mistakes_are_one_line(name, options, message):
 
 
 def test_image_of_a_wrong_size_is_refused_in_forward():
-    for name in ("vit_tiny_patch16_224", SWINS[0]):
+    for name in ("vit_tiny_patch16_224", SWINS[0], "resnet18"):
         with pytest.raises(UserError, match="an image side 72"):
             small(name)(images(72))
 
@@ -263,3 +354,29 @@ def test_pretrained_weights_of_another_size_are_resampled(monkeypatch):
         small("deit_tiny_patch16_224", init="timm", image_size=224)(images(96)),
     )
     torch.testing.assert_close(ours[1], native[1], rtol=1e-4, atol=1e-5)
+
+
+def test_pretrained_resnet_weights_are_taken_without_their_classifier(monkeypatch):
+    build = timm.create_model
+    source = build("resnet18", num_classes=7, **SMALL_RESNET)
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, pretrained=False, **args: source if pretrained else build(name, **args),
+    )
+    backbone = small("resnet18", init="timm")
+    assert backbone.load_report is not None
+    assert backbone.load_report.complete
+    assert backbone.load_report.ignored == ("fc.weight", "fc.bias")
+    grid = source.forward_features(images(64))
+    assert torch.equal(backbone(images(64))[1], grid.flatten(2).transpose(1, 2))
+
+
+def test_efficientnet_gives_the_map_before_its_pooling():
+    backbone = build_backbone("tf_efficientnet_lite0", image_size=64, seed=3).eval()
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    pooled, patches = backbone(images)
+    assert (backbone.embed_dim, backbone.stride, patches.shape) == (1280, 32, (2, 6, 1280))
+    plain: Any = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+    plain.load_state_dict(backbone.net.state_dict())
+    torch.testing.assert_close(pooled, plain(images))
