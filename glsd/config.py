@@ -220,6 +220,9 @@ class EvalDataConfig:
     Args:
         train_shards: Labelled shards that vote (k-NN) or train the classifier (linear): brace pattern, glob, or a list.
         val_shards: Labelled shards that are classified.
+        test_shards: Labelled shards, each image searched among all others (retrieval, leave-one-out).
+        query_shards: Instead of test_shards: the images that are searched for ...
+        gallery_shards: ... among these.
         resize: Short side in pixels before the centre crop; unset = 256/224 of the crop.
         crop: Side of the centre crop in pixels; unset = the run's data.global_size, 224 for other models.
         batch_size: Images per forward pass and rank.
@@ -229,6 +232,9 @@ class EvalDataConfig:
 
     train_shards: str | list[str] = ""
     val_shards: str | list[str] = ""
+    test_shards: str | list[str] = ""
+    query_shards: str | list[str] = ""
+    gallery_shards: str | list[str] = ""
     resize: int | None = None
     crop: int | None = None
     batch_size: int = 64
@@ -243,12 +249,17 @@ class EvalConfig:
     Args:
         model: Run folder, checkpoint folder, 'timm:NAME' (timm's pretrained weights) or a weights file.
         backbone: timm name of the network that a weights file belongs to; a run folder knows its own.
-        features: Which network of a run: its teacher, its student, or the initial one before the first step.
+        features: Which network of a run: its teacher, its student, or the initial one before the first step; unset = the teacher
+            of pretraining, the student of metric learning.
         pool: Class token or mean of the patch tokens; unset = as the run was trained, class token otherwise.
-        protocol: 'knn' (weighted nearest neighbours) or 'linear' (classifier trained on the cached features).
+        protocol: 'knn' (weighted nearest neighbours), 'linear' (classifier trained on the cached features) or 'retrieval'
+            (Recall@K, MAP@R, R-precision, NMI).
         k: Numbers of neighbours that vote.
         temperature: A neighbour votes with weight exp(cosine / temperature).
         backend: Neighbour search by faiss or torch, the same numbers; auto = faiss on the CPU when it is installed.
+        recall_at: The K of Recall@K.
+        distance: How embeddings are compared (retrieval); unset = as the run was trained, cosine otherwise.
+        nmi_seeds: Runs of k-means behind the NMI (retrieval); 0 = none, it is slow for very many classes.
         linear_epochs: Epochs of the linear classifier.
         linear_lr: Learning rates at batch size 256; with several, the best on a held-out tenth of the training set.
         linear_batch_size: Images per step of the linear classifier.
@@ -259,12 +270,15 @@ class EvalConfig:
 
     model: str = ""
     backbone: str = ""
-    features: Literal["teacher", "student", "initial"] = "teacher"
-    pool: Literal["cls", "mean"] | None = None
-    protocol: Literal["knn", "linear"] = "knn"
+    features: Literal["teacher", "student", "initial"] | None = None
+    pool: Literal["cls", "mean", "mean+max"] | None = None
+    protocol: Literal["knn", "linear", "retrieval"] = "knn"
     k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
     temperature: float = 0.07
     backend: Literal["auto", "faiss", "torch"] = "auto"
+    recall_at: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    distance: Literal["cosine", "euclidean"] | None = None
+    nmi_seeds: int = 3
     linear_epochs: int = 100
     linear_lr: list[float] = field(default_factory=lambda: [0.001, 0.01, 0.1, 1.0, 10.0])
     linear_batch_size: int = 256

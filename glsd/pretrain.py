@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
 from glsd.command_line import dump
 from glsd.config import PretrainConfig
@@ -18,6 +17,7 @@ from glsd.data.photometric import photometric
 from glsd.data.pretrain_loader import pretrain_loader
 from glsd.data.shards import ShardSet, open_shards
 from glsd.distillation import Pixels, mean_logits, mean_values, run_teacher
+from glsd.guard import StepReport, check_gradients, check_samples, note_bad_gradient
 from glsd.losses.center import ema_center
 from glsd.optim.clip import CLIPPERS
 from glsd.optim.ema import ema_update
@@ -25,19 +25,10 @@ from glsd.pretrain_build import State, build
 from glsd.pretrain_plan import Plan, Rates, make_plan, rates_at, step_seed
 from glsd.runtime import checkpoint, dist
 from glsd.runtime.checkpoint import Checkpoint
+from glsd.runtime.launch import start
 from glsd.runtime.meters import Meters
-from glsd.runtime.run import Run, catch_signals, open_run, rewind
-from glsd.watch import (
-    StepReport,
-    advise,
-    check_gradients,
-    check_samples,
-    describe,
-    draw_first_batch,
-    note_bad_gradient,
-    open_probe,
-    probe,
-)
+from glsd.runtime.run import Run, asked_to_stop, catch_signals, open_run, rewind
+from glsd.watch import advise, describe, draw_first_batch, open_probe, probe
 
 
 def pretrain(cfg: PretrainConfig) -> Path:
@@ -46,7 +37,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     Raises UserError for what in the configuration, the data or the checkpoint cannot work, before the first step where
     that can be known; a run that already has checkpoints keeps them.
     """
-    accelerator = start(cfg)
+    accelerator = start(cfg.optim.precision, "launch/pretrain.py")
     shards = open_shards(cfg.data.shards)
     plan = make_plan(cfg, len(shards))
     state = build(cfg, accelerator)
@@ -89,7 +80,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
             error = None
             if flushing or saving:
                 check_gradients(state, run, since_check)
-                error = check_samples(cfg, plan, state, run, since_check)
+                error = check_samples(cfg, plan.num_samples, state, run, since_check)
                 since_check.clear()
             if flushing:
                 look(meters.flush(state.step, **rates.shown()))
@@ -105,17 +96,6 @@ def pretrain(cfg: PretrainConfig) -> Path:
                 with meters.aside():
                     look(probe(cfg, probe_sets, meters, state, accelerator))
     return run.folder
-
-
-def start(cfg: PretrainConfig) -> Accelerator:
-    """Join the other ranks; the teacher and the loader stay out of accelerate's hands, only the student is prepared."""
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    precision = cfg.optim.precision
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[ddp]
-    )
-    dist.check_world(accelerator.num_processes)
-    return accelerator
 
 
 def make_batches(cfg: PretrainConfig, plan: Plan, shards: ShardSet, consumed: int) -> Iterator[CropBatch]:
@@ -212,13 +192,6 @@ def train_step(
         keys=tuple(key for batch in used for key in batch.keys),
         broken=tuple(broken for batch in used for broken in batch.broken),
     )
-
-
-def asked_to_stop(signal_name: str, *, agree: bool) -> str:
-    """Return the signal that any rank got; ranks compare notes at flushes only, one process looks at every step."""
-    if dist.world_size() == 1:
-        return signal_name
-    return next((name for name in dist.gather_objects(signal_name) if name), "") if agree else ""
 
 
 def save(cfg: PretrainConfig, state: State, meters: Meters, run: Run, shards: ShardSet) -> None:

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from glsd.config import PretrainConfig
+from glsd.contracts import UserError
 from glsd.distillation import Distillation
 from glsd.models.backbone import build_backbone, check_crop_size
 from glsd.models.heads import ProjectionHead
@@ -47,6 +49,11 @@ def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
             timm_args=dict(cfg.model.timm_args),
             seed=cfg.seed,
         )
+        if any(isinstance(module, _BatchNorm) for module in backbone.modules()):
+            raise UserError(
+                f"model.backbone {cfg.model.backbone!r} has batch normalisation, whose statistics a momentum teacher would "
+                "not follow: pretraining takes ViT, Eva and Swin (fine-tuning and evaluation take CNNs too)"
+            )
         if cfg.data.num_local:
             check_crop_size(cfg.data.local_size, backbone.stride, "data.local_size")
 

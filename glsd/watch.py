@@ -1,35 +1,25 @@
 """Looking over a run's shoulder: what it is, whether it is healthy, its first batch drawn, the k-NN probe of its teacher."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from glsd.command_line import differences
 from glsd.config import PretrainConfig
-from glsd.contracts import BrokenSample, CropBatch, UserError
-from glsd.data.eval_loader import eval_loader
+from glsd.contracts import CropBatch, UserError
 from glsd.data.shards import ShardSet, check_disjoint, check_same_classes, open_shards
 from glsd.distillation import NUM_GLOBAL, Pixels
-from glsd.evals.embed import Embedded, embed
+from glsd.eval_sets import choose_sizes, embed_set
 from glsd.evals.knn import knn_accuracy
 from glsd.pretrain_build import State
 from glsd.pretrain_plan import Plan
 from glsd.runtime import dist, health
 from glsd.runtime.meters import Meters
-from glsd.runtime.run import Run, append_quarantine
+from glsd.runtime.run import Run
 from glsd.show.matches import draw_matches
 
 NUM_DRAWN = 4  # images in a picture
-RESIZE_TO_CROP = 256 / 224  # the evaluation protocol's margin around the centre crop
-
-
-class StepReport(NamedTuple):
-    """Which samples one step used on this rank, and which could not be read."""
-
-    keys: tuple[str, ...]
-    broken: tuple[BrokenSample, ...]
 
 
 def describe(cfg: PretrainConfig, plan: Plan, state: State) -> str:
@@ -48,60 +38,6 @@ def describe(cfg: PretrainConfig, plan: Plan, state: State) -> str:
     if backbone.load_report is not None:
         lines.append(f"weights from {cfg.model.init}: {backbone.load_report}")
     return "\n".join(lines)
-
-
-def note_bad_gradient(state: State, values: dict[str, Tensor]) -> None:
-    """Note the first step with a bad gradient and keep the optimizer from moving on it, all on the device.
-
-    Gradients are averages over ranks, so every rank notes the same step; whose loss was to blame is each rank's own note.
-    """
-    fine = torch.isfinite(values["grad_norm"])
-    first = ~fine & (state.bad_step < 0)
-    state.bad_step = torch.where(first, state.step, state.bad_step)
-    state.bad_loss = torch.where(first, ~torch.isfinite(values["loss"]), state.bad_loss)
-    # Fused optimizers skip the update where this is 1: the hook that gradient scalers use.
-    state.optimizer.found_inf = (state.bad_step >= 0).float()  # type: ignore[attr-defined]
-
-
-def check_gradients(state: State, run: Run, reports: list[StepReport]) -> None:
-    """Stop on every rank if a gradient since the last check was not finite."""
-    bad_step = int(state.bad_step)
-    if bad_step >= 0:
-        mine = reports[bad_step - state.step].keys if bool(state.bad_loss) else ()
-        blamed = {rank: keys for rank, keys in enumerate(dist.gather_objects(mine)) if keys}
-        where = "; ".join(f"rank {rank}, samples {' '.join(keys)}" for rank, keys in blamed.items())
-        raise UserError(
-            f"step {bad_step + 1}: the {'loss' if blamed else 'gradient'} is not finite ({where or 'on every rank'}); nothing was "
-            f"updated from it on and {run.checkpoints} keeps the last good checkpoint: lower optim.lr, "
-            "raise optim.warmup_epochs, or look at those samples"
-        )
-
-
-def check_samples(
-    cfg: PretrainConfig, plan: Plan, state: State, run: Run, reports: list[StepReport]
-) -> UserError | None:
-    """Write down the samples that could not be read since the last check; return an error if they have become too many."""
-    first = state.step - len(reports)
-    rows = [
-        {"step": first + i + 1, **broken._asdict()}
-        for i, report in enumerate(reports)
-        for broken in report.broken
-    ]
-    rows = [row for ranks_rows in dist.gather_objects(rows) for row in ranks_rows]
-    error = None
-    try:
-        append_quarantine(run, sorted(rows, key=lambda row: (row["step"], row["epoch"], row["position"])))
-    except UserError as problem:
-        error = problem
-    dist.raise_together(error)
-    state.num_broken += len(rows)
-    seen = max(state.step * cfg.optim.batch_size, plan.num_samples)  # no verdict on the first few samples
-    if state.num_broken > cfg.data.max_bad_fraction * seen:
-        return UserError(
-            f"{state.num_broken} samples could not be read, more than data.max_bad_fraction {cfg.data.max_bad_fraction} of "
-            f"{seen}: see {run.quarantine}, repair the shards or raise data.max_bad_fraction, then go on with --resume auto"
-        )
-    return None
 
 
 def advise(cfg: PretrainConfig, plan: Plan, state: State, values: dict[str, Any], meters: Meters) -> None:
@@ -186,7 +122,20 @@ def probe(
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Classify the val images by their nearest train images in the teacher's features; every rank embeds its share."""
-    train, val = (embed_shards(cfg, shards, state, accelerator) for shards in sets)
+    train, val = (
+        embed_set(
+            shards,
+            lambda images: state.teacher.backbone(images)[0],
+            name=name,
+            sizes=choose_sizes(cfg.data.global_size),
+            batch_size=64,
+            num_workers=cfg.data.num_workers,
+            device=accelerator.device,
+            precision=cfg.optim.precision,
+            limit=cfg.watch.probe_images,
+        )
+        for name, shards in zip(("probe_train", "probe_val"), sets, strict=True)
+    )
     k = cfg.watch.probe_k
     scores: dict[str, Any] = {}
     if dist.is_main():
@@ -197,18 +146,3 @@ def probe(
             f"probe at step {state.step}: k-NN (k={k}) {found[k]['top1']:.2%}, RankMe {scores['rankme']:.1f}"
         )
     return dist.broadcast_object(scores)
-
-
-def embed_shards(cfg: PretrainConfig, shards: ShardSet, state: State, accelerator: Accelerator) -> Embedded:
-    """Return the teacher's features of one probe set on every rank."""
-    loader = eval_loader(
-        shards,
-        resize=round(cfg.data.global_size * RESIZE_TO_CROP),
-        crop=cfg.data.global_size,
-        batch_size=64,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        num_workers=cfg.data.num_workers,
-        limit=cfg.watch.probe_images,
-    )
-    return embed(state.teacher.backbone, loader, device=accelerator.device, precision=cfg.optim.precision)

@@ -90,16 +90,15 @@ def embed_split(split: str, forward) -> Embedded:
 
 def raw_pixels_knn() -> float:
     """The accuracy of the pixels themselves: what the features have to beat."""
-    train, val = (
-        embed_split(split, lambda images: (images.flatten(1), images)) for split in ("train", "val")
-    )
+    train, val = (embed_split(split, lambda images: images.flatten(1)) for split in ("train", "val"))
     return knn_accuracy(train.features, train.labels, val.features, val.labels, k_list=(K,))[K]["top1"]
 
 
 def draw_neighbours_of(run: Path) -> None:
     """Write neighbours.png: the first unseen digits with the training canvases that the teacher finds most like them."""
-    backbone = load_model(eval_config(run, "teacher")).backbone.eval()
-    train, val = (embed_split(split, backbone) for split in ("train", "val"))
+    teacher = load_model(eval_config(run, "teacher"))
+    teacher.network.eval()
+    train, val = (embed_split(split, teacher.features) for split in ("train", "val"))
     cosines, rows = nearest_neighbours(val.features[:NUM_QUERIES], train.features, k=NUM_NEIGHBOURS)
     shards = {split: open_shards(SHARDS[split]) for split in SHARDS}
 

@@ -85,3 +85,65 @@ def tiny_run(digit_shards, tmp_path):
         return [f"--{key}={value}" for key, value in values.items()]
 
     return argv
+
+
+def pack_digit_classes(folder: Path, *, prefix: str, classes: range, count: int) -> None:
+    """Pack ``count`` 40x40 images of each of some digits, in turn."""
+    digits = load_digits()
+
+    def samples():
+        for number in range(count):
+            for label in classes:
+                pixels = digits.images[np.flatnonzero(digits.target == label)[number]] * 15.9375
+                file = io.BytesIO()
+                large = pixels.astype(np.uint8).repeat(5, 0).repeat(5, 1)
+                Image.fromarray(large).convert("RGB").save(file, "PNG")
+                yield file.getvalue(), "png", label
+
+    pack_samples(samples(), folder, prefix=prefix)
+
+
+@pytest.fixture(scope="session")
+def class_shards(tmp_path_factory) -> Path:
+    """Folder with train-000000.tar (digits 0 to 5, 12 images each) and test-000000.tar (digits 6 to 9, 10 each)."""
+    folder = tmp_path_factory.mktemp("classes")
+    pack_digit_classes(folder, prefix="train", classes=range(6), count=12)
+    pack_digit_classes(folder, prefix="test", classes=range(6, 10), count=10)
+    return folder
+
+
+@pytest.fixture
+def many_digits(tmp_path) -> Path:
+    """As class_shards, with 100 and 20 images of each digit."""
+    folder = tmp_path / "many"
+    pack_digit_classes(folder, prefix="train", classes=range(6), count=100)
+    pack_digit_classes(folder, prefix="test", classes=range(6, 10), count=20)
+    return folder
+
+
+@pytest.fixture
+def tiny_finetune(class_shards, tmp_path):
+    """A function (name, **changes of dotted keys) -> argv of a metric-learning run that takes milliseconds a step."""
+
+    def argv(name: str = "run", **changes) -> list[str]:
+        values = {
+            "out": str(tmp_path / name),
+            "init": "random",
+            "data.train_shards": f"{class_shards}/train-*.tar",
+            "data.test_shards": f"{class_shards}/test-*.tar",
+            "data.num_workers": 0,
+            "data.crop": 32,
+            "data.images_per_class": 4,
+            "model.backbone": "vit_tiny_patch16_224",
+            "model.timm_args": "{patch_size: 8, depth: 2, embed_dim: 32, num_heads: 2}",
+            "model.embed_dim": 16,
+            "optim.epochs": 2,
+            "optim.batch_size": 16,
+            "optim.lr": 1e-3,
+            "watch.log_every": 1,
+            "watch.recall_at": "[1,2]",
+        }
+        values |= {key.replace("__", "."): value for key, value in changes.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return argv

@@ -27,7 +27,8 @@ from glsd.config import (
 )
 from glsd.contracts import UserError
 from glsd.data.pack import pack_samples
-from glsd.evaluate import NATIVE_SIZE, choose_sizes, evaluate
+from glsd.eval_sets import choose_sizes
+from glsd.evaluate import evaluate
 from glsd.models.backbone import build_backbone
 from glsd.runtime import checkpoint
 
@@ -159,7 +160,7 @@ def measure(cfg, backbone):
         loader = eval_loader(
             open_shards(patterns), resize=36, crop=32, batch_size=90, rank=0, world_size=1, num_workers=0
         )
-        sets += embed(backbone.eval(), loader, device=torch.device("cpu"))[:2]
+        sets += embed(lambda images: backbone.eval()(images)[0], loader, device=torch.device("cpu"))[:2]
     return {f"k={k}": shares for k, shares in knn_accuracy(*sets, k_list=cfg.k).items()}
 
 
@@ -216,7 +217,7 @@ def test_sizes_follow_the_model(cfg, world):
     assert evaluate(replace(cfg, data=replace(unset, resize=36)))["result"] == evaluate(cfg)["result"]
     record = evaluate(replace(cfg, data=replace(unset, crop=40)))
     assert record["protocol"].startswith("resize 46 bicubic, centre crop 40,")
-    assert choose_sizes(replace(cfg, data=unset), NATIVE_SIZE) == (256, 224)
+    assert choose_sizes(224) == (256, 224)
 
 
 @pytest.mark.slow

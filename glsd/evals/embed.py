@@ -21,25 +21,24 @@ class Embedded(NamedTuple):
 
 @torch.no_grad()
 def embed(
-    forward: Callable[[Tensor], tuple[Tensor, Tensor]],
+    forward: Callable[[Tensor], Tensor],
     loader: Iterable[LabelledBatch],
     *,
     device: torch.device,
     precision: str = "no",
 ) -> Embedded:
-    """Return the class feature of every image of all ranks' loaders; every rank gets the whole, by index.
+    """Return the feature of every image of all ranks' loaders; every rank gets the whole, by index.
 
-    forward: images (b 3 h w) -> (class features (b d), patch features (b n d)), a backbone in evaluation
-    mode; loader: this rank's batches, rows with index -1 are padding or unreadable and left out; precision:
-    "no" or "bf16" (autocast).
+    forward: images (b 3 h w) -> features (b d), a network in evaluation mode; loader: this rank's batches, rows
+    with index -1 are padding or unreadable and left out; precision: "no" or "bf16" (autocast).
     Raises UserError if there is no batch at all, RuntimeError if an index comes twice, which would be a fault
     of the loader.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in loader:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            cls_token, _ = forward(batch.images.to(device, non_blocking=True))
-        parts.append((cls_token.float().cpu(), batch.labels, batch.indices))
+            features = forward(batch.images.to(device, non_blocking=True))
+        parts.append((features.float().cpu(), batch.labels, batch.indices))
     if not parts:
         raise UserError("no images to embed: the shards are empty")
     # Gathered on the device, where the process group's backend can reach it, and brought back to the CPU.

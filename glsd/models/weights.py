@@ -106,10 +106,10 @@ def read_weights(path: str | Path) -> State:
 def load_weights(net: Any, state: State, *, source: str, allow_partial: bool | None = None) -> LoadReport:
     """Copy ``state`` (named as by timm, torchvision, DINO, DINOv2/3, EsViT or us) into a timm network, say what fitted.
 
-    A position embedding of another grid is resampled as in the forward pass; no other tensor is. source:
-    named in errors; allow_partial: fill what has a name and shape of the network, leave the rest of it as it is
-    (None: no, and errors do not offer it). Raises UserError, with the network untouched, if no tensor fits, or unless allow_partial if not every
-    tensor of the network is filled or not every backbone tensor of the file is used.
+    A position embedding of another grid is resampled as in the forward pass; no other tensor is. source: named in errors;
+    allow_partial: fill what has a name and shape of the network, leave the rest of it as it is (None: no, and errors do not
+    offer it). Raises UserError, with the network untouched, if no tensor fits, or unless allow_partial if not every tensor
+    of the network is filled or not every backbone tensor of the file is used.
     """
     own: State = net.state_dict()
     offer = " (--model.allow_partial true loads what fits)" if allow_partial is not None else ""

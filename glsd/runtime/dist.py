@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from glsd.contracts import UserError
@@ -92,6 +92,40 @@ def gather_rows(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     parts = [torch.empty_like(padded) for _ in counts]
     torch_dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_equal(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
+    """Return the rows of all ranks as gather_rows does, but without asking for their number: it is the same on each."""
+    if world_size() == 1:
+        return tensor
+    own = tensor.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    torch_dist.all_gather(parts, own)
+    return torch.cat(parts)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of all ranks, in rank order; the gradient of a row is the sum of what all ranks have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        return gather_equal(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return all_reduce_sum(gradients[0])[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather_with_grad(tensor: Float[Tensor, "b e"]) -> Float[Tensor, "m e"]:
+    """Return the rows of all ranks, rank 0's first, on every rank, with gradient; as many rows on each rank.
+
+    When every rank computes the same loss of the result, the ranks' gradients add up to R times the one of the whole
+    batch, and DDP's mean over the R ranks is the gradient that one process with the whole batch would have.
+    """
+    if world_size() == 1:
+        return tensor
+    return _GatherRows.apply(tensor)
 
 
 def gather_objects(obj: Object) -> list[Object]:

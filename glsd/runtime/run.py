@@ -230,3 +230,10 @@ def catch_signals() -> Iterator[Callable[[], str]]:
         for number, handler in before.items():
             leaving = note and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if leaving else handler)
+
+
+def asked_to_stop(signal_name: str, *, agree: bool) -> str:
+    """Return the signal that any rank got; ranks compare notes where ``agree`` is set, one process looks at every step."""
+    if dist.world_size() == 1:
+        return signal_name
+    return next((name for name in dist.gather_objects(signal_name) if name), "") if agree else ""

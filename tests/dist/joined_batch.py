@@ -6,6 +6,7 @@ python joined_batch.py OUT.pt FLAGS... : alone it takes the whole batch, under t
 import sys
 
 import torch
+from joined_batch_recorder import Recorder
 
 import glsd.pretrain as story
 from glsd.command_line import load
@@ -15,21 +16,9 @@ from glsd.distillation import Pixels
 from glsd.pretrain_build import build
 from glsd.pretrain_plan import make_plan, rates_at
 from glsd.runtime import dist
+from glsd.runtime.launch import start
 
 torch.set_num_threads(1)
-
-
-class Recorder:
-    """Takes the place of the meters: keeps every value as the mean over ranks."""
-
-    def __init__(self):
-        self.values: dict[str, list[torch.Tensor]] = {}
-
-    def add(self, name, value):
-        self.values.setdefault(name, []).append(dist.all_reduce_mean(value.detach().double()))
-
-    def waiting(self):
-        return torch.no_grad()  # any context manager that does nothing to the loader
 
 
 def augment_in_double(batch) -> Pixels:
@@ -41,7 +30,7 @@ story.augment = augment_in_double
 
 out, *argv = sys.argv[1:]
 cfg = load(PretrainConfig, argv)
-accelerator = story.start(cfg)
+accelerator = start("no", "launch/pretrain.py")
 shards = open_shards(cfg.data.shards)
 plan = make_plan(cfg, len(shards))
 torch.set_default_dtype(torch.float64)

@@ -78,7 +78,8 @@ def timm_resnet(name: str, pool: str) -> torch.nn.Module:
 @pytest.mark.parametrize(("pool", "of_timm"), [("mean", "avg"), ("cls", "avg"), ("mean+max", "avgmax")])
 @pytest.mark.parametrize("name", RESNETS)
 def test_resnet_equals_timm(name, pool, of_timm):
-    backbone, net = small(name, pool=pool, seed=3), timm_resnet(name, of_timm)
+    backbone = small(name, pool=pool, seed=3)
+    net: Any = timm_resnet(name, of_timm)
     assert (backbone.embed_dim, backbone.stride) == (RESNETS[name], 32)
     assert backbone.pool == ("mean" if pool == "cls" else pool)
     for mode in (True, False):  # the running statistics of both move alike in between
@@ -122,6 +123,7 @@ def test_pools_are_of_the_patches_alone(name, pool):
 def test_gradient_of_mean_plus_max():
     patches = torch.tensor([[[1.0], [5.0], [2.0], [0.0]]], dtype=torch.float64, requires_grad=True)
     POOLS["mean+max"](patches[:, :0], patches).sum().backward()
+    assert patches.grad is not None
     assert patches.grad.flatten().tolist() == [0.25, 1.25, 0.25, 0.25]
 
 

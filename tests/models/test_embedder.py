@@ -1,6 +1,7 @@
 """The embedder: one linear layer on the pooled feature, frozen batch statistics, its start."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from glsd.contracts import UserError
 from glsd.models.backbone import build_backbone
 from glsd.models.embedder import Embedder
 
-TINY = {
+TINY: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 3},
     "resnet10t": {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)},
 }
@@ -20,6 +21,11 @@ NAMES = list(TINY)
 def embedder(name="resnet10t", *, embed_dim=16, pool="mean+max", seed=0, **options) -> Embedder:
     backbone = build_backbone(name, image_size=64, timm_args=TINY[name], pool=pool, seed=1)
     return Embedder(backbone, embed_dim=embed_dim, seed=seed, **options)
+
+
+def layer(net: Embedder) -> torch.nn.Linear:
+    assert net.head is not None
+    return net.head
 
 
 def images(count=4, size=64) -> torch.Tensor:
@@ -32,7 +38,7 @@ def test_embedding_is_a_linear_function_of_the_pooled_feature(name):
     assert (net.embed_dim, net.stride) == (16, net.backbone.stride)
     features, _ = net.backbone(images())
     embeddings = net(images())
-    torch.testing.assert_close(embeddings, features @ net.head.weight.T + net.head.bias)
+    torch.testing.assert_close(embeddings, features @ layer(net).weight.T + layer(net).bias)
     assert not torch.allclose(embeddings.norm(dim=1), torch.ones(4), atol=0.01)  # raw
 
 
@@ -52,17 +58,17 @@ def test_negative_width_is_one_line():
 def test_layer_starts_from_the_seed_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = embedder(seed=5).head
+    first = layer(embedder(seed=5))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(99)
-    again, other = embedder(seed=5).head, embedder(seed=6).head
+    again, other = layer(embedder(seed=5)), layer(embedder(seed=6))
     assert torch.equal(first.weight, again.weight)
     assert torch.equal(first.bias, again.bias)
     assert not torch.equal(first.weight, other.weight)
 
 
 def test_layer_starts_uniform_within_one_over_root_width():
-    head = embedder(embed_dim=512).head
+    head = layer(embedder(embed_dim=512))
     bound = 64**-0.5
     for tensor in (head.weight, head.bias):
         assert tensor.abs().max() <= bound
@@ -97,7 +103,7 @@ def test_frozen_batch_norm_keeps_its_statistics_in_training():
     before, expected = statistics(net), copy.deepcopy(net).eval()(images())
     for mode in (True, False, True):
         net.train(mode)
-        assert net.training == net.backbone.training == net.head.training == mode
+        assert net.training == net.backbone.training == layer(net).training == mode
         embeddings = net(images())
         assert torch.equal(embeddings, expected)
         embeddings.sum().backward()

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+from typing import Any
 
 import pytest
 import timm
@@ -201,7 +202,7 @@ def test_what_fits_partly_is_refused_unless_allowed():
 
 def test_build_passes_on_what_is_allowed(tmp_path):
     save_file(shortened(dict(small().net.state_dict())), tmp_path / "w.safetensors")
-    options = {"image_size": 64, "timm_args": SMALL, "init": str(tmp_path / "w.safetensors")}
+    options: dict[str, Any] = {"image_size": 64, "timm_args": SMALL, "init": str(tmp_path / "w.safetensors")}
     with pytest.raises(UserError, match="17 of 30"):
         build_backbone("vit_tiny_patch16_224", **options)
     loaded = build_backbone("vit_tiny_patch16_224", **options, allow_partial=True)
@@ -286,6 +287,7 @@ def test_resnet_of_torchvision(form, tmp_path):
     image = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(loaded(image)[0], source.eval()(image))
     report = loaded.load_report
+    assert report is not None
     counters = [name for name in loaded.net.state_dict() if name.endswith("num_batches_tracked")]
     assert (report.complete, len(report.ignored)) == (True, 2)
     assert report.matched == report.total == len(loaded.net.state_dict()) - len(counters)

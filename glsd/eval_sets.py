@@ -1,0 +1,109 @@
+"""Labelled sets at the door of an evaluation: opened, checked, and turned into features."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from glsd.config import EvalDataConfig
+from glsd.contracts import UserError
+from glsd.data.eval_loader import eval_loader
+from glsd.data.shards import ShardSet, check_disjoint, check_same_classes, open_shards
+from glsd.evals.embed import Embedded, embed
+from glsd.finetune_config import FinetuneDataConfig
+from glsd.runtime import dist
+
+RESIZE_TO_CROP = 256 / 224  # the margin around the centre crop in DINO's protocol (arXiv 2104.14294)
+
+
+class Sizes(NamedTuple):
+    """What is done to an image, in pixels: short side resized, square cut from the centre."""
+
+    resize: int
+    crop: int
+
+
+def choose_sizes(native: int, *, crop: int | None = None, resize: int | None = None) -> Sizes:
+    """Return the configured sizes; by default ``native`` and the protocol's margin around it."""
+    crop = native if crop is None else crop
+    return Sizes(round(crop * RESIZE_TO_CROP) if resize is None else resize, crop)
+
+
+def open_labelled(patterns: str | list[str], key: str) -> ShardSet:
+    """Open one set; UserError naming the key if it is not given, empty, or an image has no label."""
+    if not patterns:
+        example = f"shards/{key.rpartition('.')[2].removesuffix('_shards')}-*.tar"
+        raise UserError(f"{key} is not set: give labelled shards, e.g. --{key} '{example}'")
+    shards = open_shards(patterns)
+    if not len(shards):
+        raise UserError(f"{key} {patterns!r}: no images in these shards")
+    unlabelled = int((shards.labels() < 0).sum())
+    if unlabelled:
+        raise UserError(
+            f"{key}: {unlabelled} of {len(shards)} images have no label:"
+            " pack a folder that has one subfolder per class"
+        )
+    return shards
+
+
+def open_retrieval(data: EvalDataConfig | FinetuneDataConfig) -> dict[str, ShardSet]:
+    """Open {'test'} (leave-one-out) or {'query', 'gallery'}; UserError if the keys given are neither, or overlap."""
+    given = [role for role in ("test", "query", "gallery") if getattr(data, f"{role}_shards")]
+    if given not in (["test"], ["query", "gallery"]):
+        raise UserError(
+            "retrieval needs either data.test_shards (each image searched among all others) or data.query_shards "
+            f"and data.gallery_shards, but {' and '.join(f'data.{role}_shards' for role in given) or 'none'} is set"
+        )
+    sets = {role: open_labelled(getattr(data, f"{role}_shards"), f"data.{role}_shards") for role in given}
+    if len(sets) == 2:
+        check_disjoint(sets["query"], sets["gallery"], names=("data.query_shards", "data.gallery_shards"))
+        check_same_classes(sets["query"], sets["gallery"])
+    return sets
+
+
+def embed_set(
+    shards: ShardSet,
+    forward: Callable[[Tensor], Tensor],
+    *,
+    name: str,
+    sizes: Sizes,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    precision: str = "no",
+    limit: int = 0,
+    chosen: np.ndarray | None = None,
+) -> Embedded:
+    """Return the features of every readable image of a set, or of those ``chosen``, on every rank.
+
+    forward: images (b 3 h w) -> features (b d). Images that cannot be read are named in a warning; UserError if there
+    is no other.
+    """
+    loader = eval_loader(
+        shards,
+        resize=sizes.resize,
+        crop=sizes.crop,
+        batch_size=batch_size,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        num_workers=num_workers,
+        limit=limit,
+        chosen=chosen,
+    )
+    # disable=None: a bar on a terminal, nothing in a log file.
+    hidden = None if dist.is_main() else True
+    batches = tqdm(loader, desc=f"{name} features", unit="batch", leave=False, disable=hidden)
+    embedded = embed(forward, batches, device=device, precision=precision)
+    broken = [record for part in dist.gather_objects(list(loader.broken)) for record in part]
+    total = len(shards) if chosen is None else len(chosen)
+    expected, found = min(limit, total) if limit else total, len(embedded.labels)
+    if found + len(broken) != expected:
+        raise RuntimeError(f"{name}: {found} features and {len(broken)} unreadable of {expected} images")
+    if broken and dist.is_main():
+        print(f"warning: {len(broken)} {name} images cannot be read, as {broken[0].key}: {broken[0].reason}")
+    if not found:
+        raise UserError(f"{name} set: none of the {expected} images can be read")
+    return embedded

@@ -1,0 +1,259 @@
+"""The second story: a backbone learns from labels which images belong together, and is measured on classes it has not seen."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from glsd.command_line import dump
+from glsd.contracts import LabelledCrops, UserError
+from glsd.data.balanced import balanced_loader
+from glsd.data.photometric import normalise
+from glsd.data.shards import ShardSet
+from glsd.finetune_build import State, build, resolve
+from glsd.finetune_config import FinetuneConfig
+from glsd.finetune_losses import batch_losses
+from glsd.finetune_plan import Plan, Rates, make_plan, rates_at
+from glsd.finetune_watch import (
+    Sets,
+    describe,
+    is_due,
+    measure,
+    open_sets,
+    summarise,
+)
+from glsd.guard import StepReport, check_gradients, check_samples, note_bad_gradient
+from glsd.losses.mdr import MdrStatistics
+from glsd.optim.clip import clip_global
+from glsd.pretrain_plan import step_seed
+from glsd.runtime import checkpoint, dist
+from glsd.runtime.checkpoint import Checkpoint
+from glsd.runtime.launch import start
+from glsd.runtime.meters import Meters
+from glsd.runtime.run import Run, asked_to_stop, catch_signals, open_run, rewind
+
+BATCH_SEED = -1  # in place of a rank: draws that all ranks share
+
+
+def finetune(cfg: FinetuneConfig) -> Path:
+    """Fine-tune as configured, measure before, during and after, and return the run directory.
+
+    When asked to stop (TERM, USR1, INT) it saves and returns early. Raises UserError for what in the configuration, the
+    data, the weights or the checkpoint cannot work, before the first step where that can be known.
+    """
+    accelerator = start(cfg.optim.precision, "launch/finetune_dml.py")
+    cfg, source = resolve(cfg)
+    sets = open_sets(cfg)
+    plan = make_plan(cfg, len(sets.groups.members), len(sets.groups))
+    state = build(cfg, source, plan.num_classes, accelerator)
+    run = Run(Path(cfg.out))
+    saved = restore(cfg, state, run, sets.train) if cfg.resume == "auto" else None
+    batches = make_batches(cfg, plan, sets, state.step)
+    # All is checked: from here on it may write.
+    open_run(run.folder, resolved_config=dump(cfg), resume=cfg.resume == "auto")
+    if saved is not None:
+        rewind(run.folder, saved.step)
+        dist.barrier()  # before anybody appends to what was rewound
+    meters = Meters(run.folder, total_steps=plan.last_step, start_step=state.step, device=accelerator.device)
+    with contextlib.closing(meters), catch_signals() as signal_name:
+        meters.say(describe(cfg, plan, state, sets))
+        if saved is not None:
+            meters.load_state(saved.state["meters"])
+            meters.say(f"resumed from {saved.path} at step {saved.step}")
+        if is_due(cfg, plan, state.step):
+            with meters.aside():
+                measure(cfg, plan, state, sets, meters, accelerator)
+        since_check: list[StepReport] = []
+        while state.step < plan.last_step:
+            rates = rates_at(cfg, plan, state.step)
+            since_check.append(train_step(cfg, rates, state, batches, meters, accelerator))
+            state.step += 1
+            meters.advance(state.step, images=plan.micro_batch)
+            ends_epoch = state.step % plan.steps_per_epoch == 0
+            if state.teacher is not None and ends_epoch:
+                state.teacher.load_state_dict(state.student.state_dict())
+            last = state.step == plan.last_step
+            flushing = last or state.step % cfg.watch.log_every == 0
+            stopping = asked_to_stop(signal_name(), agree=flushing)
+            every = cfg.watch.checkpoint_every
+            saving = last or bool(stopping) or (state.step % every == 0 if every else ends_epoch)
+            error = None
+            if flushing or saving:
+                check_gradients(state, run, since_check)
+                error = check_samples(cfg, plan.num_samples, state, run, since_check)
+                since_check.clear()
+            if flushing:
+                meters.flush(
+                    state.step, epoch=rates.epoch, lr=cfg.optim.lr * rates.scale, sd_weight=rates.sd_weight
+                )
+            if saving or error:
+                with meters.aside():
+                    save(cfg, state, meters, run, sets.train)
+            if error:
+                raise error
+            if stopping:
+                meters.say(f"stopped by {stopping} after step {state.step}; go on with --resume auto")
+                return run.folder
+            if is_due(cfg, plan, state.step):
+                with meters.aside():
+                    measure(cfg, plan, state, sets, meters, accelerator)
+        summarise(cfg, plan, state, sets, run, meters)
+    return run.folder
+
+
+def make_batches(cfg: FinetuneConfig, plan: Plan, sets: Sets, first_step: int) -> Iterator[LabelledCrops]:
+    """Return this rank's endless share of the batches from step ``first_step`` on."""
+    return balanced_loader(
+        sets.train,
+        sets.groups,
+        size=cfg.data.crop or 0,
+        scale=cfg.data.scale,
+        flip_prob=cfg.data.flip_prob,
+        seed=cfg.seed,
+        classes=plan.classes_per_batch,
+        images_per_class=cfg.data.images_per_class,
+        first_step=first_step,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        num_workers=cfg.data.num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def train_step(
+    cfg: FinetuneConfig,
+    rates: Rates,
+    state: State,
+    batches: Iterator[LabelledCrops],
+    meters: Meters,
+    accelerator: Accelerator,
+) -> StepReport:
+    """Take one optimizer step on the global batch, without waiting for the device."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * rates.scale
+    torch.manual_seed(step_seed(cfg.seed, state.step, dist.rank()))  # stochastic depth
+    with meters.waiting():
+        batch = next(batches)
+    device_batch = batch.to(accelerator.device)
+    images = normalise(device_batch.images)
+    teacher_embeddings = None
+    with accelerator.autocast():
+        embeddings = state.model(images)
+        if state.teacher is not None and rates.sd_weight > 0:
+            with torch.no_grad():
+                teacher_embeddings = dist.gather_equal(widened(state.teacher(images)))
+    losses = batch_losses(
+        cfg,
+        state,
+        dist.gather_with_grad(widened(embeddings)),
+        dist.gather_equal(device_batch.labels),
+        teacher_embeddings,
+        sd_weight=rates.sd_weight,
+        seed=step_seed(cfg.seed, state.step, BATCH_SEED),
+    )
+    accelerator.backward(losses.loss)
+    for parameter in state.loss_parameters():
+        if parameter.grad is not None:
+            parameter.grad = dist.all_reduce_mean(parameter.grad)
+    norms = clip_global([*state.student.parameters(), *state.loss_parameters()], cfg.optim.clip_grad)
+    values = {"loss": losses.loss, **losses.parts, "grad_norm": torch.linalg.vector_norm(norms)}
+    note_bad_gradient(state, values)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.mdr_statistics = losses.mdr_statistics
+    for name, value in values.items():
+        meters.add(name, value)
+    return StepReport(keys=batch.keys, broken=batch.broken)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 or better: autocast ends at the embeddings."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def save(cfg: FinetuneConfig, state: State, meters: Meters, run: Run, train: ShardSet) -> None:
+    """Write a checkpoint from which the run goes on as if it had never stopped."""
+    meters.sync()
+    tensors = {
+        "student": state.student.state_dict(),
+        "losses": {
+            **{f"ranking.{name}": tensor for name, tensor in state.ranking.state_dict().items()},
+            "levels": state.levels.detach(),
+            **{f"mdr.{name}": tensor for name, tensor in state.mdr_statistics._asdict().items()},
+        },
+    }
+    if state.teacher is not None:
+        tensors["teacher"] = state.teacher.state_dict()
+    checkpoint.save(
+        run.checkpoints,
+        step=state.step,
+        tensors=tensors,
+        state={
+            "meters": meters.state(),
+            "num_broken": state.num_broken,
+            "scores": state.scores,
+            "order": order_of(cfg, train),
+        },
+        optimizer=state.optimizer.state_dict(),
+        keep=cfg.watch.keep_checkpoints,
+    )
+
+
+def restore(cfg: FinetuneConfig, state: State, run: Run, train: ShardSet) -> Checkpoint | None:
+    """Load the newest intact checkpoint, if there is one; a refused one changes nothing, here or on the disk."""
+    saved = checkpoint.load_latest(run.checkpoints)
+    if saved is None:
+        return None
+    if "losses" not in saved.tensors:
+        raise UserError(f"{saved.path} is a checkpoint of a pretraining run: give another --out")
+    for key, value in order_of(cfg, train).items():
+        if saved.state["order"].get(key) != value:
+            raise UserError(
+                f"{key} is not what {saved.path} was made with: the run would not go on as it began; use the same, or "
+                "another --out"
+            )
+    groups = [group["names"] for group in saved.optimizer["param_groups"]]
+    if groups != [group["names"] for group in state.optimizer.param_groups]:
+        raise UserError(
+            f"{saved.path} trained other parameters than these (loss, reg, model, optim.optimizer, ...): use the configuration "
+            "it was made with"
+        )
+    checkpoint.restore(state.student, saved.tensors["student"], source=f"{saved.path}/student.safetensors")
+    if state.teacher is not None:
+        checkpoint.restore(
+            state.teacher, saved.tensors["teacher"], source=f"{saved.path}/teacher.safetensors"
+        )
+    losses, device = dict(saved.tensors["losses"]), state.levels.device
+    statistics = {name: losses.pop(f"mdr.{name}").to(device) for name in MdrStatistics._fields}
+    state.mdr_statistics = MdrStatistics(**statistics)
+    with torch.no_grad():
+        state.levels.copy_(losses.pop("levels"))
+    ranking = {name.removeprefix("ranking."): tensor for name, tensor in losses.items()}
+    checkpoint.restore(state.ranking, ranking, source=f"{saved.path}/losses.safetensors")
+    rates = [group["base_lr"] for group in state.optimizer.param_groups]
+    state.optimizer.load_state_dict(saved.optimizer)
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["base_lr"] = rate  # of this start's configuration, as every other setting
+    state.step, state.num_broken = saved.step, saved.state["num_broken"]
+    state.scores = saved.state["scores"]
+    return saved
+
+
+def order_of(cfg: FinetuneConfig, train: ShardSet) -> dict[str, Any]:
+    """Return everything that decides which sample comes when, and what the teacher's epochs are, by the key to blame."""
+    return {
+        "data.train_shards": train.fingerprint(),
+        "data.images_per_class": cfg.data.images_per_class,
+        "data.val_share": cfg.data.val_share,
+        "data.drop_lone_classes": cfg.data.drop_lone_classes,
+        "optim.batch_size": cfg.optim.batch_size,
+        "optim.steps_per_epoch": cfg.optim.steps_per_epoch,
+        "optim.epochs": cfg.optim.epochs,
+        "loss": cfg.loss,
+        "reg": cfg.reg,
+        "seed": cfg.seed,
+    }

@@ -1,0 +1,89 @@
+"""What one metric-learning step minimises: a ranking loss, and beside it the pull of the past (PSD, OBD-SD) and of levels (MDR)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from glsd.finetune_build import State
+from glsd.finetune_config import FinetuneConfig
+from glsd.finetune_plan import diffusion_share
+from glsd.losses.mdr import (
+    MdrStatistics,
+    level_penalty,
+    mdr_loss,
+    mean_normalise,
+    observe,
+    pairwise_distances,
+)
+from glsd.losses.obd_sd import diffusion_target, distillation_kl, similarity_target, target_statistics
+from glsd.losses.ranking import RANKING
+
+
+class Losses(NamedTuple):
+    """The total, its parts for the meters, and MDR's statistics moved by this batch."""
+
+    loss: Float[Tensor, ""]
+    parts: dict[str, Float[Tensor, ""]]
+    mdr_statistics: MdrStatistics
+
+
+def batch_losses(
+    cfg: FinetuneConfig,
+    state: State,
+    embeddings: Float[Tensor, "b e"],
+    labels: Int64[Tensor, " b"],
+    teacher_embeddings: Float[Tensor, "b e"] | None,
+    *,
+    sd_weight: float,
+    seed: int,
+) -> Losses:
+    """Return the losses of the global batch, all of it in float32 or better.
+
+    embeddings: raw, of all ranks in rank order; teacher_embeddings: of the same images by the network of the previous
+    epoch, not asked for where sd_weight is 0. total = ranking + sd_weight * KL + mdr.weight * MDR + mdr.level_weight *
+    sum of squared levels. The ranking loss sees unit vectors; beside MDR a triplet loss sees the mean-normalised ones that MDR
+    is made for ("learning without L2 norm"). Source: OBD-SD (arXiv 2211.07566), MDR (arXiv 2102.04223).
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        unit = F.normalize(embeddings, dim=1)
+        scaled = mean_normalise(embeddings) if cfg.uses_mdr else unit
+        seen = scaled if RANKING[cfg.loss].geometry == "scaled" else unit
+        ranking = state.ranking(seen, labels, seed=seed)
+        loss, parts, statistics = ranking, {"ranking": ranking}, state.mdr_statistics
+        if teacher_embeddings is not None:
+            kl, about_target = self_distillation(cfg, unit, F.normalize(teacher_embeddings.to(unit), dim=1))
+            loss = loss + sd_weight * kl
+            parts |= {"sd": kl, "sd_share": (sd_weight * kl / ranking.clamp_min(1e-12)), **about_target}
+        if cfg.uses_mdr:
+            distances = pairwise_distances(scaled)
+            # Moved before they are used, as published.
+            statistics = observe(
+                statistics,
+                distances,
+                momentum=cfg.mdr.momentum,
+                include_diagonal=cfg.mdr.include_diagonal,
+            )
+            mdr = mdr_loss(distances, state.levels, statistics)
+            loss = loss + cfg.mdr.weight * mdr + cfg.mdr.level_weight * level_penalty(state.levels)
+            parts |= {"mdr": mdr, "mdr_std": statistics.std}
+    return Losses(loss, parts, statistics)
+
+
+def self_distillation(
+    cfg: FinetuneConfig, unit: Float[Tensor, "b e"], teacher_unit: Float[Tensor, "b e"]
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Return KL(target || student's similarities), and what the target looks like."""
+    tau, mask_self = cfg.sd.tau, cfg.sd.mask_self
+    undiffused = similarity_target(teacher_unit, tau=tau, mask_self=mask_self)
+    target, about = undiffused, {}
+    if w := diffusion_share(cfg):
+        target = diffusion_target(
+            teacher_unit, tau=tau, w=w, tau_d=cfg.sd.tau_d, form=cfg.sd.form, mask_self=mask_self
+        )
+        about = target_statistics(target, undiffused)
+    kl = distillation_kl(unit, target, tau=tau, mask_self=mask_self)
+    return kl, {f"sd_{name}": value for name, value in about.items()}

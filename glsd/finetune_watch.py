@@ -1,0 +1,178 @@
+"""Looking over a metric-learning run's shoulder: its sets, what it is, its retrieval before, during and after."""
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+from accelerate import Accelerator
+
+from glsd.command_line import differences
+from glsd.contracts import UserError
+from glsd.data.balanced import ClassGroups, class_groups, split_classes
+from glsd.data.shards import ShardSet, check_disjoint, check_same_classes
+from glsd.eval_retrieval import describe_scores, describe_search, score_retrieval
+from glsd.eval_sets import choose_sizes, embed_set, open_labelled, open_retrieval
+from glsd.evals.record import append_record
+from glsd.finetune_build import State
+from glsd.finetune_config import FinetuneConfig
+from glsd.finetune_plan import Plan
+from glsd.runtime import dist
+from glsd.runtime.meters import Meters
+from glsd.runtime.run import Run
+
+
+class Sets(NamedTuple):
+    """The images to learn from, by class, and those to be retrieved."""
+
+    train: ShardSet
+    groups: ClassGroups
+    val: np.ndarray  # images of train whose classes are held out; may be empty
+    test: dict[str, ShardSet]  # {'test'}, or {'query', 'gallery'}, or nothing
+
+
+def open_sets(cfg: FinetuneConfig) -> Sets:
+    """Open all sets and check that they go together; UserError if a class is both learned from and measured."""
+    train = open_labelled(cfg.data.train_shards, "data.train_shards")
+    labels = train.labels()
+    groups = class_groups(labels, key_of=train.key, drop_lone=cfg.data.drop_lone_classes)
+    groups, val = split_classes(groups, cfg.data.val_share)
+    given = [key for key in ("test_shards", "query_shards", "gallery_shards") if getattr(cfg.data, key)]
+    test = open_retrieval(cfg.data) if given else {}
+    for name, shards in test.items():
+        names = ("data.train_shards", f"data.{name}_shards")
+        check_disjoint(train, shards, names=names)
+        check_same_classes(train, shards)
+        shared = np.intersect1d(np.unique(labels), np.unique(shards.labels()))
+        if len(shared):
+            raise UserError(
+                f"{names[0]} and {names[1]} share {len(shared)} classes, as label {shared[0]}: retrieval is measured on classes "
+                "never seen; make a class-disjoint split with: python launch/pack.py split SHARDS DST"
+            )
+    if not test and not len(val):
+        raise UserError(
+            "nothing to measure: set data.test_shards, or data.query_shards and data.gallery_shards, or data.val_share"
+        )
+    return Sets(train, groups, val, test)
+
+
+def describe(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets) -> str:
+    """Return what a user wants to see before a long run."""
+    millions = sum(p.numel() for p in state.student.parameters()) / 1e6
+    special = " ".join(f"{key}={value}" for key, value in differences(cfg).items()) or "none"
+    classes = f"{plan.classes_per_batch} classes x {cfg.data.images_per_class} images"
+    lines = [
+        f"configuration beside the defaults: {special}",
+        f"{cfg.model.backbone}: {millions:.2f} M parameters, embeddings of width {state.student.embed_dim}",
+        f"{plan.num_samples} images of {plan.num_classes} classes to learn from, {len(sets.val)} held out; batches of {classes} "
+        f"over {dist.world_size()} ranks; {plan.steps_per_epoch} steps an epoch, {plan.last_step} of {plan.total_steps} steps",
+    ]
+    if cfg.distills and cfg.sd.tau < 0.5 and not cfg.sd.mask_self:
+        lines.append(
+            f"warning: at sd.tau {cfg.sd.tau} an image's similarity with itself takes most of its distribution: set "
+            "--sd.mask_self true, or look at sd_target_self in the metrics"
+        )
+    if state.student.backbone.load_report is not None:
+        lines.append(f"weights from {cfg.init}: {state.student.backbone.load_report}")
+    return "\n".join(lines)
+
+
+def is_due(cfg: FinetuneConfig, plan: Plan, step: int) -> bool:
+    """Tell whether the network is measured after ``step`` steps: at the start, every eval_every epochs, at the end."""
+    epoch, rest = divmod(step, plan.steps_per_epoch)
+    return step == plan.last_step or (rest == 0 and epoch % cfg.watch.eval_every == 0)
+
+
+def epoch_of(plan: Plan, step: int) -> float:
+    """Return how many epochs are done after ``step`` steps."""
+    return step / plan.steps_per_epoch
+
+
+def geometries(cfg: FinetuneConfig) -> tuple[str, ...]:
+    """Return the distances of the evaluation: MDR's raw embeddings mean Euclidean ones, cosine is reported beside."""
+    return ("euclidean", "cosine") if cfg.uses_mdr else ("cosine",)
+
+
+def measure(
+    cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, meters: Meters, accelerator: Accelerator
+) -> None:
+    """Retrieve with the student's embeddings (at the start also with the bare features) and note it in ``state.scores``."""
+    student = state.student.eval()
+    networks: dict[str, Any] = {"": student}
+    if state.step == 0 and student.head is not None:
+        networks["frozen "] = lambda images: student.backbone(images)[0]
+    sizes = choose_sizes(cfg.data.crop or 0, resize=cfg.data.resize)
+    found: dict[str, Any] = {}
+    for kind, forward in networks.items():
+        parts = {"test": sets.test, "val": {"test": sets.train} if len(sets.val) else {}}
+        for part, shard_sets in parts.items():
+            embedded = {
+                role: embed_set(
+                    shards,
+                    forward,
+                    name=part if role == "test" else role,
+                    sizes=sizes,
+                    batch_size=cfg.watch.batch_size,
+                    num_workers=cfg.data.num_workers,
+                    device=accelerator.device,
+                    precision=cfg.optim.precision,
+                    chosen=sets.val if part == "val" else None,
+                )
+                for role, shards in shard_sets.items()
+            }
+            if embedded:
+                found[f"{kind}{part}"] = score_retrieval(
+                    embedded,
+                    recall_at=cfg.watch.recall_at,
+                    distances=geometries(cfg),
+                    device=accelerator.device,
+                )
+    student.train()
+    epoch = epoch_of(plan, state.step)
+    state.scores[str(state.step)] = found
+    meters.write({"step": state.step, "probe": {"epoch": epoch, **found}})
+    for what, by_distance in found.items():
+        for distance, scores in by_distance.items():
+            meters.say(f"epoch {epoch:<4g} {what:<12} {distance:<9}  {describe_scores(scores)}")
+
+
+def summarise(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Run, meters: Meters) -> None:
+    """Say what was gained since the start, and append it to evals.json."""
+    steps = sorted(map(int, state.scores))
+    first, last = (state.scores[str(step)] for step in (steps[0], steps[-1]))
+    part, distance = "test" if "test" in last else "val", geometries(cfg)[0]
+    chosen = None
+    if "test" in last and "val" in last:
+        chosen = max(steps, key=lambda step: state.scores[str(step)]["val"][distance]["map_at_r"])
+    measured = sets.test if part == "test" else {"test": sets.train}
+    if dist.is_main():
+        record = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "model": f"student of {run.folder}",
+            "step": state.step,
+            "protocol": {name: describe_search(measured, name) for name in geometries(cfg)},
+            "loss": cfg.loss,
+            "reg": cfg.reg,
+            "seed": cfg.seed,
+            "epoch 0": first,
+            f"epoch {epoch_of(plan, steps[-1]):g}": last,
+        }
+        if chosen is not None:
+            record[f"epoch {epoch_of(plan, chosen):g}, chosen by val"] = state.scores[str(chosen)]
+        append_record(run.folder, record)
+    before, after = first[part][distance], last[part][distance]
+    meters.say(describe_search(measured, distance))
+    if frozen := first.get(f"frozen {part}"):
+        meters.say(f"frozen    {part} {distance}: {describe_scores(frozen[distance])}")
+    if chosen is not None:
+        line = describe_scores(state.scores[str(chosen)]["test"][distance])
+        epoch = epoch_of(plan, chosen)
+        meters.say(
+            f"chosen    test {distance} at epoch {epoch:g}, the best MAP@R of the held-out classes: {line}"
+        )
+    names = {"recall@1": "Recall@1", "map_at_r": "MAP@R"}
+    gains = ", ".join(
+        f"{name} {100 * before[key]:.2f} -> {100 * after[key]:.2f} % ({100 * (after[key] - before[key]):+.2f})"
+        for key, name in names.items()
+        if key in before
+    )
+    meters.say(f"final     {part} {distance}, epoch 0 -> {epoch_of(plan, steps[-1]):g}: {gains}")

@@ -1,0 +1,35 @@
+"""What a run folder is, seen from outside: found, told apart, its checkpoint read."""
+
+from pathlib import Path
+
+import yaml
+
+from glsd.contracts import UserError
+from glsd.runtime import checkpoint
+from glsd.runtime.checkpoint import Checkpoint
+
+
+def find_run(path: Path) -> Path | None:
+    """Return the run folder that ``path`` is, or that it is a checkpoint of; None if it is neither."""
+    if (path / "config.yaml").is_file():
+        return path
+    if path.is_dir() and (path.parent.parent / "config.yaml").is_file():
+        return path.parent.parent
+    return None
+
+
+def is_finetuned(run: Path) -> bool:
+    """Tell whether a run folder is one of metric learning, by a key that only those have."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {run / 'config.yaml'}: {' '.join(str(error).split())}") from error
+    return isinstance(config, dict) and "reg" in config
+
+
+def read_checkpoint(run: Path, chosen: Path | None) -> Checkpoint:
+    """Return the chosen checkpoint of a run, or its latest intact one; UserError if there is none."""
+    saved = checkpoint.load(chosen) if chosen else checkpoint.load_latest(run / "checkpoints")
+    if saved is None:
+        raise UserError(f"model {str(run)!r}: no checkpoint yet (--features initial measures its start)")
+    return saved

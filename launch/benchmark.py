@@ -1,0 +1,28 @@
+"""Measure this machine: time and memory of one part of the library beside another implementation of it.
+
+python launch/benchmark.py eval --images 60502 --dim 512
+"""
+
+import argparse
+
+import benchmark_eval
+from _door import run
+
+# Subcommand -> module with add_arguments(parser) and benchmark(args).
+BENCHMARKS = {"eval": benchmark_eval}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
+    for name, module in BENCHMARKS.items():
+        says = (module.__doc__ or "").splitlines()[0]
+        module.add_arguments(commands.add_parser(name, help=says, description=says))
+    args = parser.parse_args(argv)
+    BENCHMARKS[args.command].benchmark(args)
+
+
+if __name__ == "__main__":
+    run(main)
