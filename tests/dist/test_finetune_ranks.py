@@ -35,8 +35,10 @@ def test_two_ranks_are_one_rank_for_every_loss(tiny_finetune, tmp_path):
         assert len(mine["gradients"]) == len(theirs["gradients"]) == 4
         for first, second in zip(mine["gradients"], theirs["gradients"], strict=True):
             assert first.keys() == second.keys()
-            assert any(gradient.abs().max() > 0 for gradient in first.values()), case
-            compare(first, second)
+            largest = max(float(gradient.abs().max()) for gradient in first.values())
+            assert largest > 0, case
+            # MDR does not see a shift of all embeddings: the gradients of some biases are rounding errors.
+            compare(first, second, floor=1e-6 * largest)
 
 
 @pytest.mark.slow

@@ -74,11 +74,11 @@ def test_two_ranks_are_one_rank_with_the_joined_batch(tiny_run, tmp_path, option
 
 
 def compare(
-    one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], tolerance: float = 1e-9
+    one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], tolerance: float = 1e-9, floor: float = 1e-12
 ) -> int:
     for name, tensor in one.items():
         assert tensor.dtype == torch.float64, name
-        error = (tensor - two[name]).abs().max() / tensor.abs().max().clamp_min(1e-12)
+        error = (tensor - two[name]).abs().max() / tensor.abs().max().clamp_min(floor)
         assert error < tolerance, f"{name}: {error:.1e}"
     return len(one)
 

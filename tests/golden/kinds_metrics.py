@@ -9,7 +9,7 @@ from glsd.evals.ranks import QueryRanks
 from glsd.evals.retrieval import RetrievalScores, rank_queries, scores
 
 RATIO = 1e-12  # metrics are means of ratios of whole numbers
-NMI_OF_A_RUN = 0.02  # two k-means started at different points
+NMI_OF_A_RUN = 0.04  # k-means from other starting points: a single run of ours varies as much over its seeds
 
 # Quirks of the reference that we do not offer: averages over more references than R, or divided by the class size
 # with the query in it; F1; other means and a chance correction of the mutual information.
