@@ -1,15 +1,17 @@
 """Measure this machine: time and memory of one part of the library beside another implementation of it.
 
 python launch/benchmark.py eval --images 60502 --dim 512
+python launch/benchmark.py dml --backbone vit_small_patch16_224
 """
 
 import argparse
 
+import benchmark_dml
 import benchmark_eval
 from _door import run
 
 # Subcommand -> module with add_arguments(parser) and benchmark(args).
-BENCHMARKS = {"eval": benchmark_eval}
+BENCHMARKS = {"eval": benchmark_eval, "dml": benchmark_dml}
 
 
 def main(argv: list[str]) -> None:

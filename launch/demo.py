@@ -1,5 +1,9 @@
-"""The whole story on one page, without a download: pack embedded images, pretrain, evaluate, look. ``make demo`` runs it."""
+"""The whole story on one page, without a download: pack embedded images, pretrain, evaluate, fine-tune, look.
 
+``make demo`` runs it.
+"""
+
+import json
 import shutil
 import time
 from pathlib import Path
@@ -13,16 +17,20 @@ from glsd.data.decode import decode
 from glsd.data.embedded import CANVAS, NUM_VAL_DIGITS, digit_canvases
 from glsd.data.eval_loader import eval_loader
 from glsd.data.pack import pack_samples
+from glsd.data.retrieval_split import split_shards
 from glsd.data.shards import open_shards
 from glsd.evals.embed import Embedded, embed
 from glsd.evals.knn import knn_accuracy, nearest_neighbours
 from glsd.evaluate import evaluate, load_model
+from glsd.finetune import finetune
+from glsd.finetune_config import FinetuneConfig
 from glsd.pretrain import pretrain
 from glsd.show.neighbours import draw_neighbours
 
 OUT = Path("demo_out")
 SHARDS = {"train": f"{OUT}/shards/train-*.tar", "val": f"{OUT}/shards/val-*.tar"}
 NUM_QUERIES, NUM_NEIGHBOURS, K = 8, 8, 20
+UNSEEN = 0.4  # share of the digits that fine-tuning never sees: 6 to 9
 
 
 def main(argv: list[str]) -> None:
@@ -46,15 +54,44 @@ def main(argv: list[str]) -> None:
     for name, features in (("untrained network", "initial"), ("pretrained, no labels", "teacher")):
         scores[name] = evaluate(eval_config(run, features))["result"][f"k={K}"]["top1"]
 
-    chapter("4. look")
-    draw_neighbours_of(run)
-    print(f"\nk-NN (k={K}) accuracy on {NUM_VAL_DIGITS} unseen digits")
+    chapter("4. fine-tune on the digits 0 to 5, retrieve 6 to 9", "launch/pack.py split ...")
+    for split, part in (("train", "learned"), ("val", "unseen")):
+        split_shards(SHARDS[split], OUT / part, test_share=UNSEEN)
+    tuned = {reg: fine_tune(reg) for reg in ("none", "obdsd")}
+
+    chapter("5. look")
+    draw_neighbours_of(run, "teacher", SHARDS["val"], SHARDS["train"])
+    for folder in tuned.values():
+        draw_neighbours_of(folder, "student", f"{OUT}/unseen/test-*.tar")
+    print(f"\nk-NN (k={K}) accuracy on {NUM_VAL_DIGITS} unseen images")
     for name, score in scores.items():
         print(f"  {name:24} {score:6.1%}")
     gain = scores["pretrained, no labels"] - scores["untrained network"]
-    print(f"  gained by pretraining    {100 * gain:+.1f} points, {time.perf_counter() - start:.0f} s in all")
-    print(f"\npictures: {run}/first_batch.png  {run}/first_batch_local.png  {run}/neighbours.png")
-    print(f"curves:   tensorboard --logdir {run}")
+    print(f"  gained by pretraining    {100 * gain:+.1f} points")
+    print("\nretrieval of the digits 6 to 9, never seen with a label: Recall@1, MAP@R")
+    for name, found in retrieval_table(tuned).items():
+        print(f"  {name:24} {found['recall@1']:6.1%} {found['map_at_r']:6.1%}")
+    folders = [str(folder) for folder in (run, *tuned.values())]
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
+    print(f"pictures: {run}/first_batch.png  " + "  ".join(f"{folder}/neighbours.png" for folder in folders))
+    print(f"curves:   tensorboard --logdir {OUT}")
+
+
+def fine_tune(reg: str) -> Path:
+    """Fine-tune what was pretrained, with or without a regulariser."""
+    flags = ["--config", "configs/dml/digits.yaml", "--reg", reg, "--out", f"{OUT}/dml-{reg}"]
+    print(f"   python launch/finetune_dml.py {' '.join(flags)}", flush=True)
+    return finetune(load(FinetuneConfig, flags))
+
+
+def retrieval_table(tuned: dict[str, Path]) -> dict[str, dict[str, float]]:
+    """What the runs wrote down: before fine-tuning, and after it with each regulariser."""
+    records = {reg: json.loads((folder / "evals.json").read_text())[-1] for reg, folder in tuned.items()}
+    table = {"pretrained, no labels": next(iter(records.values()))["epoch 0"]}
+    for reg, record in records.items():
+        last = [key for key in record if key.startswith("epoch ")][-1]
+        table[f"fine-tuned, --reg {reg}"] = record[last]
+    return {name: found["test"]["cosine"] for name, found in table.items()}
 
 
 def chapter(title: str, command: str = "") -> None:
@@ -75,9 +112,9 @@ def eval_config(run: Path, features: str) -> EvalConfig:
     return load(EvalConfig, [f"--{key}={value}" for key, value in flags.items()])
 
 
-def embed_split(split: str, forward) -> Embedded:
+def embed_shards(shards: str, forward) -> Embedded:
     loader = eval_loader(
-        open_shards(SHARDS[split]),
+        open_shards(shards),
         resize=CANVAS,
         crop=CANVAS,
         batch_size=256,
@@ -90,27 +127,32 @@ def embed_split(split: str, forward) -> Embedded:
 
 def raw_pixels_knn() -> float:
     """The accuracy of the pixels themselves: what the features have to beat."""
-    train, val = (embed_split(split, lambda images: images.flatten(1)) for split in ("train", "val"))
+    train, val = (embed_shards(SHARDS[split], lambda images: images.flatten(1)) for split in ("train", "val"))
     return knn_accuracy(train.features, train.labels, val.features, val.labels, k_list=(K,))[K]["top1"]
 
 
-def draw_neighbours_of(run: Path) -> None:
-    """Write neighbours.png: the first unseen digits with the training canvases that the teacher finds most like them."""
-    teacher = load_model(eval_config(run, "teacher"))
-    teacher.network.eval()
-    train, val = (embed_split(split, teacher.features) for split in ("train", "val"))
-    cosines, rows = nearest_neighbours(val.features[:NUM_QUERIES], train.features, k=NUM_NEIGHBOURS)
-    shards = {split: open_shards(SHARDS[split]) for split in SHARDS}
-
-    def image(split: str, number: int) -> torch.Tensor:
-        return decode(shards[split].read(number))
-
+def draw_neighbours_of(run: Path, features: str, queries: str, gallery: str | None = None) -> None:
+    """Write neighbours.png: a few images with those that the network finds most like them, in the gallery or beside them."""
+    measured = load_model(eval_config(run, features))
+    measured.network.eval()
+    query = embed_shards(queries, measured.features)
+    found = query if gallery is None else embed_shards(gallery, measured.features)
+    chosen = torch.linspace(0, len(query.labels) - 1, NUM_QUERIES).long()
+    itself = 0 if gallery else 1
+    cosines, rows = nearest_neighbours(query.features[chosen], found.features, k=NUM_NEIGHBOURS + itself)
+    if itself:  # out by its number: another image may be as near
+        others = rows != chosen[:, None]
+        others[others.all(dim=1), -1] = False
+        cosines, rows = (part[others].reshape(NUM_QUERIES, NUM_NEIGHBOURS) for part in (cosines, rows))
+    query_shards, found_shards = open_shards(queries), open_shards(gallery or queries)
     draw_neighbours(
         run / "neighbours.png",
-        torch.stack([image("val", query) for query in range(NUM_QUERIES)]),
-        torch.stack([torch.stack([image("train", int(row)) for row in found]) for found in rows]),
-        query_labels=val.labels[:NUM_QUERIES],
-        neighbour_labels=train.labels[rows],
+        torch.stack([decode(query_shards.read(int(i))) for i in query.indices[chosen]]),
+        torch.stack(
+            [torch.stack([decode(found_shards.read(int(i))) for i in row]) for row in found.indices[rows]]
+        ),
+        query_labels=query.labels[chosen],
+        neighbour_labels=found.labels[rows],
         cosines=cosines,
     )
 

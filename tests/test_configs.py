@@ -10,10 +10,11 @@ import yaml
 from glsd.command_line import differences, dump, load, load_file
 from glsd.config import EvalConfig, PretrainConfig
 from glsd.contracts import UserError
+from glsd.finetune_config import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-KINDS = {"pretrain": PretrainConfig, "demo": PretrainConfig}
+KINDS = {"pretrain": PretrainConfig, "demo": PretrainConfig, "dml": FinetuneConfig}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -99,9 +100,10 @@ def test_wrong_files_are_one_clear_line(tmp_path, monkeypatch, text, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["pretrain.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["pretrain.py", "evaluate.py", "finetune_dml.py"])
 def test_help_explains_every_field_and_print_config_resolves(script):
-    kind = {"pretrain.py": PretrainConfig, "evaluate.py": EvalConfig}[script]
+    kinds = {"pretrain.py": PretrainConfig, "evaluate.py": EvalConfig, "finetune_dml.py": FinetuneConfig}
+    kind: type[PretrainConfig | EvalConfig | FinetuneConfig] = kinds[script]
     command = [sys.executable, str(ROOT / "launch" / script)]
     text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     for key in _leaves(yaml.safe_load(dump(kind()))):

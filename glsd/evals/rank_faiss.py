@@ -17,6 +17,7 @@ def rank_by_faiss(
     positives: Int64[Tensor, "q r"],
     ranks: QueryRanks,
     tile: int | None = None,
+    furthest: int | None = None,
 ) -> Int64[Tensor, " m"]:
     """Do what rank_by_tiles does; the tiles see only queries whose first positive faiss did not reach."""
     import faiss
@@ -43,7 +44,7 @@ def rank_by_faiss(
         precision = precision_at_r(positives[block][done], negatives[done], r[done])
         write(ranks, block[done], ahead, pessimistic, precision)
         left_open.append(block[~done])
-    return _by_tiles(torch.cat(left_open), search, relevant, positives, ranks, tile)
+    return _by_tiles(torch.cat(left_open), search, relevant, positives, ranks, tile, furthest)
 
 
 def _by_tiles(
@@ -53,11 +54,12 @@ def _by_tiles(
     positives: Int64[Tensor, "q r"],
     ranks: QueryRanks,
     tile: int | None,
+    furthest: int | None,
 ) -> Int64[Tensor, " m"]:
     if not len(rows):
         return rows
     part = QueryRanks(*(values[rows] for values in ranks))
-    given_up = rank_by_tiles(search.subset(rows), relevant[rows], positives[rows], part, tile)
+    given_up = rank_by_tiles(search.subset(rows), relevant[rows], positives[rows], part, tile, furthest)
     for values, of_rows in zip(ranks, part, strict=True):
         values[rows] = of_rows
     return rows[given_up]

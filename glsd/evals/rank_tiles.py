@@ -29,9 +29,14 @@ def rank_by_tiles(
     positives: Int64[Tensor, "q r"],
     ranks: QueryRanks,
     tile: int | None = None,
+    furthest: int | None = None,
 ) -> Int64[Tensor, " m"]:
-    """Write the ranks of the queries that have positives; return those with too many pairs left open."""
-    sweep = Sweep(search, positives[:, 0], tile or _TILE.get(search.query.device.type, 2048))
+    """Write the ranks of the queries that have positives; return those with too many pairs left open.
+
+    A first rank known to be beyond ``furthest`` and R is not counted to its end.
+    """
+    enough = relevant.clamp(min=len(search.gallery) if furthest is None else furthest)
+    sweep = Sweep(search, positives[:, 0], enough, tile or _TILE.get(search.query.device.type, 2048))
     with torch.no_grad(), _full_float32():
         sweep.run()
     known = (positives[:, 0] != NOTHING) & ~sweep.given_up
@@ -48,8 +53,10 @@ def rank_by_tiles(
 class Sweep:
     """One pass over all products: negatives ahead of each query's first positive, and the chunks' largest."""
 
-    def __init__(self, search: Search, first: Int64[Tensor, " q"], tile: int) -> None:
-        self.search, self.first = search, first
+    def __init__(
+        self, search: Search, first: Int64[Tensor, " q"], enough: Int64[Tensor, " q"], tile: int
+    ) -> None:
+        self.search, self.first, self.enough = search, first, enough
         self.tile = -(-min(tile, max(len(search.query), len(search.gallery))) // CHUNK) * CHUNK
         self.symmetric = search.query is search.gallery
         q, n, device = len(search.query), len(search.gallery), search.query.device
@@ -108,9 +115,10 @@ class Sweep:
         self.open[rows] += left_open.sum(dim=1).long()
         too_many = self.open[rows] > self.most_open
         self.given_up[rows] |= too_many
-        self.above[rows].masked_fill_(too_many, torch.inf)
-        self.below[rows].masked_fill_(too_many, torch.inf)
-        row, part = ((left_open > 0) & ~too_many[:, None]).nonzero(as_tuple=True)
+        done = too_many | (self.ahead[rows] >= self.enough[rows])
+        self.above[rows].masked_fill_(done, torch.inf)
+        self.below[rows].masked_fill_(done, torch.inf)
+        row, part = ((left_open > 0) & ~done[:, None]).nonzero(as_tuple=True)
         near = product[row, part]
         near = (near > self.below[rows][row, None]) & (near <= self.above[rows][row, None])
         which, member = near.nonzero(as_tuple=True)

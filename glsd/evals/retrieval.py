@@ -66,7 +66,14 @@ def retrieval_scores(
     if not recall_at or min(recall_at) < 1:
         raise UserError(f"recall_at is {list(recall_at)}: give at least one K, every K 1 or more")
     ranks = rank_queries(
-        query, query_labels, gallery, gallery_labels, distance=distance, backend=backend, tile=tile
+        query,
+        query_labels,
+        gallery,
+        gallery_labels,
+        furthest=max(recall_at),
+        distance=distance,
+        backend=backend,
+        tile=tile,
     )
     return scores(ranks, recall_at=recall_at)
 
@@ -98,6 +105,7 @@ def rank_queries(
     gallery: Float[Tensor, "n d"] | None = None,
     gallery_labels: Int64[Tensor, " n"] | None = None,
     *,
+    furthest: int | None = None,
     distance: str = "cosine",
     backend: str = "auto",
     tile: int | None = None,
@@ -109,7 +117,8 @@ def rank_queries(
     rounded to 1e-9; "euclidean" = squared distances of the float32 vectors in float64, rounded to 2^-34 of the square
     of a power of two that bounds all lengths, so those of integers below 2^17 in length are exact. backend: "auto" =
     "torch" (where the gallery is the queries themselves it needs half of the products) or "faiss"; tile: references
-    at a time. Neither changes the result.
+    at a time. Neither changes the result. furthest: of a first rank beyond it and beyond R only that is said, by some
+    number that is beyond (less work, most of all with an untrained network); None = every first rank is exact.
     Raises UserError for an empty set, missing labels (-1), features that are not
     finite, no positive for any query, an unknown distance or backend.
     """
@@ -135,7 +144,7 @@ def rank_queries(
     rest = (relevant > _MOST_RELEVANT).nonzero()[:, 0]
     if wanted.any():
         positives = positive_keys(search, relevant, wanted)
-        rest = torch.cat([rest, ranked_by(search, relevant, positives, ranks, tile)])
+        rest = torch.cat([rest, ranked_by(search, relevant, positives, ranks, tile, furthest)])
     rank_every_pair(search, relevant, rest, ranks)
     return QueryRanks(*(values.cpu() for values in ranks))
 

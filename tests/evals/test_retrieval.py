@@ -216,6 +216,23 @@ def test_half_the_products_suffice_without_a_gallery(monkeypatch):
     assert len(multiplied) == 100
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("furthest", [1, 20])
+def test_ranks_beyond_the_furthest_are_only_known_to_be_beyond(backend, furthest):
+    x, labels = torch.randn(700, 8, generator=torch.Generator().manual_seed(11)), torch.arange(700) % 200
+    want, got = (rank_queries(x, labels, furthest=f, backend=backend, tile=64) for f in (None, furthest))
+    near = want.first_rank <= furthest
+    assert near.any()
+    assert (got.first_rank[~near] > furthest).all()
+    assert (got.first_rank != want.first_rank).any()  # some were not counted to the end
+    first_rank = torch.where(near, got.first_rank, want.first_rank)
+    pessimistic = torch.where(near, got.pessimistic_first_rank, want.pessimistic_first_rank)
+    assert_same_ranks(got._replace(first_rank=first_rank, pessimistic_first_rank=pessimistic), want)
+    assert retrieval_scores(x, labels, recall_at=(1, furthest), tile=64) == scores(
+        want, recall_at=(1, furthest)
+    )
+
+
 def test_means_are_over_queries():
     nan = math.nan
     ranks = QueryRanks(

@@ -1,0 +1,109 @@
+"""Time of a metric-learning step with each regulariser as a ratio to the one without, all in the same run."""
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+import time
+import typing
+
+import torch
+from accelerate import Accelerator
+
+from glsd.command_line import load
+from glsd.contracts import LabelledCrops
+from glsd.finetune import train_step
+from glsd.finetune_build import State, build, resolve
+from glsd.finetune_config import FinetuneConfig, Reg
+from glsd.finetune_plan import Rates
+
+
+class NoMeters:
+    """In place of the meters: takes the values, does nothing with them."""
+
+    def add(self, name, value):
+        pass
+
+    def waiting(self):
+        return torch.no_grad()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what can be varied."""
+    parser.add_argument("--backbone", default="vit_small_patch16_224", help="timm name (%(default)s)")
+    parser.add_argument("--loss", default="multi_similarity", help="ranking loss (%(default)s)")
+    parser.add_argument("--size", type=int, default=224, help="side of an image in pixels (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=112, help="images (%(default)s)")
+    parser.add_argument("--embed_dim", type=int, default=512, help="width of the embedding (%(default)s)")
+    parser.add_argument("--precision", default="no", choices=["no", "bf16"], help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="steps of each kind (%(default)s)")
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Take the steps in turns, so that a disturbance hits every kind alike, and print medians and ratios."""
+    flags = {
+        "init": "random",
+        "loss": args.loss,
+        "data.crop": args.size,
+        "model.backbone": args.backbone,
+        "model.embed_dim": args.embed_dim,
+        "optim.batch_size": args.batch_size,
+        "optim.precision": args.precision,
+    }
+    base, source = resolve(load(FinetuneConfig, [f"--{key}={value}" for key, value in flags.items()]))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.precision)
+    kinds: dict[str, tuple[FinetuneConfig, State]] = {}
+    for reg in typing.get_args(Reg):
+        cfg = dataclasses.replace(base, reg=reg)
+        kinds[reg] = cfg, build(cfg, source, args.batch_size // 2, accelerator)
+    batch = LabelledCrops(
+        images=torch.randint(0, 256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8),
+        labels=torch.arange(args.batch_size) // 2,
+        indices=torch.arange(args.batch_size),
+        keys=("",) * args.batch_size,
+    )
+    seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "teacher forward")}
+    for turn in range(args.rounds + 1):  # the first one warms up
+        for name in seconds:
+            took = timed(name, kinds, batch, accelerator)
+            if turn:
+                seconds[name].append(took)
+    report(args, seconds, accelerator.device)
+
+
+def timed(name: str, kinds: dict, batch: LabelledCrops, accelerator: Accelerator) -> float:
+    """Return the seconds of one step, or of the teacher's forward pass alone."""
+    device = accelerator.device
+    synchronise(device)
+    start = time.perf_counter()
+    if name == "teacher forward":
+        teacher, images = kinds["psd"][1].teacher, batch.to(device).images.float() / 255
+        with torch.no_grad(), accelerator.autocast():
+            teacher(images)
+    else:
+        cfg, state = kinds[name]
+        rates = Rates(epoch=1, scale=1.0, sd_weight=1.0 if state.teacher is not None else 0.0)
+        train_step(cfg, rates, state, itertools.repeat(batch), NoMeters(), accelerator)  # type: ignore[arg-type]
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def report(args: argparse.Namespace, seconds: dict[str, list[float]], device: torch.device) -> None:
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    print(
+        f"{args.backbone}, {args.loss}, {args.batch_size} images of {args.size} pixels, width {args.embed_dim}, {device}, "
+        f"{torch.get_num_threads()} threads, {args.rounds} steps of each, in turns"
+    )
+    # Each turn compares its own steps, so that slow minutes cancel.
+    for name, values in seconds.items():
+        ratios = [value / none for value, none in zip(values, seconds["none"], strict=True)]
+        print(f"{name:<16} {1000 * median[name]:9.1f} ms   {statistics.median(ratios):6.3f} x none")
+    for name in ("psd", "obdsd"):
+        parts = zip(seconds[name], seconds["none"], seconds["teacher forward"], strict=True)
+        beyond = statistics.median((reg - none - teacher) / none for reg, none, teacher in parts)
+        print(f"{name} beyond the teacher's forward pass: {beyond:+.3f} of a step")
