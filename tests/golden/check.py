@@ -15,6 +15,7 @@ import torch
 from golden_file import Golden
 from kinds_dml import check_distillation, check_mdr, check_symmetric, check_trace_mdr, check_trace_obdsd
 from kinds_losses import check_global, check_local_distance, check_local_similarity, check_positions
+from kinds_metrics import check_metrics, check_metrics_query_gallery
 from kinds_parts import check_clip, check_head, check_param_groups, check_pos_embed, check_schedules
 from kinds_ranking import check_margin, check_ms
 from kinds_train import check_train
@@ -37,6 +38,8 @@ KINDS: dict[str, Callable[[Golden], None]] = {
     "obdsd_softmax": check_distillation,
     "obdp_sym": check_symmetric,
     "mdr": check_mdr,
+    "metrics_query_gallery": check_metrics_query_gallery,
+    "metrics": check_metrics,
     "trace_obdsd": check_trace_obdsd,
     "trace_mdr": check_trace_mdr,
 }
