@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import itertools
 import statistics
+import tempfile
 import time
 import typing
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,16 +18,7 @@ from glsd.finetune import train_step
 from glsd.finetune_build import State, build, resolve
 from glsd.finetune_config import FinetuneConfig, Reg
 from glsd.finetune_plan import Rates
-
-
-class NoMeters:
-    """In place of the meters: takes the values, does nothing with them."""
-
-    def add(self, name, value):
-        pass
-
-    def waiting(self):
-        return torch.no_grad()
+from glsd.runtime.meters import Meters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,15 +56,18 @@ def benchmark(args: argparse.Namespace) -> None:
         keys=("",) * args.batch_size,
     )
     seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "teacher forward")}
-    for turn in range(args.rounds + 1):  # the first one warms up
-        for name in seconds:
-            took = timed(name, kinds, batch, accelerator)
-            if turn:
-                seconds[name].append(took)
+    with tempfile.TemporaryDirectory() as folder:
+        meters = Meters(Path(folder), total_steps=args.rounds, start_step=0, device=accelerator.device)
+        for turn in range(args.rounds + 1):  # the first one warms up
+            for name in seconds:
+                took = timed(name, kinds, batch, meters, accelerator)
+                if turn:
+                    seconds[name].append(took)
+        meters.close()
     report(args, seconds, accelerator.device)
 
 
-def timed(name: str, kinds: dict, batch: LabelledCrops, accelerator: Accelerator) -> float:
+def timed(name: str, kinds: dict, batch: LabelledCrops, meters: Meters, accelerator: Accelerator) -> float:
     """Return the seconds of one step, or of the teacher's forward pass alone."""
     device = accelerator.device
     synchronise(device)
@@ -83,7 +79,7 @@ def timed(name: str, kinds: dict, batch: LabelledCrops, accelerator: Accelerator
     else:
         cfg, state = kinds[name]
         rates = Rates(epoch=1, scale=1.0, sd_weight=1.0 if state.teacher is not None else 0.0)
-        train_step(cfg, rates, state, itertools.repeat(batch), NoMeters(), accelerator)  # type: ignore[arg-type]
+        train_step(cfg, rates, state, itertools.repeat(batch), meters, accelerator)
     synchronise(device)
     return time.perf_counter() - start
 

@@ -44,7 +44,7 @@ def results_of(folder: Path) -> list[tuple[tuple[str, ...], dict[str, float]]]:
     if not trained:
         raise UserError(f"{folder / 'evals.json'} is not of a metric-learning run")
     who = (trained[-1]["loss"], trained[-1]["reg"])
-    found = []
+    found: list[tuple[tuple[str, ...], dict[str, float]]] = []
     for name, parts in trained[-1].items():
         if name.startswith("epoch "):
             when = "epoch 0" if name == "epoch 0" else "end" if "chosen" not in name else "chosen by val"

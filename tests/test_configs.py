@@ -14,12 +14,16 @@ from glsd.finetune_config import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-KINDS = {"pretrain": PretrainConfig, "demo": PretrainConfig, "dml": FinetuneConfig}
+KINDS: dict[str, type[PretrainConfig | FinetuneConfig]] = {
+    "pretrain": PretrainConfig,
+    "demo": PretrainConfig,
+    "dml": FinetuneConfig,
+}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_config_loads(path, tmp_path):
-    cfg = load_file(KINDS[path.parent.name], path)
+    cfg: Config = load_file(KINDS[path.parent.name], path)
     (tmp_path / "again.yaml").write_text(dump(cfg))
     assert load_file(type(cfg), tmp_path / "again.yaml") == cfg
 
@@ -31,7 +35,7 @@ def test_every_config_is_a_delta_with_a_claim(path):
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#")).lower()
     for word in ("command:", "hardware:", "hours:", "expected:"):
         assert word in header, f"{path.name}: header lacks {word}"
-    cfg = load_file(KINDS[path.parent.name], path)
+    cfg: Config = load_file(KINDS[path.parent.name], path)
     said, different = set(_leaves(yaml.safe_load(text))), set(differences(cfg))
     superfluous = {key for key in said if not any(d == key or d.startswith(f"{key}.") for d in different)}
     assert not superfluous, f"{path.name} repeats defaults: {superfluous}"

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import benchmark
 import pytest
+import table
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
@@ -91,6 +93,13 @@ def test_it_learns_to_retrieve_unseen_classes(tiny_finetune, many_digits, capsys
         result = found["result"]["cosine"]
         assert {key: result[key] for key in expected} == expected
         assert 0 < result["nmi"] <= 1
+    capsys.readouterr()
+    table.main([str(folder), str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    share = f"{100 * after['recall@1']:.2f} ± 0.00 %"
+    assert any(f"| obdsd | test, end | cosine | 2 | {share}" in line for line in lines)
+    with pytest.raises(UserError, match=r"evals\.json"):
+        table.main([str(folder.parent)])
 
 
 @pytest.mark.slow
@@ -355,3 +364,13 @@ def test_a_class_with_one_image_and_missing_labels(tiny_finetune, class_shards, 
     with pytest.raises(UserError, match="4 of 4 images have no label"):
         tune(tiny_finetune(data__train_shards=f"{tmp_path}/unlabelled/*.tar", **options))
     tune(tiny_finetune(data__train_shards=f"{tmp_path}/lone/*.tar", data__drop_lone_classes=True, **options))
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_every_regulariser(capsys):
+    AcceleratorState._reset_state()
+    flags = ["--backbone=vit_tiny_patch16_224", "--size=32", "--batch_size=8", "--embed_dim=8", "--rounds=2"]
+    benchmark.main(["dml", *flags])
+    output = capsys.readouterr().out
+    for name in ("none", "psd", "obdsd", "mdr", "obdsd+mdr", "teacher forward"):
+        assert f"\n{name} " in output
