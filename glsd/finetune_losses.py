@@ -79,11 +79,11 @@ def self_distillation(
     """Return KL(target || student's similarities), and what the target looks like."""
     tau, mask_self = cfg.sd.tau, cfg.sd.mask_self
     undiffused = similarity_target(teacher_unit, tau=tau, mask_self=mask_self)
-    target, about = undiffused, {}
+    target = undiffused
     if w := diffusion_share(cfg):
         target = diffusion_target(
             teacher_unit, tau=tau, w=w, tau_d=cfg.sd.tau_d, form=cfg.sd.form, mask_self=mask_self
         )
-        about = target_statistics(target, undiffused)
+    about = target_statistics(target, undiffused)
     kl = distillation_kl(unit, target, tau=tau, mask_self=mask_self)
     return kl, {f"sd_{name}": value for name, value in about.items()}

@@ -14,7 +14,8 @@ from glsd.finetune_config import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-KINDS: dict[str, type[PretrainConfig | FinetuneConfig]] = {
+Config = PretrainConfig | FinetuneConfig
+KINDS: dict[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "demo": PretrainConfig,
     "dml": FinetuneConfig,

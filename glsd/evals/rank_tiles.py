@@ -106,23 +106,30 @@ class Sweep:
         chunk = column // CHUNK
         maxima = self.maxima[rows, chunk : chunk + product.shape[1]]
         maxima.copy_(_amax(product)[:, : maxima.shape[1]])
-        above, below = self.above[rows, None, None], self.below[rows, None, None]
+        live = self.above[rows].isfinite().nonzero()[:, 0]
+        queries = rows.start + live
+        if not len(live):
+            return
+        if len(live) < len(product):  # leave out those that are settled
+            product = product[live]
+            marks = torch.empty_like(product)
+        above, below = self.above[queries, None, None], self.below[queries, None, None]
         sure = _sum(torch.gt(product, above, out=marks))
         left_open = _sum(torch.gt(product, below, out=marks)) - sure
         count = sure.sum(dim=1).long()
-        self.ahead[rows] += count
-        self.pessimistic_ahead[rows] += count
-        self.open[rows] += left_open.sum(dim=1).long()
-        too_many = self.open[rows] > self.most_open
-        self.given_up[rows] |= too_many
-        done = too_many | (self.ahead[rows] >= self.enough[rows])
-        self.above[rows].masked_fill_(done, torch.inf)
-        self.below[rows].masked_fill_(done, torch.inf)
+        self.ahead[queries] += count
+        self.pessimistic_ahead[queries] += count
+        self.open[queries] += left_open.sum(dim=1).long()
+        too_many = self.open[queries] > self.most_open
+        self.given_up[queries] |= too_many
+        done = too_many | (self.ahead[queries] >= self.enough[queries])
         row, part = ((left_open > 0) & ~done[:, None]).nonzero(as_tuple=True)
         near = product[row, part]
-        near = (near > self.below[rows][row, None]) & (near <= self.above[rows][row, None])
+        near = (near > below[row, 0]) & (near <= above[row, 0])
         which, member = near.nonzero(as_tuple=True)
-        self._compute(rows.start + row[which], column + part[which] * CHUNK + member)
+        self.above[queries[done]] = torch.inf
+        self.below[queries[done]] = torch.inf
+        self._compute(queries[row[which]], column + part[which] * CHUNK + member)
 
     def _compute(self, rows: Int64[Tensor, " m"], columns: Int64[Tensor, " m"]) -> None:
         """Decide pairs in float64."""

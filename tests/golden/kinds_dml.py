@@ -227,7 +227,9 @@ def check_trace_obdsd(golden: Golden) -> None:
 def check_trace_mdr(golden: Golden) -> None:
     """File trace_mdr: plain SGD on a linear model and the levels, which start where the method's do."""
     weight = golden.tensor("W_init").requires_grad_()
-    levels = torch.tensor([-3.0, 0.0, 3.0], dtype=weight.dtype, requires_grad=True)
+    start = golden.constants.get("levels", [-3.0, 0.0, 3.0])
+    levels = golden.tensor("levels_init") if "levels_init" in golden else torch.tensor(start)
+    levels = levels.to(weight.dtype).requires_grad_()
     stats = initial_statistics()
     trace: dict[str, list[Tensor]] = {}
     for x, triplets in zip(golden.tensor("X"), golden.tensor("triplets"), strict=True):

@@ -53,7 +53,8 @@ def check_ms(golden: Golden) -> None:
         golden.close(f"{c}pml_mined_avgnonzero", loss)
         golden.close(f"{c}pml_mined_mean", loss * active / len(z))
         golden.close(f"{c}pml_unmined_mean_beta40", value(z, labels, epsilon=EVERY_PAIR, beta=40.0))
-        golden.close(f"{c}pml_default_unmined_beta50", value(z, labels, epsilon=EVERY_PAIR, beta=50.0))
+        defaults = {"alpha": 2.0, "base": 0.5, "beta": 50.0}
+        golden.close(f"{c}pml_default_unmined_beta50", value(z, labels, epsilon=EVERY_PAIR, **defaults))
         narrow = value(F.normalize(raw.detach().float(), dim=1), labels)
         golden.within(
             f"{c}loss_ref_float32", (narrow.detach() - golden.tensor(f"{c}loss_ref_float32")).abs(), FLOAT32
