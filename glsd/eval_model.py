@@ -89,7 +89,7 @@ def load_pretrained(cfg: EvalConfig, run: Path, chosen: Path | None) -> Measured
     check_crop_size(sizes.crop, backbone.stride, "data.crop")
     if initial:
         return measured_backbone(backbone, sizes, f"initial network of {run}", 0, run)
-    saved = read_checkpoint(run, chosen)
+    saved = read_checkpoint(run, chosen, " (--features initial measures its start)")
     weights = pick(saved.tensors, features, "network of a checkpoint")
     own = {
         name.removeprefix("backbone."): tensor
@@ -111,7 +111,7 @@ def load_finetuned(cfg: EvalConfig, run: Path, chosen: Path | None) -> Measured:
     if cfg.pool is not None:
         raise UserError(f"pool {cfg.pool!r}: {run} is a metric-learning run, whose embedding has its own")
     initial = features == "initial"
-    saved = None if initial else read_checkpoint(run, chosen)
+    saved = None if initial else read_checkpoint(run, chosen, " (--features initial measures its start)")
     embedder = build_embedder(trained, resolve(trained)[1] if initial else "random")
     if saved is not None:
         checkpoint.restore(embedder, saved.tensors["student"], source=f"checkpoint {saved.path}/student")

@@ -22,12 +22,12 @@ def score_retrieval(
     distances: tuple[str, ...],
     device: torch.device,
     backend: str = "auto",
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Return {distance: {'recall@1': share, ..., 'map_at_r', 'r_precision'}} of {'test'} or {'query', 'gallery'}.
 
     Every rank calls; rank 0 computes, and its result or its UserError is everybody's.
     """
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     error = None
     if dist.is_main():
         query, gallery = sets["test"] if "test" in sets else sets["query"], sets.get("gallery")
@@ -64,7 +64,7 @@ def describe_search(sets: dict[str, Any], distance: str) -> str:
     return f"retrieval by {distance} distance, {how}; {DEFINITIONS}of equal distances the lower index first"
 
 
-def describe_scores(scores: dict[str, float]) -> str:
+def describe_scores(scores: dict[str, Any]) -> str:
     """Return one line of shares in percent."""
     shown = [(name, value) for name, value in scores.items() if name.startswith("recall@")]
     shown += [("MAP@R", scores["map_at_r"]), ("R-precision", scores["r_precision"])]

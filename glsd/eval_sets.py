@@ -61,6 +61,14 @@ def open_retrieval(data: EvalDataConfig | FinetuneDataConfig) -> dict[str, Shard
     if len(sets) == 2:
         check_disjoint(sets["query"], sets["gallery"], names=("data.query_shards", "data.gallery_shards"))
         check_same_classes(sets["query"], sets["gallery"])
+        findable = np.isin(sets["query"].labels(), sets["gallery"].labels()).any()
+    else:
+        findable = np.unique(sets["test"].labels(), return_counts=True)[1].max() > 1
+    if not findable:
+        raise UserError(
+            f"{' and '.join(f'data.{role}_shards' for role in given)}: no image has another one of its class to find: "
+            "check the labels"
+        )
     return sets
 
 

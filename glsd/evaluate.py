@@ -1,9 +1,8 @@
 """The third story: a frozen network looks at labelled images, and we count what its features know."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,8 +20,6 @@ from glsd.evals.linear import check_settings, linear_probe
 from glsd.evals.record import append_record, cannot_write
 from glsd.runtime import dist
 
-Result = TypeVar("Result")
-
 
 def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     """Measure as configured, print the numbers and their protocol, append both to evals.json, return them.
@@ -34,8 +31,8 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     processes = PartialState(cpu=not torch.cuda.is_available())
     dist.check_world(processes.num_processes, "launch/evaluate.py")
     device = processes.device
-    sets = together(lambda: OPENERS[cfg.protocol](cfg))
-    measured = together(lambda: load_model(cfg))
+    sets = dist.together(lambda: OPENERS[cfg.protocol](cfg))
+    measured = dist.together(lambda: load_model(cfg))
     out = Path(cfg.out) if cfg.out else measured.run
     dist.raise_together(cannot_write(out) if out and dist.is_main() else None)
 
@@ -73,17 +70,6 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     return record
 
 
-def together(prepare: Callable[[], Result]) -> Result:
-    """Return what every rank prepares for itself; a UserError of one rank is raised on all."""
-    result, error = None, None
-    try:
-        result = prepare()
-    except UserError as problem:
-        error = problem
-    dist.raise_together(error)
-    return result  # type: ignore[return-value]  # None only where prepare returned it
-
-
 def open_classified(cfg: EvalConfig) -> dict[str, ShardSet]:
     """Open the sets that vote and that are classified; check that they and the protocol's settings go together."""
     if cfg.protocol == "linear":
@@ -103,6 +89,8 @@ def open_searched(cfg: EvalConfig) -> dict[str, ShardSet]:
     for key, value, low in (("recall_at", min(cfg.recall_at, default=0), 1), ("nmi_seeds", cfg.nmi_seeds, 0)):
         if value < low:
             raise UserError(f"{key} is {getattr(cfg, key)}: expected {low} or more")
+    if not 0 <= cfg.seed <= 2**31:
+        raise UserError(f"seed is {cfg.seed}: expected 0 to {2**31}")
     return open_retrieval(cfg.data)
 
 

@@ -13,7 +13,7 @@ from glsd.command_line import dump
 from glsd.contracts import LabelledCrops, UserError
 from glsd.data.balanced import balanced_loader
 from glsd.data.photometric import normalise
-from glsd.data.shards import ShardSet
+from glsd.evals.record import cannot_write
 from glsd.finetune_build import State, build, resolve
 from glsd.finetune_config import FinetuneConfig
 from glsd.finetune_losses import batch_losses
@@ -36,6 +36,7 @@ from glsd.runtime.launch import start
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run, asked_to_stop, catch_signals, open_run, rewind
 
+ROLES = ("test", "query", "gallery")
 BATCH_SEED = -1  # in place of a rank: draws that all ranks share
 
 
@@ -46,15 +47,16 @@ def finetune(cfg: FinetuneConfig) -> Path:
     data, the weights or the checkpoint cannot work, before the first step where that can be known.
     """
     accelerator = start(cfg.optim.precision, "launch/finetune_dml.py")
-    cfg, source = resolve(cfg)
-    sets = open_sets(cfg)
-    plan = make_plan(cfg, len(sets.groups.members), len(sets.groups))
-    state = build(cfg, source, plan.num_classes, accelerator)
     run = Run(Path(cfg.out))
-    saved = restore(cfg, state, run, sets.train) if cfg.resume == "auto" else None
+    cfg, source = dist.together(lambda: resolve(cfg))
+    sets = dist.together(lambda: open_sets(cfg))
+    plan = make_plan(cfg, len(sets.groups.members), len(sets.groups))
+    state = dist.together(lambda: build(cfg, source, plan.num_classes, accelerator))
+    saved = restore(cfg, plan, state, run, sets) if cfg.resume == "auto" else None
     batches = make_batches(cfg, plan, sets, state.step)
     # All is checked: from here on it may write.
     open_run(run.folder, resolved_config=dump(cfg), resume=cfg.resume == "auto")
+    dist.raise_together(cannot_write(run.folder) if dist.is_main() else None)
     if saved is not None:
         rewind(run.folder, saved.step)
         dist.barrier()  # before anybody appends to what was rewound
@@ -92,7 +94,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
                 )
             if saving or error:
                 with meters.aside():
-                    save(cfg, state, meters, run, sets.train)
+                    save(cfg, state, meters, run, sets)
             if error:
                 raise error
             if stopping:
@@ -175,7 +177,7 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def save(cfg: FinetuneConfig, state: State, meters: Meters, run: Run, train: ShardSet) -> None:
+def save(cfg: FinetuneConfig, state: State, meters: Meters, run: Run, sets: Sets) -> None:
     """Write a checkpoint from which the run goes on as if it had never stopped."""
     meters.sync()
     tensors = {
@@ -196,21 +198,26 @@ def save(cfg: FinetuneConfig, state: State, meters: Meters, run: Run, train: Sha
             "meters": meters.state(),
             "num_broken": state.num_broken,
             "scores": state.scores,
-            "order": order_of(cfg, train),
+            "order": order_of(cfg, sets),
         },
         optimizer=state.optimizer.state_dict(),
         keep=cfg.watch.keep_checkpoints,
     )
 
 
-def restore(cfg: FinetuneConfig, state: State, run: Run, train: ShardSet) -> Checkpoint | None:
+def restore(cfg: FinetuneConfig, plan: Plan, state: State, run: Run, sets: Sets) -> Checkpoint | None:
     """Load the newest intact checkpoint, if there is one; a refused one changes nothing, here or on the disk."""
     saved = checkpoint.load_latest(run.checkpoints)
     if saved is None:
         return None
     if "losses" not in saved.tensors:
         raise UserError(f"{saved.path} is a checkpoint of a pretraining run: give another --out")
-    for key, value in order_of(cfg, train).items():
+    if saved.step > plan.last_step:
+        raise UserError(
+            f"{saved.path} is at step {saved.step}, this run would end at step {plan.last_step}: raise optim.max_steps, or "
+            "give another --out"
+        )
+    for key, value in order_of(cfg, sets).items():
         if saved.state["order"].get(key) != value:
             raise UserError(
                 f"{key} is not what {saved.path} was made with: the run would not go on as it began; use the same, or "
@@ -234,19 +241,29 @@ def restore(cfg: FinetuneConfig, state: State, run: Run, train: ShardSet) -> Che
         state.levels.copy_(losses.pop("levels"))
     ranking = {name.removeprefix("ranking."): tensor for name, tensor in losses.items()}
     checkpoint.restore(state.ranking, ranking, source=f"{saved.path}/losses.safetensors")
-    rates = [group["base_lr"] for group in state.optimizer.param_groups]
+    # Rates and decay are those of this start's configuration, as every other setting.
+    settings = [
+        {key: group[key] for key in ("base_lr", "weight_decay")} for group in state.optimizer.param_groups
+    ]
     state.optimizer.load_state_dict(saved.optimizer)
-    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
-        group["base_lr"] = rate  # of this start's configuration, as every other setting
+    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     state.step, state.num_broken = saved.step, saved.state["num_broken"]
     state.scores = saved.state["scores"]
     return saved
 
 
-def order_of(cfg: FinetuneConfig, train: ShardSet) -> dict[str, Any]:
-    """Return everything that decides which sample comes when, and what the teacher's epochs are, by the key to blame."""
+def order_of(cfg: FinetuneConfig, sets: Sets) -> dict[str, Any]:
+    """Return what must stay for the run to be one run, by the key to blame: samples, epochs, losses, measurements."""
+    measured = {role: sets.test[role].fingerprint() if role in sets.test else "" for role in ROLES}
     return {
-        "data.train_shards": train.fingerprint(),
+        "data.train_shards": sets.train.fingerprint(),
+        **{f"data.{role}_shards": fingerprint for role, fingerprint in measured.items()},
+        "data.crop": cfg.data.crop,
+        "data.resize": cfg.data.resize,
+        "watch.recall_at": cfg.watch.recall_at,
+        "optim.optimizer": cfg.optim.optimizer,
+        "mdr.levels": cfg.mdr.levels,
         "data.images_per_class": cfg.data.images_per_class,
         "data.val_share": cfg.data.val_share,
         "data.drop_lone_classes": cfg.data.drop_lone_classes,

@@ -4,22 +4,24 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from glsd.command_line import load_file
 from glsd.config import PretrainConfig
 from glsd.contracts import UserError
-from glsd.finetune_config import FinetuneConfig
+from glsd.finetune_config import FinetuneConfig, Pool
 from glsd.losses.mdr import MdrStatistics, initial_statistics
 from glsd.losses.ranking import RANKING, RankingLoss, build_ranking
 from glsd.models.backbone import build_backbone
 from glsd.models.embedder import Embedder
 from glsd.optim.param_groups import param_groups
-from glsd.run_folder import find_run, is_finetuned, read_checkpoint
+from glsd.run_folder import find_run, has_checkpoint, is_finetuned, read_checkpoint
+from glsd.runtime import dist
 
 HEAD_SEED = 1  # added to the run's seed: the layer must not repeat a random backbone's numbers
 NATIVE_SIZE = 224  # pixels, where neither the user nor a run says
@@ -52,44 +54,74 @@ def resolve(cfg: FinetuneConfig) -> tuple[FinetuneConfig, str]:
     """Return the configuration with all that ``init`` decides filled in, and where the backbone's weights are.
 
     The latter is what build_backbone takes: 'random', 'timm' or a file. So a run's own config.yaml says everything about
-    its network, also when what it started from is gone.
+    its network, and which checkpoint it came from, also when that is gone. A run that goes on is resolved by its own
+    config.yaml, and its weights will come from its own checkpoint.
     """
-    m, path = cfg.model, Path(cfg.init)
+    m, path, out = cfg.model, Path(cfg.init), Path(cfg.out)
+    if cfg.resume == "auto" and find_run(out) and has_checkpoint(out) and is_finetuned(out):
+        earlier = load_file(FinetuneConfig, out / "config.yaml")
+        network = Network(
+            earlier.model.backbone, earlier.model.timm_args, earlier.model.pool, earlier.data.crop
+        )
+        return filled(cfg, network, init=earlier.init), "random"
     run = find_run(path) if cfg.init else None
-    name, timm_args, pool, crop = m.backbone, dict(m.timm_args), m.pool, cfg.data.crop
     if run is not None:
         saved = read_checkpoint(run, None if path == run else path)
-        if is_finetuned(run):
-            tuned = load_file(FinetuneConfig, run / "config.yaml")
-            old_name, old_args, old_pool = tuned.model.backbone, tuned.model.timm_args, tuned.model.pool
-            old_crop, weights = tuned.data.crop, "student"
-        else:
-            trained = load_file(PretrainConfig, run / "config.yaml")
-            old_name, old_args, old_pool = trained.model.backbone, trained.model.timm_args, trained.model.pool
-            old_crop, weights = trained.data.global_size, "teacher"
-        timm_args = timm_args if name else {**old_args, **timm_args}
-        name, pool, crop = name or old_name, pool or old_pool, crop or old_crop
-        source = str(saved.path / f"{weights}.safetensors")
-    elif cfg.init.startswith("timm:"):
-        source = "timm"
-        if name not in ("", cfg.init.removeprefix("timm:")):
-            raise UserError(f"init {cfg.init!r} and model.backbone {name!r} name two networks: give one")
+        network, weights = network_of(run)
+        return filled(cfg, network, init=str(saved.path)), str(saved.path / f"{weights}.safetensors")
+    if cfg.init.startswith("timm:"):
         name = cfg.init.removeprefix("timm:")
-    elif not cfg.init:
+        if m.backbone not in ("", name):
+            raise UserError(
+                f"init {cfg.init!r} and model.backbone {m.backbone!r} name two networks: give one"
+            )
+        return filled(cfg, Network(name, {}, None, None), init=cfg.init), "timm"
+    if not cfg.init:
         raise UserError(
             "init is not set: give a run folder, a checkpoint folder, timm:NAME, a weights file or 'random'"
         )
-    else:
-        if cfg.init != "random" and not path.is_file():
-            raise UserError(f"init {cfg.init!r}: no such run, checkpoint or weights file, and not timm:NAME")
-        if not name:
-            raise UserError(
-                f"init {cfg.init!r} does not say which network it is: set model.backbone to its timm name"
-            )
-        source = cfg.init
-    model = dataclasses.replace(m, backbone=name, timm_args=timm_args, pool=pool or "cls")
-    data = dataclasses.replace(cfg.data, crop=crop or NATIVE_SIZE)
-    return dataclasses.replace(cfg, model=model, data=data), source
+    if cfg.init != "random" and not path.is_file():
+        raise UserError(f"init {cfg.init!r}: no such run, checkpoint or weights file, and not timm:NAME")
+    if not m.backbone:
+        raise UserError(
+            f"init {cfg.init!r} does not say which network it is: set model.backbone to its timm name"
+        )
+    return filled(cfg, Network(m.backbone, {}, None, None), init=cfg.init), cfg.init
+
+
+class Network(NamedTuple):
+    """What ``init`` says of a network; None = nothing."""
+
+    backbone: str
+    timm_args: dict[str, Any]
+    pool: Pool | None
+    crop: int | None
+
+
+def network_of(run: Path) -> tuple[Network, str]:
+    """Return what a run of either story trained, and which of its networks is the one to go on with."""
+    if is_finetuned(run):
+        tuned = load_file(FinetuneConfig, run / "config.yaml")
+        m = tuned.model
+        return Network(m.backbone, m.timm_args, m.pool, tuned.data.crop), "student"
+    trained = load_file(PretrainConfig, run / "config.yaml")
+    p = trained.model
+    return Network(p.backbone, p.timm_args, p.pool, trained.data.global_size), "teacher"
+
+
+def filled(cfg: FinetuneConfig, network: Network, *, init: str) -> FinetuneConfig:
+    """Return the configuration with what it leaves open taken from ``network``."""
+    m = cfg.model
+    other = m.backbone not in ("", network.backbone)
+    model = dataclasses.replace(
+        m,
+        backbone=m.backbone or network.backbone,
+        timm_args=dict(m.timm_args) if other else {**network.timm_args, **m.timm_args},
+        pool=m.pool or network.pool or "cls",
+    )
+    native = network.crop or NATIVE_SIZE
+    data = dataclasses.replace(cfg.data, crop=native if cfg.data.crop is None else cfg.data.crop)
+    return dataclasses.replace(cfg, init=init, model=model, data=data)
 
 
 def build_embedder(cfg: FinetuneConfig, source: str) -> Embedder:
@@ -104,6 +136,7 @@ def build_embedder(cfg: FinetuneConfig, source: str) -> Embedder:
         timm_args=dict(m.timm_args),
         seed=cfg.seed,
         allow_partial=m.allow_partial,
+        size_key="data.crop",
     )
     return Embedder(
         backbone, embed_dim=m.embed_dim, freeze_batch_norm=m.freeze_batch_norm, seed=cfg.seed + HEAD_SEED
@@ -114,6 +147,12 @@ def build(cfg: FinetuneConfig, source: str, num_classes: int, accelerator: Accel
     """Make the network, its teacher, the losses and the optimiser, on this rank's device."""
     device = accelerator.device
     student = build_embedder(cfg, source).to(device)
+    normalised = any(isinstance(module, _BatchNorm) for module in student.modules())
+    if normalised and not cfg.model.freeze_batch_norm and dist.world_size() > 1:
+        raise UserError(
+            "model.freeze_batch_norm false on several ranks: each would have statistics of its own; train on one rank, or "
+            "set it to true"
+        )
     teacher = None
     if cfg.distills:
         teacher = copy.deepcopy(student).eval().requires_grad_(False)

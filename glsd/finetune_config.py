@@ -5,6 +5,7 @@ from typing import Literal
 
 from glsd.config import TimmArg
 
+Pool = Literal["cls", "mean", "mean+max"]
 Reg = Literal["none", "psd", "obdsd", "mdr", "obdsd+mdr"]
 
 
@@ -60,7 +61,7 @@ class FinetuneModelConfig:
 
     backbone: str = ""
     timm_args: dict[str, TimmArg] = field(default_factory=dict)
-    pool: Literal["cls", "mean", "mean+max"] | None = None
+    pool: Pool | None = None
     embed_dim: int = 128
     drop_path: float = 0.0
     freeze_batch_norm: bool = True

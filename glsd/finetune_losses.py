@@ -57,7 +57,11 @@ def batch_losses(
         if teacher_embeddings is not None:
             kl, about_target = self_distillation(cfg, unit, F.normalize(teacher_embeddings.to(unit), dim=1))
             loss = loss + sd_weight * kl
-            parts |= {"sd": kl, "sd_share": (sd_weight * kl / ranking.clamp_min(1e-12)), **about_target}
+            parts |= {
+                "sd": kl,
+                "sd_share": sd_weight * kl / (ranking + sd_weight * kl).clamp_min(1e-12),
+                **about_target,
+            }
         if cfg.uses_mdr:
             distances = pairwise_distances(scaled)
             # Moved before they are used, as published.

@@ -72,12 +72,14 @@ def check_ranges(cfg: FinetuneConfig) -> None:
         ("data.flip_prob", cfg.data.flip_prob, 0, 1),
         ("data.max_bad_fraction", cfg.data.max_bad_fraction, 0, 1),
         ("data.val_share", cfg.data.val_share, 0, 0.9),
+        ("data.crop", cfg.data.crop, 1, math.inf),
+        ("data.resize", cfg.data.resize, cfg.data.crop or 1, math.inf),
         ("model.embed_dim", cfg.model.embed_dim, 0, math.inf),
         ("sd.weight", cfg.sd.weight, 0, math.inf),
         ("mdr.weight", cfg.mdr.weight, 0, math.inf),
         ("mdr.level_weight", cfg.mdr.level_weight, 0, math.inf),
         ("mdr.momentum", cfg.mdr.momentum, 0, 1),
-        ("mdr.levels", len(cfg.mdr.levels), 1, math.inf),
+        *(("mdr.levels", level, -math.inf, math.inf) for level in cfg.mdr.levels or [math.nan]),
         *((f"optim.{key}", getattr(o, key), 1, math.inf) for key in ("epochs", "batch_size")),
         *((f"optim.{key}", getattr(o, key), 0, math.inf) for key in ("steps_per_epoch", "max_steps")),
         *((f"optim.{key}", getattr(o, key), 0, math.inf) for key in ("lr", "head_lr", "loss_lr", "level_lr")),
@@ -90,8 +92,9 @@ def check_ranges(cfg: FinetuneConfig) -> None:
         *(("optim.milestones", epoch, 1, math.inf) for epoch in o.milestones),
     ]
     for name, value, low, high in limits:
-        if value is not None and not low <= value <= high:
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
             expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            expected = "finite numbers, at least one" if low == -math.inf else expected
             raise UserError(f"{name} is {value}: expected {expected}")
     low, high = cfg.data.scale
     if not 0 < low <= high <= 1:

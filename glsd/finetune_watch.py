@@ -12,10 +12,11 @@ from glsd.data.balanced import ClassGroups, class_groups, split_classes
 from glsd.data.shards import ShardSet, check_disjoint, check_same_classes
 from glsd.eval_retrieval import describe_scores, describe_search, score_retrieval
 from glsd.eval_sets import choose_sizes, embed_set, open_labelled, open_retrieval
-from glsd.evals.record import append_record
+from glsd.evals.record import append_record, read_records
 from glsd.finetune_build import State
 from glsd.finetune_config import FinetuneConfig
 from glsd.finetune_plan import Plan
+from glsd.models.embedder import Embedder
 from glsd.runtime import dist
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run
@@ -95,9 +96,12 @@ def geometries(cfg: FinetuneConfig) -> tuple[str, ...]:
 def measure(
     cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, meters: Meters, accelerator: Accelerator
 ) -> None:
-    """Retrieve with the student's embeddings (at the start also with the bare features) and note it in ``state.scores``."""
+    """Retrieve with the student's embeddings (at the start also with the bare features) and note it in ``state.scores``.
+
+    In float32, whatever the training: half precision makes ties. accelerate has put autocast into the student's own forward.
+    """
     student = state.student.eval()
-    networks: dict[str, Any] = {"": student}
+    networks: dict[str, Any] = {"": lambda images: Embedder.forward(student, images)}
     if state.step == 0 and student.head is not None:
         networks["frozen "] = lambda images: student.backbone(images)[0]
     sizes = choose_sizes(cfg.data.crop or 0, resize=cfg.data.resize)
@@ -114,7 +118,6 @@ def measure(
                     batch_size=cfg.watch.batch_size,
                     num_workers=cfg.data.num_workers,
                     device=accelerator.device,
-                    precision=cfg.optim.precision,
                     chosen=sets.val if part == "val" else None,
                 )
                 for role, shards in shard_sets.items()
@@ -144,6 +147,9 @@ def summarise(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Ru
     if "test" in last and "val" in last:
         chosen = max(steps, key=lambda step: state.scores[str(step)]["val"][distance]["map_at_r"])
     measured = sets.test if part == "test" else {"test": sets.train}
+    kept = ""
+    if chosen is not None and not (run.checkpoints / f"step_{chosen:08d}").is_dir():
+        kept = " (no longer on disk: watch.keep_checkpoints)"
     if dist.is_main():
         record = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -158,7 +164,9 @@ def summarise(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Ru
         }
         if chosen is not None:
             record[f"epoch {epoch_of(plan, chosen):g}, chosen by val"] = state.scores[str(chosen)]
-        append_record(run.folder, record)
+        written = [(old.get("reg"), old.get("step")) for old in read_records(run.folder)]
+        if (cfg.reg, state.step) not in written:  # it is when a finished run is resumed
+            append_record(run.folder, record)
     before, after = first[part][distance], last[part][distance]
     meters.say(describe_search(measured, distance))
     if frozen := first.get(f"frozen {part}"):
@@ -167,7 +175,7 @@ def summarise(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Ru
         line = describe_scores(state.scores[str(chosen)]["test"][distance])
         epoch = epoch_of(plan, chosen)
         meters.say(
-            f"chosen    test {distance} at epoch {epoch:g}, the best MAP@R of the held-out classes: {line}"
+            f"chosen    test {distance} at epoch {epoch:g}{kept}, the best MAP@R of the held-out classes: {line}"
         )
     names = {"recall@1": "Recall@1", "map_at_r": "MAP@R"}
     gains = ", ".join(

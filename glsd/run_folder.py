@@ -22,14 +22,19 @@ def is_finetuned(run: Path) -> bool:
     """Tell whether a run folder is one of metric learning, by a key that only those have."""
     try:
         config = yaml.safe_load((run / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
         raise UserError(f"cannot read {run / 'config.yaml'}: {' '.join(str(error).split())}") from error
     return isinstance(config, dict) and "reg" in config
 
 
-def read_checkpoint(run: Path, chosen: Path | None) -> Checkpoint:
+def has_checkpoint(run: Path) -> bool:
+    """Tell whether a run folder holds a checkpoint, intact or not."""
+    return any((run / "checkpoints").glob("step_????????"))
+
+
+def read_checkpoint(run: Path, chosen: Path | None, hint: str = "") -> Checkpoint:
     """Return the chosen checkpoint of a run, or its latest intact one; UserError if there is none."""
     saved = checkpoint.load(chosen) if chosen else checkpoint.load_latest(run / "checkpoints")
     if saved is None:
-        raise UserError(f"model {str(run)!r}: no checkpoint yet (--features initial measures its start)")
+        raise UserError(f"run {str(run)!r} has no checkpoint yet{hint}")
     return saved

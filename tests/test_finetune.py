@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import benchmark
 import pytest
@@ -127,6 +129,12 @@ def test_stop_and_resume_in_mid_epoch_is_the_straight_run(tiny_finetune, reg):
     for name, tensors in ours.tensors.items():
         for key, tensor in tensors.items():
             assert torch.equal(tensor, theirs.tensors[name][key]), f"{name}.{key}"
+    assert ours.optimizer["param_groups"] == theirs.optimizer["param_groups"]
+    for number, mine in ours.optimizer["state"].items():
+        for key, value in mine.items():
+            assert torch.equal(
+                torch.as_tensor(value), torch.as_tensor(theirs.optimizer["state"][number][key])
+            )
     last = [[row for row in rows(folder) if "probe" in row][-1] for folder in (straight, stopped)]
     assert last[0] == last[1]
     assert last[0]["step"] == 12
@@ -292,12 +300,15 @@ def test_query_and_gallery_and_mdr_in_its_own_geometry(tiny_finetune, class_shar
         ({"data__images_per_class": 1}, "data.images_per_class is 1"),
         ({"reg": "obdsd", "sd__w": 1.0}, "sd.w"),
         ({"reg": "obdsd", "sd__tau": 0.0}, "sd.tau"),
-        ({"reg": "obdsd", "optim__batch_size": 2, "data__images_per_class": 2}, "optim.batch_size"),
+        ({"data__crop": 30}, "data.crop 30 is not a multiple"),
+        ({"data__crop": 0}, "data.crop is 0"),
+        ({"data__resize": 20}, "data.resize is 20: expected 32 or more"),
+        ({"mdr__levels": "[.nan]"}, "mdr.levels is nan"),
+        ({"optim__lr": ".inf"}, "optim.lr is inf"),
         ({"data__train_shards": ""}, "data.train_shards is not set"),
         ({"data__test_shards": ""}, "nothing to measure"),
         ({"data__val_share": 0.95}, "data.val_share"),
         ({"optim__milestones": "[0]"}, "optim.milestones is 0"),
-        ({"data__crop": 30}, "not a multiple of the patch size"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(tiny_finetune, changes, expected):
@@ -331,18 +342,33 @@ def test_weights_that_fit_only_partly_stop_unless_allowed(tiny_run, tiny_finetun
     assert "missing" in capsys.readouterr().out
 
 
-def test_a_resume_with_other_settings_is_refused_and_changes_nothing(tiny_finetune):
-    folder = tune(tiny_finetune(optim__max_steps=1))
+def test_a_resume_with_other_settings_is_refused_and_changes_nothing(tiny_finetune, class_shards, tmp_path):
+    folder = tune(tiny_finetune(optim__max_steps=2))
+    copy = tmp_path / "gallery.tar"
+    copy.write_bytes((class_shards / "test-000000.tar").read_bytes())
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for changes in (
-        {"seed": 1},
-        {"reg": "mdr"},
-        {"optim__epochs": 5},
-        {"loss": "margin"},
-        {"model__embed_dim": 8},
-    ):
-        with pytest.raises(UserError):
+    shards = load_config(FinetuneConfig, folder / "config.yaml").data.test_shards
+    refused: dict[str, dict[str, Any]] = {
+        "seed": {"seed": 1},
+        "reg": {"reg": "mdr"},
+        "optim.epochs": {"optim__epochs": 5},
+        "loss": {"loss": "margin"},
+        "head": {"model__embed_dim": 8},
+        "optim.optimizer": {"optim__optimizer": "adamw"},
+        "watch.recall_at": {"watch__recall_at": "[2]"},
+        "mdr.levels": {"mdr__levels": "[-2,2]"},
+        "data.query_shards": {
+            "data__test_shards": "",
+            "data__query_shards": shards,
+            "data__gallery_shards": copy,
+        },
+        "raise optim.max_steps": {"optim__max_steps": 1},
+    }
+    for word, changes in refused.items():
+        with pytest.raises(UserError) as caught:
             tune(tiny_finetune(**changes, resume="auto"))
+        assert word in str(caught.value)
+        assert "\n" not in str(caught.value)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -374,3 +400,93 @@ def test_the_benchmark_compares_every_regulariser(capsys):
     output = capsys.readouterr().out
     for name in ("none", "psd", "obdsd", "mdr", "obdsd+mdr", "teacher forward"):
         assert f"\n{name} " in output
+
+
+def test_the_teacher_is_the_student_at_the_end_of_the_previous_epoch(tiny_finetune):
+    """4 steps an epoch, a checkpoint after each: the teacher changes after steps 4 and 8 only."""
+    argv = tiny_finetune(
+        reg="psd", optim__epochs=3, optim__max_steps=10, watch__checkpoint_every=1, watch__keep_checkpoints=20
+    )
+    folder = tune(argv) / "checkpoints"
+
+    def network(step: int, name: str) -> dict[str, torch.Tensor]:
+        return load_file(folder / f"step_{step:08d}" / f"{name}.safetensors")
+
+    students = {step: network(step, "student") for step in range(1, 11)}
+    assert not torch.equal(students[4]["head.weight"], students[5]["head.weight"])
+    for step in range(4, 11):
+        expected = students[4 if step < 8 else 8]
+        teacher = network(step, "teacher")
+        assert all(torch.equal(teacher[name], tensor) for name, tensor in expected.items())
+    first = network(1, "teacher")
+    assert not torch.equal(first["head.weight"], students[1]["head.weight"])
+    assert torch.equal(first["head.weight"], network(3, "teacher")["head.weight"])
+
+
+def test_mdr_uses_the_statistics_that_this_batch_has_moved(tiny_finetune):
+    """Two batches, the second twice as spread around the mean distance, against the published order of the steps."""
+    cfg, state, embeddings, labels = parts(tiny_finetune, reg="mdr", loss="triplet")
+    second = torch.cat([embeddings[:8].detach() * 3, embeddings[8:].detach()]).requires_grad_()
+    mean, std = None, None
+    for batch in (embeddings, second):
+        found = batch_losses(cfg, state, batch, labels, None, sd_weight=0.0, seed=0)
+        state.mdr_statistics = found.mdr_statistics
+        distances = torch.cdist(batch.detach().double(), batch.detach().double())
+        distances = distances / (distances.sum() / (16 * 15))
+        now = distances.mean(), distances.std()
+        mean, std = now if mean is None else (0.1 * now[0] + 0.9 * mean, 0.1 * now[1] + 0.9 * std)
+        z = (distances - mean) / std
+        gaps = torch.stack([(z - level).abs() for level in cfg.mdr.levels]).amin(dim=0)
+        expected = (gaps.sum() - gaps.diagonal().sum()) / (16 * 15)
+        assert float(found.parts["mdr"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_settings_that_may_change_take_effect_on_resume(tiny_finetune):
+    options = {"optim__epochs": 4, "watch__checkpoint_every": 1}
+    tune(tiny_finetune(**options, optim__max_steps=1, optim__weight_decay=0.5))
+    folder = tune(
+        tiny_finetune(**options, optim__max_steps=2, optim__weight_decay=0.0, optim__lr=1e-4, resume="auto")
+    )
+    saved = checkpoint.load_latest(folder / "checkpoints")
+    assert saved is not None
+    assert {group["weight_decay"] for group in saved.optimizer["param_groups"]} == {0.0}
+    assert {group["base_lr"] for group in saved.optimizer["param_groups"]} == {1e-4}
+
+
+def test_it_goes_on_when_what_it_started_from_is_gone(tiny_run, tiny_finetune):
+    run = train(tiny_run("pretrained", optim__max_steps=1))
+    options = {"init": run, "model__backbone": "", "model__timm_args": "{}", "optim__epochs": 1}
+    folder = tune(tiny_finetune(**options, optim__max_steps=2))
+    shutil.rmtree(run)
+    tune(tiny_finetune(**options, resume="auto"))
+    cfg = load_config(FinetuneConfig, folder / "config.yaml")
+    assert cfg.init.endswith("step_00000001"), "the very checkpoint, not a run that may train on"
+    again = len(json.loads((folder / "evals.json").read_text()))
+    tune(tiny_finetune(**options, resume="auto"))
+    assert len(json.loads((folder / "evals.json").read_text())) == again, "a finished run has nothing to add"
+
+
+def test_measurements_are_float32_under_bf16_training(tiny_finetune):
+    folder = tune(tiny_finetune(optim__max_steps=2, optim__precision="bf16"))
+    AcceleratorState._reset_state()
+    shards = load_config(FinetuneConfig, folder / "config.yaml").data.test_shards
+    flags = [f"--model={folder}", "--protocol=retrieval", f"--data.test_shards={shards}", "--recall_at=[1,2]"]
+    found = evaluate(load(EvalConfig, [*flags, "--nmi_seeds=0", "--data.num_workers=0"]))["result"]["cosine"]
+    last = [row for row in rows(folder) if "probe" in row][-1]["probe"]["test"]["cosine"]
+    assert found == last
+
+
+def test_batch_norm_that_learns_is_refused_on_several_ranks(tiny_finetune, monkeypatch):
+    argv = tiny_finetune(model__backbone="resnet10t", model__timm_args="{}", model__freeze_batch_norm=False)
+    monkeypatch.setattr("glsd.finetune_build.dist.world_size", lambda: 2)
+    cfg, source = resolve(load(FinetuneConfig, argv))
+    with pytest.raises(UserError, match=r"model\.freeze_batch_norm false on several ranks"):
+        build(cfg, source, 6, start("no", "x"))
+
+
+def test_a_batch_too_small_for_diffusion(tiny_finetune):
+    from glsd.finetune_plan import check_ranges
+
+    cfg = load(FinetuneConfig, tiny_finetune(reg="obdsd", optim__batch_size=2, data__images_per_class=2))
+    with pytest.raises(UserError, match=r"optim\.batch_size.* 2.*3"):
+        check_ranges(cfg)

@@ -32,6 +32,11 @@ def append_record(folder: Path, record: dict[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {problem.strerror}; choose another folder") from problem
 
 
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of the folder, oldest first. Raises UserError for a file that is no list of records."""
+    return _read(folder / FILE)
+
+
 def cannot_write(folder: Path) -> UserError | None:
     """Return why evals.json cannot be written there, to know it before the long part; makes the folder."""
     try:

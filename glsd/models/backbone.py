@@ -86,6 +86,7 @@ def build_backbone(
     timm_args: dict[str, Any] | None = None,
     seed: int = 0,
     allow_partial: bool | None = None,
+    size_key: str = "data.global_size",
 ) -> Backbone:
     """Return a backbone whose native resolution is ``image_size`` pixels (it takes other sizes as well).
 
@@ -95,7 +96,8 @@ def build_backbone(
     ``seed`` alone, the global random state stays as it was), "timm" (its pretrained weights, which have to
     expect ImageNet's mean and deviation) or a weights file, of which all has to fit unless ``allow_partial``
     (None: the error does not offer it);
-    timm_args: further arguments of timm.create_model, plain values or lists of them. Raises UserError for an
+    timm_args: further arguments of timm.create_model, plain values or lists of them; size_key: what an error
+    about image_size names. Raises UserError for an
     unknown or unsuitable network, a bad argument, a size that is not a multiple of the stride, weights that
     do not fit. Source: DINO (arXiv 2104.14294), EsViT (arXiv 2106.09785) for Swin's mean token.
     """
@@ -111,7 +113,7 @@ def build_backbone(
     if isinstance(net, VisionTransformer | Eva) and pool == "cls" and not has_token:
         raise UserError(f"model.backbone {name!r} has no class token: set model.pool to 'mean'")
     backbone = Backbone(net, pool="mean" if pool == "cls" and not has_token else pool)
-    check_crop_size(image_size, backbone.stride, "data.global_size")
+    check_crop_size(image_size, backbone.stride, size_key)
     if init != "random":
         state = read_weights(init) if pretrained is None else pretrained
         backbone.load_report = load_weights(backbone.net, state, source=init, allow_partial=allow_partial)

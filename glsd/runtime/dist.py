@@ -8,6 +8,7 @@ import atexit
 import functools
 import os
 import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -153,6 +154,17 @@ def raise_together(error: UserError | None) -> None:
     first = next((message for message in gather_objects(str(error) if error else None) if message), None)
     if first is not None:
         raise UserError(first)
+
+
+def together(prepare: Callable[[], Object]) -> Object:
+    """Return what every rank prepares for itself; a UserError of one rank is raised on all."""
+    result, error = None, None
+    try:
+        result = prepare()
+    except UserError as problem:
+        error = problem
+    raise_together(error)
+    return result  # type: ignore[return-value]  # None only where prepare returned it
 
 
 def check_world(num_processes: int, script: str = "launch/pretrain.py") -> None:
