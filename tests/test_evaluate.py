@@ -356,3 +356,86 @@ def test_two_ranks_give_the_numbers_of_one(cfg):
     one, two = json.loads((Path(cfg.out) / "evals.json").read_text())
     del one["time"], two["time"]
     assert two == one
+
+
+def brute_force(features, labels, others, other_labels, *, own: bool, euclidean: bool):
+    """Recall@1, Recall@2, MAP@R, R-precision by sorting everything."""
+    vectors, references = features.double(), others.double()
+    if not euclidean:
+        vectors, references = (torch.nn.functional.normalize(x, dim=1) for x in (vectors, references))
+    hits, maps, precisions = [], [], []
+    for i, vector in enumerate(vectors):
+        order = (references - vector).norm(dim=1).argsort().tolist()
+        same = [int(other_labels[j] == labels[i]) for j in order if not (own and j == i)]
+        relevant = sum(same)
+        hits.append([any(same[:k]) for k in (1, 2)])
+        precisions.append(sum(same[:relevant]) / relevant)
+        maps.append(sum(same[k] * sum(same[: k + 1]) / (k + 1) for k in range(relevant)) / relevant)
+    return (*torch.tensor(hits).double().mean(dim=0).tolist(), *(sum(x) / len(x) for x in (maps, precisions)))
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_retrieval_by_hand(cfg, world, distance, capsys):
+    searches: dict[str, dict[str, str]] = {
+        "leave-one-out": {"test_shards": str(world / "train-*.tar")},
+        "query/gallery": {
+            "query_shards": str(world / "val-*.tar"),
+            "gallery_shards": str(world / "train-*.tar"),
+        },
+    }
+    for name, keys in searches.items():
+        data = replace(cfg.data, train_shards="", val_shards="", **keys)
+        asked = replace(
+            cfg, protocol="retrieval", data=data, recall_at=[1, 2], distance=distance, nmi_seeds=2
+        )
+        record = evaluate(asked)
+        found = record["result"][distance]
+        sets = {role: features_of(pattern) for role, pattern in keys.items()}
+        query = sets.get("test_shards") or sets["query_shards"]
+        gallery = sets.get("gallery_shards") or query
+        own = name == "leave-one-out"
+        expected = brute_force(*query, *gallery, own=own, euclidean=distance == "euclidean")
+        ours = tuple(found[key] for key in ("recall@1", "recall@2", "map_at_r", "r_precision"))
+        assert ours == pytest.approx(expected, abs=1e-12)
+        assert 0 <= found["nmi"] <= 1
+        assert len(found["nmi_by_seed"]) == 2
+        assert ("self excluded by index" in record["protocol"]) == own
+        assert "share of all queries with an item of their class among the first K" in capsys.readouterr().out
+
+
+def features_of(pattern):
+    from glsd.data.eval_loader import eval_loader
+    from glsd.data.shards import open_shards
+    from glsd.evals.embed import embed
+
+    loader = eval_loader(
+        open_shards(pattern), resize=36, crop=32, batch_size=90, rank=0, world_size=1, num_workers=0
+    )
+    teacher = network(1).eval()
+    return embed(lambda images: teacher(images)[0], loader, device=torch.device("cpu"))[:2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "expected"),
+    [
+        ({}, {}, "but none is set"),
+        ({}, {"query_shards": "val"}, "but data.query_shards is set"),
+        ({}, {"query_shards": "val", "gallery_shards": "val"}, "have 1 shards in common"),
+        ({"recall_at": [0]}, {"test_shards": "val"}, "recall_at is [0]"),
+        ({"nmi_seeds": -1}, {"test_shards": "val"}, "nmi_seeds is -1"),
+        ({"seed": -1}, {"test_shards": "val"}, "seed is -1"),
+    ],
+)
+def test_retrieval_mistakes_are_one_line(cfg, world, changes, data, expected):
+    shards = {key: str(world / f"{name}-*.tar") for key, name in data.items()}
+    with pytest.raises(UserError) as caught:
+        evaluate(
+            replace(
+                cfg,
+                protocol="retrieval",
+                data=replace(cfg.data, train_shards="", val_shards="", **shards),
+                **changes,
+            )
+        )
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)

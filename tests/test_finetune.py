@@ -357,7 +357,7 @@ def test_a_resume_with_other_settings_is_refused_and_changes_nothing(tiny_finetu
         "optim.optimizer": {"optim__optimizer": "adamw"},
         "watch.recall_at": {"watch__recall_at": "[2]"},
         "mdr.levels": {"mdr__levels": "[-2,2]"},
-        "data.query_shards": {
+        "data.test_shards": {
             "data__test_shards": "",
             "data__query_shards": shards,
             "data__gallery_shards": copy,
@@ -427,14 +427,15 @@ def test_mdr_uses_the_statistics_that_this_batch_has_moved(tiny_finetune):
     """Two batches, the second twice as spread around the mean distance, against the published order of the steps."""
     cfg, state, embeddings, labels = parts(tiny_finetune, reg="mdr", loss="triplet")
     second = torch.cat([embeddings[:8].detach() * 3, embeddings[8:].detach()]).requires_grad_()
-    mean, std = None, None
+    moved: list[torch.Tensor] = []  # running mean and deviation
     for batch in (embeddings, second):
         found = batch_losses(cfg, state, batch, labels, None, sd_weight=0.0, seed=0)
         state.mdr_statistics = found.mdr_statistics
         distances = torch.cdist(batch.detach().double(), batch.detach().double())
         distances = distances / (distances.sum() / (16 * 15))
-        now = distances.mean(), distances.std()
-        mean, std = now if mean is None else (0.1 * now[0] + 0.9 * mean, 0.1 * now[1] + 0.9 * std)
+        now = torch.stack([distances.mean(), distances.std()])
+        moved.append(0.1 * now + 0.9 * moved[-1] if moved else now)
+        mean, std = moved[-1]
         z = (distances - mean) / std
         gaps = torch.stack([(z - level).abs() for level in cfg.mdr.levels]).amin(dim=0)
         expected = (gaps.sum() - gaps.diagonal().sum()) / (16 * 15)
@@ -488,5 +489,14 @@ def test_a_batch_too_small_for_diffusion(tiny_finetune):
     from glsd.finetune_plan import check_ranges
 
     cfg = load(FinetuneConfig, tiny_finetune(reg="obdsd", optim__batch_size=2, data__images_per_class=2))
-    with pytest.raises(UserError, match=r"optim\.batch_size.* 2.*3"):
+    with pytest.raises(UserError, match=r"optim\.batch_size=2: .*expected 3 or more"):
         check_ranges(cfg)
+
+
+@pytest.mark.slow
+def test_the_script_ends_with_one_line_and_code_2(tiny_finetune):
+    process = start_process(tiny_finetune(loss="tripplet"))
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2
+    assert [line for line in output.splitlines() if line] == [output.strip()]
+    assert "did you mean 'triplet'" in output

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import os
 import runpy
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ from scipy.io import savemat
 from small_shards import noise_image
 
 from glsd.contracts import UserError
+from glsd.data import retrieval_files
 from glsd.data.retrieval_sets import RETRIEVAL_SETS, prepare
 from glsd.data.shards import open_shards
 
@@ -361,7 +363,9 @@ def test_a_test_half_without_classes(src, tmp_path):
     ):
         prepare("cars196", src, tmp_path / "out")
     (src / "devkit" / "cars_test_annos.mat").rename(src / "devkit" / "cars_test_annos_withlabels.mat")
-    with pytest.raises(UserError, match=r"withlabels\.mat: its annotations lack the field 'class'"):
+    with pytest.raises(
+        UserError, match=r"withlabels\.mat cannot be read .*: its annotations lack the field 'class'"
+    ):
         prepare("cars196", src, tmp_path / "out")
 
 
@@ -449,6 +453,16 @@ def test_an_image_listed_twice(small_cub, tmp_path):
         prepare("cub200", small_cub, tmp_path / "out")
 
 
+def test_an_image_listed_twice_by_another_spelling(small_cub, tmp_path):
+    rows = (small_cub / "images.txt").read_text().splitlines()
+    lines(
+        small_cub / "images.txt", *rows[:-1], "12 " + rows[1].split()[1].replace("/", "/./")
+    )  # test, now train
+    with pytest.raises(UserError, match=r"lists images/001\.Bird_1/Bird_1\.jpg twice \(roles train and test"):
+        prepare("cub200", small_cub, tmp_path / "out")
+
+
+@pytest.mark.slow
 def test_damaged_matlab_files(src, tmp_path):
     merged_cars_tree(src)
     file = src / "cars_annos.mat"
@@ -456,24 +470,170 @@ def test_damaged_matlab_files(src, tmp_path):
     for content in (b"", b"text", whole[:200], whole[: len(whole) // 2], whole[:-40]):
         file.write_bytes(content)
         with pytest.raises(
-            UserError, match=r"cars_annos\.mat (is no MATLAB file|has no variable|, annotation)"
+            UserError,
+            match=r"cars_annos\.mat(, annotation| cannot be read as a MATLAB file: .*restore it; its owner)",
         ):
             prepare("cars196", src, tmp_path / "out")
     file.write_bytes(whole[:124] + struct.pack("<H", 0x0200) + whole[126:])  # version 7.3 is HDF5
-    with pytest.raises(UserError, match=r"is no MATLAB file that can be read"):
+    with pytest.raises(UserError, match=r"cannot be read as a MATLAB file: "):
         prepare("cars196", src, tmp_path / "out")
     names = cells(*CAR_NAMES)
     save_mat(file, {"class_names": names})
-    with pytest.raises(UserError, match=r"has no variable 'annotations'"):
+    with pytest.raises(
+        UserError, match=r"cars_annos\.mat cannot be read .*: it has no variable 'annotations'"
+    ):
         prepare("cars196", src, tmp_path / "out")
     save_mat(file, {"class_names": names, "annotations": np.arange(3)})
-    with pytest.raises(UserError, match=r"annotations lack the field 'class'"):
+    with pytest.raises(UserError, match=r": its annotations lack the field 'class'"):
         prepare("cars196", src, tmp_path / "out")
+    for rows, match in (
+        (structs({"relative_im_path": 7, "class": 1}), "annotation 1: its file name is no text"),
+        (structs({"relative_im_path": "1.jpg", "class": "1"}), "annotation 1: class 1, expected 1 to 196"),
+    ):
+        save_mat(file, {"class_names": names, "annotations": rows})
+        with pytest.raises(UserError, match=match):
+            prepare("cars196", src, tmp_path / "out")
     for number in (0, 197):
         rows = structs(*({"relative_im_path": "car_ims/1.jpg", "class": value} for value in (1, number)))
         save_mat(file, {"class_names": names, "annotations": rows})
         with pytest.raises(UserError, match=rf"annotation 2: class {number}, expected 1 to 196"):
             prepare("cars196", src, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("place", "byte"), [(276, 9), (144, 0), (196, 0), (161, 255)])
+def test_a_byte_that_breaks_the_reader(place, byte, src, tmp_path):
+    """By itself SciPy 1.17 ends here in a crash, UnboundLocalError, ZeroDivisionError and MemoryError."""
+    file = src / "cars_annos.mat"
+    rows = structs(*({"relative_im_path": f"car_ims/{n}.jpg", "class": n} for n in (1, 2)))
+    savemat(file, {"annotations": rows, "class_names": cells("a", "b")})
+    raw = bytearray(file.read_bytes())
+    raw[place] = byte
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match=r"cars_annos\.mat cannot be read as a MATLAB file: ") as caught:
+        prepare("cars196", src, tmp_path / "out", allow_incomplete=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_small_file_that_becomes_a_large_one(src, tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval_files, "MAT_MEGABYTES", 192)
+    save_mat(src / "cars_annos.mat", {"annotations": np.zeros(2**26, dtype=np.int8)})
+    assert (src / "cars_annos.mat").stat().st_size < 2**18
+    with pytest.raises(UserError, match=r"cannot be read as a MATLAB file: .*(MemoryError|SIG)"):
+        prepare("cars196", src, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the reader was ended by SIGSEGV"),
+        ("while True: pass", "it took more than 1 s"),
+        ("raise SystemExit(3)", "exit status 3"),
+        ("raise ZeroDivisionError('two\\nlines')", "lines"),
+    ],
+)
+def test_abnormal_ends_of_the_reader(program, reason, src, tmp_path, monkeypatch):
+    (tmp_path / "reader.py").write_text(program)
+    monkeypatch.setattr(retrieval_files, "MAT_READER", tmp_path / "reader.py")
+    monkeypatch.setattr(retrieval_files, "MAT_SECONDS", 1)
+    (src / "cars_annos.mat").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=rf"cars_annos\.mat cannot be read as a MATLAB file: {reason}: restore"
+    ):
+        prepare("cars196", src, tmp_path / "out")
+
+
+ESCAPES = [
+    "/{0}/secret.jpg",
+    "../../{1}/secret.jpg",
+    "001.Bird_1/../../../secret.jpg",
+    "..",
+    "a/\0.jpg",
+    "a/\x85.jpg",
+]
+
+
+@pytest.mark.parametrize("allow_incomplete", [False, True])
+@pytest.mark.parametrize("path", ESCAPES)
+def test_paths_out_of_the_data_set(path, allow_incomplete, small_cub, tmp_path):
+    put(tmp_path, ["secret.jpg"])
+    path = path.format(str(tmp_path).strip("/"), tmp_path.name)
+    rows = (small_cub / "images.txt").read_text().splitlines()
+    lines(small_cub / "images.txt", *rows[:-1], f"12 {path}")
+    with pytest.raises(UserError, match=r"images\.txt lists the path '.*expected one below") as caught:
+        prepare("cub200", small_cub, tmp_path / "out", allow_incomplete=allow_incomplete)
+    assert repr(f"images/{path}") in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_absolute_path_in_other_sets(src, tmp_path):
+    put(tmp_path, ["secret.jpg"])
+    inshop_tree(src)
+    table = src / "Eval" / "list_eval_partition.txt"
+    lines(table, *table.read_text().splitlines(), f"{tmp_path}/secret.jpg id_00000001 query")
+    with pytest.raises(
+        UserError, match=r"partition\.txt lists the path '/.*/secret\.jpg': expected one below"
+    ):
+        prepare("inshop", src, tmp_path / "out", allow_incomplete=True)
+    rows = structs({"relative_im_path": f"{tmp_path}/secret.jpg", "class": 1})
+    save_mat(src / "cars_annos.mat", {"annotations": rows, "class_names": cells("a")})
+    with pytest.raises(
+        UserError, match=r"cars_annos\.mat lists the path '/.*/secret\.jpg': expected one below"
+    ):
+        prepare("cars196", src, tmp_path / "out", allow_incomplete=True)
+
+
+def test_links_in_the_data_set_are_followed(small_cub, tmp_path):
+    (small_cub / "images").rename(tmp_path / "elsewhere")
+    (small_cub / "images").symlink_to(tmp_path / "elsewhere")
+    assert prepare("cub200", small_cub, tmp_path / "out")["train"].num_images == 3
+
+
+def test_a_name_too_long_for_the_disk(small_cub, tmp_path):
+    rows = (small_cub / "images.txt").read_text().splitlines()
+    lines(small_cub / "images.txt", *rows[:-1], f"12 101.Bird_101/{'x' * 5000}.jpg")
+    with pytest.raises(UserError, match=r"x\.jpg is missing, one of 1 such images"):
+        prepare("cub200", small_cub, tmp_path / "out")
+    made = prepare("cub200", small_cub, tmp_path / "out", allow_incomplete=True)
+    ((path, reason),) = made["test"].unreadable
+    assert path.endswith("xx.jpg")
+    assert "too long" in reason
+    with pytest.raises(UserError, match=r"is no folder: expected CUB-200-2011"):
+        prepare("cub200", tmp_path / ("x" * 5000), tmp_path / "two")
+    with pytest.raises(UserError, match=r"cannot write to .*xxx: File name too long"):
+        prepare("cub200", small_cub, tmp_path / ("x" * 5000), allow_incomplete=True)
+
+
+@pytest.mark.timeout(20)  # opening a pipe waits for somebody to write into it
+def test_pipes_and_folders_are_no_images(small_cub, src, tmp_path):
+    pipe, folder = sorted((small_cub / "images").glob("*/*.jpg"))[:2]
+    pipe.unlink()
+    os.mkfifo(pipe)
+    folder.unlink()
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"Bird_\d\.jpg is missing, one of 2 such images"):
+        prepare("cub200", small_cub, tmp_path / "out")
+    made = prepare("cub200", small_cub, tmp_path / "out", allow_incomplete=True)
+    assert {path for path, _ in made["train"].unreadable} == {
+        str(path.relative_to(small_cub)) for path in (pipe, folder)
+    }
+    assert all("is no regular file" in reason for _, reason in made["train"].unreadable)
+    (small_cub / "classes.txt").unlink()
+    os.mkfifo(small_cub / "classes.txt")
+    with pytest.raises(UserError, match=r"cannot read .*classes\.txt: it is no regular file"):
+        prepare("cub200", small_cub, tmp_path / "two")
+    os.mkfifo(src / "cars_annos.mat")
+    with pytest.raises(UserError, match=r"cannot read .*cars_annos\.mat: it is no regular file"):
+        prepare("cars196", src, tmp_path / "two")
+
+
+def test_inshop_on_a_disk_that_ignores_case(src, tmp_path):
+    inshop_tree(src)
+    (src / "Img").mkdir()
+    (src / "img").rename(src / "Img" / "img")
+    (src / "img").symlink_to(src / "Img")  # what such a disk shows
+    made = prepare("inshop", src, tmp_path / "out", allow_incomplete=True)
+    assert [made[role].num_images for role in ("train", "query", "gallery")] == [2, 2, 2]
 
 
 def test_a_folder_of_another_packing(small_cub, tmp_path):

@@ -1,6 +1,8 @@
 import gzip
 import json
 import runpy
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
@@ -201,7 +203,16 @@ def test_values_that_are_no_text(shards, tmp_path):
         ('{"split": "test"}\n', r"line 1: expected at least 'key' and 'split'"),
         ('["key", "split"]\n', r"line 1: expected at least 'key' and 'split'"),
         (json_lines(VALUES) + "{oops\n", r"t\.jsonl, line 11: Expecting property name"),
-        ("", r"t\.jsonl has no key 00000000"),
+        ("", r"table .*t\.jsonl has no rows"),
+        ("[" * 200_000 + "\n", r"t\.jsonl, line 1: maximum recursion depth"),
+        (
+            '{"key": "a", "split": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
+            r"line 1: maximum recursion depth",
+        ),
+        (
+            '{"key": "a", "split": "' + "x" * 2**20 + '"}\n',
+            r"t\.jsonl, line 1: longer than 1048576 characters",
+        ),
     ],
 )
 def test_tables_that_do_not_fit(shards, tmp_path, text, match):
@@ -225,9 +236,46 @@ def test_tables_that_cannot_be_read(shards, tmp_path):
         "t.jsonl.gz", gzip.compress(json_lines(VALUES).encode())[:-12], r"cannot read table .*t\.jsonl\.gz: "
     )
     refused("t.jsonl", b"\xff\xfe", r"t\.jsonl, line 0: .*can't decode")
+    refused("t.tsv", b"", r"table .*t\.tsv has no rows")
+    refused("t.tsv", b"split\tkey\n", r"table .*t\.tsv has no rows")
+    twice = b"key\tsplit\tsplit\n00000000\ttest\ttrain\n"
+    refused("t.tsv", twice, r"t\.tsv, line 1: the column 'split' comes twice")
+    refused(
+        "t.jsonl.gz", gzip.compress(b" " * 2**24), r"t\.jsonl\.gz, line 1: longer than 1048576 characters"
+    )
+    refused("t.tsv.gz", gzip.compress(b"x" * 2**24), r"t\.tsv\.gz, line 1: longer than 1048576 characters")
+    refused("t.tsv.json", b"key\tsplit\n", r"expected a file of one of the kinds")
+    refused("t.tsv.zip", b"key\tsplit\n", r"expected a file of one of the kinds")
     refused("t.csv", b"key,split\n", r"t\.csv: expected a file of one of the kinds \.jsonl, ")
     with pytest.raises(UserError, match=r"cannot read table .*nothing\.jsonl"):
         assign_roles(shards, tmp_path / "out", table=tmp_path / "nothing.jsonl", field="split", roles=ROLES)
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match=r"table .*(too long|null byte)"):
+            assign_roles(shards, tmp_path / "out", table=f"{name}.jsonl", field="split", roles=ROLES)
+        with pytest.raises(UserError, match=r"cannot read .*(too long|null byte)"):
+            split_shards(shards, tmp_path / "out", classes_file=name)
+
+
+def test_a_gzip_bomb_is_not_unpacked(shards, tmp_path):
+    raw = zlib.compressobj(9, zlib.DEFLATED, 31)
+    zeros = b"0" * 2**20
+    bomb = b"".join([*(raw.compress(zeros) for _ in range(200)), raw.flush()])  # 200 MiB in one line
+    (tmp_path / "t.jsonl.gz").write_bytes(bomb)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"line 1: longer than 1048576 characters"):
+            assign_roles(shards, tmp_path / "out", table=tmp_path / "t.jsonl.gz", field="split", roles=ROLES)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_kind_of_a_table_is_its_last_extension(shards, tmp_path):
+    # An objects-a-line table whose name has .tsv in it.
+    for name in ("t.tsv.jsonl", "t.tsv.jsonl.gz"):
+        table = write_table(tmp_path / name, json_lines(VALUES))
+        assign_roles(shards, tmp_path / f"{name}.out", table=table, field="split", roles=ROLES)
+        assert places(tmp_path / f"{name}.out", "query") == {0, 3, 4, 8}
 
 
 def test_a_key_of_two_samples(shards, tmp_path):

@@ -295,7 +295,7 @@ def test_sets_that_number_classes_differently(tmp_path):
         check_same_classes(both, c)
 
 
-@pytest.mark.parametrize("text", ["{", '{"a": 1}', '["a", 1]', '["a", "a"]', '"ab"'])
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', '["a", 1]', '["a", "a"]', '"ab"', "[" * 200_000])
 def test_damaged_classes_files(tmp_path, text):
     (tmp_path / "classes.json").write_text(text)
     with pytest.raises(UserError, match=r"classes\.json") as caught:
