@@ -30,6 +30,7 @@ from glsd.finetune_config import FinetuneConfig
 from glsd.finetune_losses import batch_losses
 from glsd.finetune_plan import rates_at
 from glsd.losses.mdr import mean_normalise
+from glsd.models.weights import read_weights
 from glsd.runtime import checkpoint
 from glsd.runtime.launch import start
 
@@ -253,6 +254,8 @@ def test_it_starts_from_a_pretraining_run_and_from_its_own(tiny_run, tiny_finetu
     assert torch.equal(start_of["backbone.net.cls_token"], teacher["backbone.net.cls_token"])
     tuned = load_file(first / "checkpoints/latest/student.safetensors")
     again = build_from(first, tiny_finetune("y", init=first, **options))
+    from_folder = read_weights(first / "checkpoints/latest")["cls_token"]
+    assert torch.equal(from_folder, tuned["backbone.net.cls_token"])
     assert torch.equal(again["backbone.net.cls_token"], tuned["backbone.net.cls_token"])
 
 

@@ -5,15 +5,16 @@ CUB-200-2011 (``train_test_split.txt``) and Cars-196 (its train and test folders
 """
 
 import errno
-import zlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 from glsd.contracts import UserError
 
@@ -23,7 +24,8 @@ CARS_OWNER = (
 )
 NO_CLASS = -1
 CUB_TRAINING, CARS_TRAINING = 100, 98  # classes 1 to this train, the others test
-MAT_ERRORS = (OSError, EOFError, ValueError, TypeError, LookupError, NotImplementedError, zlib.error)
+MAT_READER = Path(__file__).with_name("mat_reader.py")
+MAT_MEGABYTES, MAT_SECONDS = 2048, 120  # the whole list needs less than 192 MiB and about a second
 
 
 class Listed(NamedTuple):
@@ -49,12 +51,19 @@ def _root(src: Path, *names: str) -> Path:
     return next((src / name for name in names if (src / name).is_dir()), src)
 
 
+def check_regular(file: Path) -> None:
+    """Raise OSError unless there is such a file, and no pipe (whose opening may wait for ever), device or folder."""
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+
+
 def _rows(file: Path, columns: Mapping[str, Callable[[str], Any]], *, header: int = 0) -> Iterator[list]:
     """Yield the converted cells of each line behind the header lines, the last of which names the columns.
 
     Cells stand apart by blanks, the last one may hold some. Raises UserError naming file and line.
     """
     number = 0
+    check_regular(file)
     try:
         with open(file, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -111,31 +120,56 @@ def read_cars(src: Path) -> Listing:
             )
         files = {devkit / "cars_train_annos.mat": ("fname", "cars_train/"), test: ("fname", "cars_test/")}
         names_file = devkit / "cars_meta.mat"
-    classes = [str(name) for name in np.atleast_1d(_load_mat(names_file, "class_names"))]
+    wanted: dict[Path, dict[str, list[str]]] = {
+        file: {"annotations": [field, "class"]} for file, (field, _) in files.items()
+    }
+    wanted.setdefault(names_file, {})["class_names"] = []
+    found = {file: _load_mat(file, variables) for file, variables in wanted.items()}
+    classes = found[names_file]["class_names"]
+    if not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{names_file}: its class_names are not all text: restore it")
     images = []
-    for file, (field, folder) in files.items():
-        rows = np.atleast_1d(_load_mat(file, "annotations"))
-        if lacking := {field, "class"} - set(rows.dtype.names or ()):
-            raise UserError(f"{file}: its annotations lack the field {min(lacking)!r}; {CARS_OWNER}")
-        for place, (path, number) in enumerate(zip(rows[field], rows["class"], strict=True), 1):
-            if not isinstance(number, int | np.integer) or not 1 <= number <= len(classes):
+    for file, (_, folder) in files.items():
+        for place, (path, number) in enumerate(found[file]["annotations"], 1):
+            if not isinstance(path, str):
+                raise UserError(f"{file}, annotation {place}: its file name is no text: restore it")
+            if not isinstance(number, int) or not 1 <= number <= len(classes):
                 raise UserError(
                     f"{file}, annotation {place}: class {number}, expected 1 to {len(classes)}, the classes of {names_file}"
                 )
             role = "train" if number <= CARS_TRAINING else "test"
-            images.append(Listed(role, f"{folder}{path}", int(number) - 1))
+            images.append(Listed(role, f"{folder}{path}", number - 1))
     return Listing(root=root, source=" and ".join(map(str, files)), images=images, classes=classes)
 
 
-def _load_mat(file: Path, variable: str) -> np.ndarray:
-    """Return a variable of a MATLAB file, cells and structs as arrays without axes of length 1; no code is run."""
+def _load_mat(file: Path, wanted: Mapping[str, list[str]]) -> dict[str, list]:
+    """Return variables of a MATLAB file, read in another process (see mat_reader); UserError for a damaged file.
+
+    wanted: for each variable the fields to take of its structs, which gives tuples, or none, which gives its elements.
+    Elements that are neither text nor whole numbers are None.
+    """
+    check_regular(file)
+    command = [sys.executable, "-P", str(MAT_READER), str(MAT_MEGABYTES), json.dumps(dict(wanted))]
+    # Threads of linear algebra, unused here, would take address space on machines with many cores.
+    single = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with open(file, "rb") as opened:
         try:
-            return loadmat(opened, squeeze_me=True, variable_names=[variable])[variable]
-        except KeyError as error:
-            raise UserError(f"{file} has no variable {variable!r}: restore it") from error
-        except (*MAT_ERRORS, MatReadError) as error:
-            raise UserError(f"{file} is no MATLAB file that can be read ({error}): restore it") from error
+            done = subprocess.run(
+                command, stdin=opened, capture_output=True, timeout=MAT_SECONDS, env=single, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise _bad_mat(file, f"it took more than {MAT_SECONDS} s") from error
+    if done.returncode < 0:
+        raise _bad_mat(file, f"the reader was ended by {signal.Signals(-done.returncode).name}")
+    if done.returncode > 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise _bad_mat(file, " ".join(said[-1].split())[:200] if said else f"exit status {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def _bad_mat(file: Path, reason: str) -> UserError:
+    shown = "".join(character for character in reason if character.isprintable())
+    return UserError(f"{file} cannot be read as a MATLAB file: {shown}: restore it; {CARS_OWNER}")
 
 
 def read_sop(src: Path) -> Listing:
@@ -168,8 +202,9 @@ def read_inshop(src: Path) -> Listing:
     rows = list(_rows(file, columns, header=2))
     classes = sorted({item for _, item, _ in rows})
     rank = {item: label for label, item in enumerate(classes)}
+    # On a disk that takes Img and img for one name, root/img is there in both layouts; root/Img/img is not.
     return Listing(
-        root=root if (root / "img").is_dir() else _root(root, "Img"),
+        root=root / "Img" if (root / "Img" / "img").is_dir() else root,
         source=str(file),
         images=[Listed(role, path, rank[item]) for path, item, role in rows],
         classes=classes,

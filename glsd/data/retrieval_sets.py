@@ -1,11 +1,22 @@
 """Four benchmarks of metric learning, from their owners' files to shards in the splits of the field."""
 
+import functools
+import os
+import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from glsd.contracts import UserError
-from glsd.data.retrieval_files import CARS_OWNER, Listing, read_cars, read_cub, read_inshop, read_sop
+from glsd.data.retrieval_files import (
+    CARS_OWNER,
+    Listing,
+    check_regular,
+    read_cars,
+    read_cub,
+    read_inshop,
+    read_sop,
+)
 from glsd.data.roles import RoleImage, RoleSummary, pack_roles
 
 
@@ -31,13 +42,13 @@ def prepare(
     """Pack a benchmark of ``RETRIEVAL_SETS``, as unpacked from its owner's archives, into one set of shards per role.
 
     Labels number the classes of all roles together. Raises UserError if an annotation file or an image is missing or
-    damaged, or the counts of images and classes are not the published ones; with ``allow_incomplete`` images that are
-    missing or damaged are left out and listed, and counts are as they come. The splits are those of Oh Song et al.
-    (2016), Deep Metric Learning via Lifted Structured Feature Embedding, and for In-Shop of Liu et al. (2016),
-    DeepFashion.
+    damaged, an annotation file lists a path that leads out of the data set, or the counts of images and classes are not
+    the published ones; with ``allow_incomplete`` images that are missing or damaged are left out and listed, and counts
+    are as they come. The splits are those of Oh Song et al. (2016), Deep Metric Learning via Lifted Structured Feature
+    Embedding, and for In-Shop of Liu et al. (2016), DeepFashion.
     """
     benchmark, src = RETRIEVAL_SETS[name], Path(src)
-    if not src.is_dir():
+    if not os.path.isdir(src):
         raise UserError(
             f"{src} is no folder: expected {benchmark.title} as unpacked from its archive; {benchmark.owner}"
         )
@@ -52,7 +63,7 @@ def prepare(
     _check_listing(listing)
     if not allow_incomplete:
         _check_counts(listing, benchmark)
-        missing = [image.path for image in listing.images if not (listing.root / image.path).is_file()]
+        missing = [image.path for image in listing.images if not os.path.isfile(listing.root / image.path)]
         if missing:
             raise UserError(
                 f"{listing.root / missing[0]} is missing, one of {len(missing)} such images of {listing.source}: "
@@ -60,7 +71,7 @@ def prepare(
             )
     roles: dict[str, list[RoleImage]] = {role: [] for role in benchmark.published}
     for role, path, label in listing.images:
-        roles[role].append(RoleImage(path, label, (listing.root / path).read_bytes))
+        roles[role].append(RoleImage(path, label, functools.partial(_read, listing.root / path)))
     restore = f"restore it ({benchmark.owner}), or leave such images out with --allow_incomplete"
     return pack_roles(
         roles,
@@ -72,16 +83,31 @@ def prepare(
     )
 
 
+def _read(file: Path) -> bytes:
+    check_regular(file)
+    return file.read_bytes()
+
+
 def _check_listing(listing: Listing) -> None:
-    """Raise UserError for an image listed twice and for a class in training and test."""
+    """Raise UserError for a path out of the data set, an image listed twice and a class in training and test.
+
+    Links in the data set may lead out of it: who owns the folder made them; annotation files may come from anyone.
+    """
     role_of: dict[str, str] = {}
     training = {image.label for image in listing.images if image.role == "train"}
     for role, path, label in listing.images:
-        if path in role_of:
+        # An empty part is a path that was absolute before its folder was put in front. NUL is not printable.
+        if {"", ".."} & set(path.split("/")) or not path.isprintable():
             raise UserError(
-                f"{listing.source} lists {path} twice (roles {role_of[path]} and {role}): restore it"
+                f"{listing.source} lists the path {path!r}: expected one below {listing.root}, not absolute, without '..' "
+                "and unprintable characters: restore it"
             )
-        role_of[path] = role
+        file = posixpath.normpath(path)  # another spelling is the same image
+        if file in role_of:
+            raise UserError(
+                f"{listing.source} lists {file} twice (roles {role_of[file]} and {role}): restore it"
+            )
+        role_of[file] = role
         if role != "train" and label in training:
             raise UserError(
                 f"{listing.source}: class {listing.classes[label]} of {path} is in train and in {role}, but no class "

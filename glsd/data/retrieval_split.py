@@ -14,7 +14,8 @@ from glsd.contracts import UserError
 from glsd.data.roles import RoleImage, RoleSummary, pack_roles
 from glsd.data.shards import CLASSES_FILE, ShardSet, open_shards, read_classes
 
-TABLES = (".jsonl", ".jsonl.gz", ".tsv", ".tsv.gz")
+JSON_LINES, TSV = (".jsonl", ".jsonl.gz"), (".tsv", ".tsv.gz")
+MAX_LINE = 2**20  # characters: a small .gz can hold a line that fills the memory
 
 
 def split_shards(
@@ -181,16 +182,18 @@ def _named(file: Path) -> list[str]:
 
 def _read_table(path: Path, field: str) -> dict[str, str]:
     """Return the value of ``field`` for each key."""
-    if not path.name.endswith(TABLES):
-        raise UserError(f"table {path}: expected a file of one of the kinds {', '.join(TABLES)}")
+    if not path.name.endswith(JSON_LINES + TSV):
+        raise UserError(f"table {path}: expected a file of one of the kinds {', '.join(JSON_LINES + TSV)}")
     values: dict[str, str] = {}
     number = 0
     columns: list[str] | None = None
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1 and ".tsv" in path.suffixes[-2:]:
-                    columns = line.rstrip("\r\n").split("\t")
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), 1):
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"longer than {MAX_LINE} characters: expected a row a line")
+                if number == 1 and path.name.endswith(TSV):
+                    columns = _tsv_header(line)
                     continue
                 row = json.loads(line) if columns is None else _tsv_row(line, columns)
                 if not isinstance(row, dict) or "key" not in row or field not in row:
@@ -199,11 +202,20 @@ def _read_table(path: Path, field: str) -> dict[str, str]:
                 if key in values:
                     raise ValueError(f"the key {key} comes again: expected each key once")
                 values[key] = _text(row[field])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: JSON nested deeply
         raise UserError(f"table {path}, line {number}: {error}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read table {path}: {error}") from error
+    if not values:
+        raise UserError(f"table {path} has no rows: expected one for each key of the shards")
     return values
+
+
+def _tsv_header(line: str) -> list[str]:
+    columns = line.rstrip("\r\n").split("\t")
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise ValueError(f"the column {twice[0]!r} comes twice: expected each column once")
+    return columns
 
 
 def _tsv_row(line: str, columns: list[str]) -> dict[str, str]:

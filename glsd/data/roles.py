@@ -1,5 +1,6 @@
 """Several roles of one data set (train and test, or train, query and gallery) as shards with one numbering of the classes."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def pack_roles(
     if classes and labels and max(labels) >= len(classes):
         raise UserError(f"label {max(labels)} has no name: {len(classes)} class names were given")
     earlier = dst / CLASSES_FILE
-    if earlier.is_file() and read_classes(earlier) != list(classes):
+    if os.path.isfile(earlier) and read_classes(earlier) != list(classes):
         raise UserError(f"{earlier} of an earlier packing numbers other classes: pack into another folder")
     summaries = {}
     with staging(dst, list(roles)) as work:

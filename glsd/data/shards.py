@@ -254,7 +254,7 @@ def read_classes(file: Path) -> list[str]:
     """Return the class names of a classes.json, in the order of their labels; UserError if it is no such list."""
     try:
         names = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested deeply
         raise UserError(f"cannot read {file} ({error}): expected a JSON list of class names") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f'{file} is no list of class names: expected JSON such as ["cat", "dog"]')

@@ -2,14 +2,13 @@
 
 import argparse
 import math
-import pickle
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from timm.models import eva, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor, nn
 
@@ -36,8 +35,7 @@ _TIMM_FORMS = {
 # Batch normalisation counts its batches; old torch files do not hold the count, and nothing is computed from it here.
 _COUNTER = "num_batches_tracked"
 
-# What damaged files raise, and files that would need code to be run.
-_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, SafetensorError)
+_MAX_DEPTH = 8  # of dictionaries around the network; one that holds itself has no end
 
 
 class LoadReport(NamedTuple):
@@ -80,13 +78,15 @@ def read_weights(path: str | Path) -> State:
     """Return the tensors of a weights file by their names in the network, wrappers and prefixes taken off.
 
     path: a .safetensors file, a torch file (read with weights_only=True), or one of our checkpoint folders
-    (its teacher.safetensors). Where a file holds teacher and student, the teacher is taken. Raises UserError
+    (its teacher.safetensors; the student's of metric learning). Where a file holds teacher and student, the teacher is taken. Raises UserError
     if there is no such file, it is damaged, needs code to be unpickled, or holds no network.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / "teacher.safetensors"
-    if not path.is_file():
+    if os.path.isdir(path):
+        # A metric-learning run's teacher is its own past; only those runs keep the parameters of their losses.
+        tuned = os.path.isfile(path / "losses.safetensors")
+        path = path / ("student.safetensors" if tuned else "teacher.safetensors")
+    if not os.path.isfile(path):
         raise UserError(
             f"weights {str(path)!r}: no such file (expected .safetensors, a torch file or a checkpoint)"
         )
@@ -97,10 +97,17 @@ def read_weights(path: str | Path) -> State:
             # Published DINO checkpoints keep their command line beside the weights; a Namespace runs no code.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
+    # Damaged files, and files that need code to be run, fail anywhere in the readers: AssertionError, IndexError, ...
+    except Exception as error:
+        reason = _one_line(str(error)) or type(error).__name__
         raise UserError(f"weights {str(path)!r} cannot be read as plain tensors: {reason}") from error
     return _strip_prefixes(_find_state(content, str(path)), str(path))
+
+
+def _one_line(message: str) -> str:
+    """Shorten an error message of torch or safetensors: the cause without torch's advice, colours and odd bytes."""
+    cause = re.sub(r"\x1b\[\d*m", "", message.rpartition("WeightsUnpickler error: ")[2])
+    return "".join(character for character in " ".join(cause.split()) if character.isprintable())[:200]
 
 
 def load_weights(net: Any, state: State, *, source: str, allow_partial: bool | None = None) -> LoadReport:
@@ -177,11 +184,10 @@ def load_reference_head(head: nn.Module, state: State, *, source: str = "head we
 
 def _find_state(content: Any, path: str) -> State:
     """Go down to the dictionary that holds tensors."""
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
+    for _ in range(_MAX_DEPTH):
+        if not isinstance(content, dict) or any(isinstance(value, Tensor) for value in content.values()):
             break
-        content = inner
+        content = next((content[key] for key in _CONTAINERS if isinstance(content.get(key), dict)), None)
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(
             f"weights {path!r} hold no network: expected tensors, or one of {', '.join(_CONTAINERS)}"
