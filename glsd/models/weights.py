@@ -77,9 +77,9 @@ def _first(names: tuple[str, ...]) -> str:
 def read_weights(path: str | Path) -> State:
     """Return the tensors of a weights file by their names in the network, wrappers and prefixes taken off.
 
-    path: a .safetensors file, a torch file (read with weights_only=True), or one of our checkpoint folders
-    (its teacher.safetensors; the student's of metric learning). Where a file holds teacher and student, the teacher is taken. Raises UserError
-    if there is no such file, it is damaged, needs code to be unpickled, or holds no network.
+    path: a .safetensors file, a torch file (read with weights_only=True), or one of our checkpoint folders (the teacher of
+    pretraining, the student of metric learning). Where a file holds teacher and student, the teacher is taken. Raises
+    UserError if there is no such file, it is damaged, needs code to be unpickled, or holds no network.
     """
     path = Path(path)
     if os.path.isdir(path):
