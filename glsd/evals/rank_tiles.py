@@ -110,9 +110,11 @@ class Sweep:
         queries = rows.start + live
         if not len(live):
             return
-        if len(live) < len(product):  # leave out those that are settled
+        if 2 * len(live) < len(product):  # leave out those that are settled
             product = product[live]
             marks = torch.empty_like(product)
+        else:
+            queries = torch.arange(rows.start, rows.stop, device=live.device)
         above, below = self.above[queries, None, None], self.below[queries, None, None]
         sure = _sum(torch.gt(product, above, out=marks))
         left_open = _sum(torch.gt(product, below, out=marks)) - sure
