@@ -233,7 +233,7 @@ def test_one_rank_that_fails_keeps_no_other_waiting(cfg, tmp_path):
         rank, left = int(os.environ["RANK"]), Path({str(tmp_path / "left")!r})
         case = sys.argv.pop(1)
 
-        def opening(patterns):
+        def opening(cfg):
             raise UserError("no shard matches on this machine")
 
         def protocol(*arguments):
@@ -242,7 +242,7 @@ def test_one_rank_that_fails_keeps_no_other_waiting(cfg, tmp_path):
             raise RuntimeError("a fault of ours")
 
         if case == "before" and rank == 1:
-            story.open_shards = opening
+            story.OPENERS["knn"] = opening
         if case == "after":
             story.PROTOCOLS["knn"] = protocol
 
