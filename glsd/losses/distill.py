@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from glsd.contracts import Match, UserError, pick
@@ -56,28 +56,34 @@ def global_loss(
     center: Float[Tensor, " k"],
     student_temp: float,
     teacher_temp: float,
+    fuse: bool = False,
 ) -> PrototypeCE:
     """Return the mean over pairs (q, v) and images of the cross-entropy of their image-level vectors.
 
     Source: DINO (arXiv 2104.14294, eq. 3), divided by the number of pairs as in its published code.
     """
     num_views, num_images, _ = student_cls.shape
-    pairs = view_pairs(len(teacher_cls), num_views)
-    image = torch.arange(num_images, device=student_cls.device)
-    teacher_view = torch.arange(len(teacher_cls), device=student_cls.device)
-    student_view = torch.arange(num_views, device=student_cls.device)
-    index = (teacher_view * num_images + image[:, None]).repeat(num_views, 1)  # (v*b, g)
-    other_view = teacher_view != student_view.repeat_interleave(num_images)[:, None]
+    num_teacher_views = len(teacher_cls)
+    pairs = view_pairs(num_teacher_views, num_views)
+    device = student_cls.device
+    # Row by row (image, view): entry (b, v, q) points to teacher view q of the same image.
+    image = torch.arange(num_images, device=device)[:, None, None]
+    teacher_view = torch.arange(num_teacher_views, device=device)
+    student_view = torch.arange(num_views, device=device)[:, None]
+    index = (image * num_teacher_views + teacher_view).expand(-1, num_views, -1)
+    other_view = (teacher_view != student_view).to(center.dtype).expand(num_images, -1, -1)
     return prototype_ce(
-        student_cls.flatten(0, 1),
-        teacher_cls.flatten(0, 1),
+        student_cls.transpose(0, 1).flatten(0, 1),
+        teacher_cls.transpose(0, 1).flatten(0, 1),
         student_prototypes,
         teacher_prototypes,
-        index=index,
-        weight=other_view.to(center.dtype) / (len(pairs) * num_images),
+        index=index.flatten(0, 1),
+        weight=other_view.flatten(0, 1) / (len(pairs) * num_images),
+        groups=num_images,
         center=center,
         student_temp=student_temp,
         teacher_temp=teacher_temp,
+        fuse=fuse,
     )
 
 
@@ -92,6 +98,7 @@ def local_loss(
     student_temp: float,
     teacher_temp: float,
     mean: Literal["all", "accepted"] = "all",
+    fuse: bool = False,
 ) -> LocalLoss:
     """Return the mean over pairs (q, v) of the weighted mean cross-entropy of matched patches.
 
@@ -101,46 +108,87 @@ def local_loss(
     all ranks so that their number changes nothing (a pair without any counts as 0).
     Source: GLSD (arXiv 2207.14676).
     """
-    _, num_images, num_teacher, _ = teacher_patches.shape
-    device = teacher_patches.device
-    counts = _accepted_per_match(matches) if mean == "accepted" else None
-    first_row = torch.arange(num_images, device=device)[:, None] * num_teacher  # within a view
-    index, weight, accepted = [], [], []
-    num_kinds = max(map(len, matches.values()))
-    patches_per_view = [group.shape[2] for group in student_patches for _ in group]
-    for v, num_patches in enumerate(patches_per_view):
-        columns, shares = [], []
-        for q in range(len(teacher_patches)):
-            for kind, match in enumerate(matches.get((q, v), ())):
-                count = num_images * num_patches if counts is None else counts[q, v][kind]
-                columns.append((q * num_images * num_teacher + first_row + match.index).flatten())
-                shares.append((match.weight / count / len(matches)).flatten().to(center.dtype))
-            if (q, v) in matches:
-                accepted.append((matches[q, v][0].weight > 0).flatten())
-        # A global view has one teacher view less than a local one: fill up with entries that weigh nothing.
-        for _ in range(len(teacher_patches) * num_kinds - len(columns)):
-            columns.append(torch.zeros(num_images * num_patches, dtype=torch.int64, device=device))
-            shares.append(torch.zeros(num_images * num_patches, dtype=center.dtype, device=device))
-        index.append(torch.stack(columns, dim=1))
-        weight.append(torch.stack(shares, dim=1))
+    index, weight, kept, accepted = _entries(
+        [group.shape[2] for group in student_patches for _ in group],
+        matches,
+        num_teacher=teacher_patches.shape[2],
+        counts=_accepted_per_match(matches, teacher_patches.device) if mean == "accepted" else None,
+        dtype=center.dtype,
+    )
+    # Image by image: an image's student patches meet its own teacher patches only.
+    student = torch.cat([patches.transpose(0, 1).flatten(1, 2) for patches in student_patches], dim=1)
+    teacher = teacher_patches.transpose(0, 1).flatten(1, 2)  # (b, g * n, e)
+    first_row = torch.arange(len(teacher), device=index.device)[:, None, None] * teacher.shape[1]
     result = prototype_ce(
-        torch.cat([patches.flatten(0, 2) for patches in student_patches]),
-        teacher_patches.flatten(0, 2),
+        student.flatten(0, 1),
+        teacher.flatten(0, 1),
         student_prototypes,
         teacher_prototypes,
-        index=torch.cat(index),
-        weight=torch.cat(weight),
+        index=(first_row + index).flatten(0, 1),
+        weight=weight.flatten(0, 1),
+        kept=kept.flatten(0, 1),
+        groups=len(teacher),
         center=center,
         student_temp=student_temp,
         teacher_temp=teacher_temp,
+        fuse=fuse,
     )
-    return LocalLoss(*result, torch.cat(accepted).to(center.dtype).mean())
+    return LocalLoss(*result, accepted.to(center.device, non_blocking=True))
 
 
-def _accepted_per_match(matches: Matches) -> dict[tuple[int, int], list[Float[Tensor, ""]]]:
+def _entries(
+    patches_per_view: Sequence[int],
+    matches: Matches,
+    *,
+    num_teacher: int,
+    counts: dict[tuple[int, int], list[Float[Tensor, ""]]] | None,
+    dtype: torch.dtype,
+) -> tuple[Int64[Tensor, "b r m"], Float[Tensor, "b r m"], Bool[Tensor, "b r m"], Float[Tensor, ""]]:
+    """Return, for the patches of all student views of an image, teacher rows (of the image), weights, whether they count at all,
+    and the share that the first matcher accepted.
+
+    Everything is where the matches are; the weights, with ``counts``, where those are.
+    """
+    num_views = 1 + max(q for q, _ in matches)
+    num_kinds = max(map(len, matches.values()))
+    # With both matchers the one by feature lies on the device, and all go there.
+    device = next(
+        (m.index.device for kinds in matches.values() for m in kinds if m.index.device.type != "cpu"), "cpu"
+    )
+    index, weight, kept, accepted = [], [], [], []
+    for v, num_patches in enumerate(patches_per_view):
+        columns, shares, gates = [], [], []
+        for q in range(num_views):
+            for kind, match in enumerate(matches.get((q, v), ())):
+                match_weight = match.weight.to(device, non_blocking=True)
+                columns.append(q * num_teacher + match.index.to(device, non_blocking=True))
+                gates.append(match_weight > 0)
+                if counts is None:
+                    count = match_weight.numel()
+                else:
+                    count = counts[q, v][kind]
+                    match_weight = match_weight.to(count.device, non_blocking=True)
+                shares.append((match_weight / count / len(matches)).to(dtype))
+            if (q, v) in matches:
+                accepted.append(gates[-len(matches[q, v])].flatten())
+        # A global view has one teacher view less than a local one: fill up with entries that weigh nothing.
+        for _ in range(num_views * num_kinds - len(columns)):
+            columns.append(torch.zeros_like(columns[0]))
+            shares.append(torch.zeros_like(shares[0]))
+            gates.append(torch.zeros_like(gates[0]))
+        index.append(torch.stack(columns, dim=2))
+        weight.append(torch.stack(shares, dim=2))
+        kept.append(torch.stack(gates, dim=2))
+    accepted_share = torch.cat(accepted).to(dtype).mean()
+    return torch.cat(index, 1), torch.cat(weight, 1), torch.cat(kept, 1), accepted_share
+
+
+def _accepted_per_match(
+    matches: Matches, device: torch.device
+) -> dict[tuple[int, int], list[Float[Tensor, ""]]]:
     """Return how many patches each match accepted, as the mean over ranks (the gradients are averaged over them too)."""
     own = torch.stack([(match.weight > 0).sum().float() for kinds in matches.values() for match in kinds])
-    counts = iter(dist.all_reduce_mean(own).unbind())
+    counts = iter(dist.all_reduce_mean(own.to(device)).unbind())
     return {
         pair: [torch.where(count > 0, count, 1.0) for count in (next(counts) for _ in kinds)]
         for pair, kinds in matches.items()
