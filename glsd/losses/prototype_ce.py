@@ -6,24 +6,23 @@ matches were all rejected and teacher rows that nobody matched are never multipl
 teacher's logits is the prototype layer of the mean vector.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from glsd.losses.logit_terms import student_terms, teacher_terms
 from glsd.losses.row_plan import RowPlan, plan_rows
 
 # Bytes of logits and what is made of them that are held at a time: a quarter for the teacher's distributions, the rest for the
-# student's rows. On the CPU small enough for its cache, on a GPU large enough to keep it busy. One group's teacher rows
-# (for patches 2 x 196 of one image) and MIN_ROWS student rows are held in any case.
+# student's rows. On a CPU little enough for its caches, on a GPU enough to keep it busy. One group's teacher rows (for
+# patches at most 2 x 196 of one image) and MIN_ROWS student rows are held in any case.
 MEMORY_BUDGET = {"cpu": 48 * 2**20, "cuda": 2**30}
 MIN_ROWS = 64
-STUDENT_COPIES = 4  # logits, softmax, target and one temporary
+TEACHER_COPIES, STUDENT_COPIES = 2, 3  # logits and softmax; logits, softmax and target
 
 
 class PrototypeCE(NamedTuple):
@@ -35,8 +34,10 @@ class PrototypeCE(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the chunks are worked off with: plain values."""
+    """Plain values for the pass over the chunks."""
 
+    student_temp: float
+    teacher_temp: float
     product_dtype: torch.dtype  # of the operands of matrix products; the results are float32 or better
     student_rows: int  # worked off at a time
     gradients: bool
@@ -71,14 +72,15 @@ def prototype_ce(
     index is a CPU tensor (on a GPU their number is unknown to the host).
     groups: number of equal, successive parts (images) of both sides such that no row points into another part.
     budget: bytes to work in, by default MEMORY_BUDGET of the device; fuse: torch.compile what is done to the logits.
+    Raises ValueError if the rows do not divide into the groups.
     Source: DINO (arXiv 2104.14294, eq. 1 and 4), for patches GLSD (arXiv 2207.14676).
     """
     device = student.device
     wide = torch.promote_types(student.dtype, torch.float32)
-    half = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if half and wide == torch.float32 else student.dtype
+    rounds = torch.is_autocast_enabled(device.type) and wide == torch.float32
     budget = MEMORY_BUDGET.get(device.type, MEMORY_BUDGET["cpu"]) if budget is None else budget
-    teacher, teacher_prototypes = teacher.detach(), teacher_prototypes.detach()
+    row_bytes = wide.itemsize * len(center)
+    teacher, teacher_prototypes = teacher.detach(), teacher_prototypes.detach().to(wide)
     with torch.autocast(device.type, enabled=False):
         plan = plan_rows(
             index,
@@ -86,72 +88,74 @@ def prototype_ce(
             kept=kept,
             num_teacher=len(teacher),
             groups=groups,
-            teacher_rows=budget // 4 // (2 * wide.itemsize * len(center)),
+            teacher_rows=budget // 4 // (TEACHER_COPIES * row_bytes),
             device=device,
         )
-        columns = teacher if plan.columns is None else teacher.index_select(0, plan.columns)
-        rows = student if plan.rows is None else student.index_select(0, plan.rows)
-        held = STUDENT_COPIES * wide.itemsize * len(center)
         settings = Settings(
-            product_dtype=dtype,
-            student_rows=max(MIN_ROWS, budget * 3 // 4 // held),
+            student_temp=student_temp,
+            teacher_temp=teacher_temp,
+            product_dtype=torch.get_autocast_dtype(device.type) if rounds else student.dtype,
+            student_rows=max(MIN_ROWS, budget * 3 // 4 // (STUDENT_COPIES * row_bytes)),
             gradients=torch.is_grad_enabled(),
             fuse=fuse,
         )
         loss, entropy = _ChunkedCE.apply(
-            rows.to(wide) / student_temp,
-            student_prototypes.to(wide),
-            columns.to(wide) / teacher_temp,
-            teacher_prototypes.to(wide),
-            center.to(wide) / teacher_temp,
-            plan,
-            settings,
+            *(student, student_prototypes.to(wide), teacher, teacher_prototypes, center.to(wide)),
+            *(plan, settings),
         )
         # Logits are linear in the vector, so the mean logits need one product, not s of them.
-        mean = teacher_prototypes.to(wide) @ teacher.to(wide).mean(dim=0)
+        mean = teacher_prototypes @ teacher.to(wide).mean(dim=0)
     return PrototypeCE(loss, mean, entropy)
 
 
 class _ChunkedCE(torch.autograd.Function):
-    """Loss and gradients of all rows in one pass over chunks; vectors and centre come divided by their temperatures."""
+    """Loss and gradients of all planned rows in one pass over the chunks."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        student: Float[Tensor, "p e"],
+        student: Float[Tensor, "r e"],
         prototypes: Float[Tensor, "k e"],
-        teacher: Float[Tensor, "q e"],
+        teacher: Float[Tensor, "s e"],
         teacher_prototypes: Float[Tensor, "k e"],
         center: Float[Tensor, " k"],
         plan: RowPlan,
         settings: Settings,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        dtype = settings.product_dtype
-        vectors, rounded = _operand(student, dtype), _operand(prototypes, dtype)
-        teacher, teacher_prototypes = _operand(teacher, dtype), _operand(teacher_prototypes, dtype)
-        student_terms = _fused_terms() if settings.fuse else _student_terms
-        for_student, for_prototypes = (needed and settings.gradients for needed in ctx.needs_input_grad[:2])
-        of_student = torch.empty_like(student) if for_student else None
-        of_prototypes = torch.zeros_like(prototypes) if for_prototypes else None
-        loss, entropy = student.new_zeros(()), student.new_zeros(())
+        wide, dtype = prototypes.dtype, settings.product_dtype
+        ctx.wanted = tuple(needed and settings.gradients for needed in ctx.needs_input_grad[:2])
+        of_student = torch.zeros_like(student) if ctx.wanted[0] else None
+        of_prototypes = torch.zeros_like(prototypes) if ctx.wanted[1] else None
+        rounded, teacher_rounded = _operand(prototypes, dtype), _operand(teacher_prototypes, dtype)
+        center = center / settings.teacher_temp
+        loss, entropy = prototypes.new_zeros(()), prototypes.new_zeros(())
+        scratch = _Scratch(plan, settings, prototypes)
         for rows, columns in plan.chunks:
-            targets, entropies = _targets(_product(teacher[columns], teacher_prototypes.T), center)
+            vectors = _take(teacher, plan.columns, columns).to(wide) / settings.teacher_temp
+            logits = _product(_operand(vectors, dtype), teacher_rounded.T, out=scratch.teacher_logits(columns))
+            targets, entropies = teacher_terms(logits, center, out=scratch.targets(columns))
             entropy += entropies.sum()
             for part in _parts(rows, settings.student_rows):
-                index = plan.index[part] - columns.start
+                vectors = _take(student, plan.rows, part).to(wide) / settings.student_temp
                 losses, of_logits = student_terms(
-                    _product(vectors[part], rounded.T), targets, index, plan.share[part]
+                    _product(_operand(vectors, dtype), rounded.T, out=scratch.student_logits(part)),
+                    targets,
+                    plan.index[part] - columns.start,
+                    plan.share[part],
+                    out=scratch.softmax(part),
+                    fuse=settings.fuse,
                 )
                 total = plan.total[part]
                 loss += total.dot(losses)
                 of_logits = _operand(of_logits, dtype)
+                total = total[:, None]
                 if of_student is not None:
-                    torch.mul(_product(of_logits, rounded), total[:, None], out=of_student[part])
+                    of_part = _product(of_logits, rounded).mul_(total / settings.student_temp)
+                    _put(of_student, plan.rows, part, of_part)
                 if of_prototypes is not None:
-                    _add_product(of_prototypes, of_logits.T, _operand(student[part] * total[:, None], dtype))
+                    _add_product(of_prototypes, of_logits.T, _operand(vectors * total, dtype))
         ctx.save_for_backward(*(of for of in (of_student, of_prototypes) if of is not None))
-        ctx.saved = for_student, for_prototypes
-        entropy = entropy / max(len(teacher), 1)
+        entropy = entropy / max(sum(columns.stop - columns.start for _, columns in plan.chunks), 1)
         ctx.mark_non_differentiable(entropy)
         return loss, entropy
 
@@ -159,8 +163,40 @@ class _ChunkedCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_loss: Float[Tensor, ""], _of_entropy: Any) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        of_student, of_prototypes = (of_loss * next(saved) if there else None for there in ctx.saved)
+        of_student, of_prototypes = (of_loss * next(saved) if wanted else None for wanted in ctx.wanted)
         return of_student, of_prototypes, None, None, None, None, None
+
+
+class _Scratch:
+    """Memory for the logits of one chunk, taken once: fresh pages for each would cost a CPU more than the arithmetic on them.
+
+    A GPU's allocator keeps its memory: None there, the ``out`` of an operation that makes its own result.
+    """
+
+    def __init__(self, plan: RowPlan, settings: Settings, prototypes: Float[Tensor, "k e"]):
+        def longest(slices: list[slice]) -> int:
+            return max((part.stop - part.start for part in slices), default=0)
+
+        sizes = [longest([chunk.columns for chunk in plan.chunks])] * TEACHER_COPIES
+        sizes += [min(longest([chunk.rows for chunk in plan.chunks]), settings.student_rows)] * 2
+        on_cpu = prototypes.device.type == "cpu"
+        memory = [prototypes.new_empty(size, len(prototypes)) if on_cpu else None for size in sizes]
+        self.teacher_logits, self.targets, self.student_logits, self.softmax = map(_lender, memory)
+
+
+def _lender(memory: Tensor | None) -> Callable[[slice], Tensor | None]:
+    return lambda rows: None if memory is None else memory[: rows.stop - rows.start]
+
+
+def _take(vectors: Float[Tensor, "r e"], ids: Int64[Tensor, " p"] | None, part: slice) -> Float[Tensor, "c e"]:
+    return vectors[part] if ids is None else vectors.index_select(0, ids[part])
+
+
+def _put(total: Float[Tensor, "r e"], ids: Int64[Tensor, " p"] | None, part: slice, rows: Tensor) -> None:
+    if ids is None:
+        total[part] = rows
+    else:
+        total.index_copy_(0, ids[part], rows.to(total.dtype))
 
 
 def _parts(rows: slice, size: int) -> list[slice]:
@@ -170,50 +206,17 @@ def _parts(rows: slice, size: int) -> list[slice]:
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
 
-def _targets(
-    logits: Float[Tensor, "q k"], center: Float[Tensor, " k"]
-) -> tuple[Float[Tensor, "q k"], Float[Tensor, " q"]]:
-    """Return the teacher's distributions and their entropies; the logits are overwritten."""
-    logits -= center
-    targets = logits.softmax(1)
-    return targets, _logsumexp(logits, targets) - torch.linalg.vecdot(targets, logits)
-
-
-def _student_terms(
-    logits: Float[Tensor, "p k"],
-    targets: Float[Tensor, "q k"],
-    index: Int64[Tensor, "p m"],
-    share: Float[Tensor, "p m"],
-) -> tuple[Float[Tensor, " p"], Float[Tensor, "p k"]]:
-    """Return the cross-entropy of every row with its target, and its gradient: softmax - target.
-
-    A target, the share-weighted sum of rows of ``targets``, sums to 1, so CE = logsumexp(s) - <target, s>.
-    """
-    softmax = logits.softmax(1)
-    target = F.embedding_bag(index, targets, per_sample_weights=share, mode="sum")
-    losses = _logsumexp(logits, softmax) - torch.linalg.vecdot(target, logits)
-    return losses, softmax.sub_(target)
-
-
-@functools.cache
-def _fused_terms() -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return torch.compile(_student_terms, dynamic=True)
-
-
-def _logsumexp(logits: Float[Tensor, "p k"], softmax: Float[Tensor, "p k"]) -> Float[Tensor, " p"]:
-    """Return it from the largest logit and its softmax, which is at least 1 / k: no second exponential."""
-    return logits.amax(1) - softmax.amax(1).log()
-
-
 def _operand(tensor: Float[Tensor, "a c"], dtype: torch.dtype) -> Float[Tensor, "a c"]:
     """Round to the dtype of the products; CPUs then multiply the rounded numbers in float32, as tensor cores do."""
     rounded = tensor.to(dtype)
     return rounded if tensor.device.type == "cuda" else rounded.to(tensor.dtype)
 
 
-def _product(a: Float[Tensor, "a c"], b: Float[Tensor, "c d"]) -> Float[Tensor, "a d"]:
+def _product(
+    a: Float[Tensor, "a c"], b: Float[Tensor, "c d"], *, out: Float[Tensor, "a d"] | None = None
+) -> Float[Tensor, "a d"]:
     """Return the product in float32 or better."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize < 4 else torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize < 4 else torch.mm(a, b, out=out)
 
 
 def _add_product(total: Float[Tensor, "a d"], a: Float[Tensor, "a c"], b: Float[Tensor, "c d"]) -> None:
