@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glsd.losses.logit_terms import student_terms, teacher_terms
+from glsd.losses.products import add_product, operand, operand_dtype, product
 from glsd.losses.row_plan import RowPlan, plan_rows
 
 # Bytes of logits and what is made of them that are held at a time: a quarter for the teacher's distributions, the rest for the
@@ -77,7 +78,7 @@ def prototype_ce(
     """
     device = student.device
     wide = torch.promote_types(student.dtype, torch.float32)
-    rounds = torch.is_autocast_enabled(device.type) and wide == torch.float32
+    product_dtype = operand_dtype(student)
     budget = MEMORY_BUDGET.get(device.type, MEMORY_BUDGET["cpu"]) if budget is None else budget
     row_bytes = wide.itemsize * len(center)
     teacher, teacher_prototypes = teacher.detach(), teacher_prototypes.detach().to(wide)
@@ -94,7 +95,7 @@ def prototype_ce(
         settings = Settings(
             student_temp=student_temp,
             teacher_temp=teacher_temp,
-            product_dtype=torch.get_autocast_dtype(device.type) if rounds else student.dtype,
+            product_dtype=product_dtype,
             student_rows=max(MIN_ROWS, budget * 3 // 4 // (STUDENT_COPIES * row_bytes)),
             gradients=torch.is_grad_enabled(),
             fuse=fuse,
@@ -126,19 +127,19 @@ class _ChunkedCE(torch.autograd.Function):
         ctx.wanted = tuple(needed and settings.gradients for needed in ctx.needs_input_grad[:2])
         of_student = torch.zeros_like(student) if ctx.wanted[0] else None
         of_prototypes = torch.zeros_like(prototypes) if ctx.wanted[1] else None
-        rounded, teacher_rounded = _operand(prototypes, dtype), _operand(teacher_prototypes, dtype)
+        rounded, teacher_rounded = operand(prototypes, dtype), operand(teacher_prototypes, dtype)
         center = center / settings.teacher_temp
         loss, entropy = prototypes.new_zeros(()), prototypes.new_zeros(())
         scratch = _Scratch(plan, settings, prototypes)
         for rows, columns in plan.chunks:
             vectors = _take(teacher, plan.columns, columns).to(wide) / settings.teacher_temp
-            logits = _product(_operand(vectors, dtype), teacher_rounded.T, out=scratch.teacher_logits(columns))
+            logits = product(operand(vectors, dtype), teacher_rounded.T, out=scratch.teacher_logits(columns))
             targets, entropies = teacher_terms(logits, center, out=scratch.targets(columns))
             entropy += entropies.sum()
             for part in _parts(rows, settings.student_rows):
                 vectors = _take(student, plan.rows, part).to(wide) / settings.student_temp
                 losses, of_logits = student_terms(
-                    _product(_operand(vectors, dtype), rounded.T, out=scratch.student_logits(part)),
+                    product(operand(vectors, dtype), rounded.T, out=scratch.student_logits(part)),
                     targets,
                     plan.index[part] - columns.start,
                     plan.share[part],
@@ -147,13 +148,13 @@ class _ChunkedCE(torch.autograd.Function):
                 )
                 total = plan.total[part]
                 loss += total.dot(losses)
-                of_logits = _operand(of_logits, dtype)
+                of_logits = operand(of_logits, dtype)
                 total = total[:, None]
                 if of_student is not None:
-                    of_part = _product(of_logits, rounded).mul_(total / settings.student_temp)
+                    of_part = product(of_logits, rounded).mul_(total / settings.student_temp)
                     _put(of_student, plan.rows, part, of_part)
                 if of_prototypes is not None:
-                    _add_product(of_prototypes, of_logits.T, _operand(vectors * total, dtype))
+                    add_product(of_prototypes, of_logits.T, operand(vectors * total, dtype))
         ctx.save_for_backward(*(of for of in (of_student, of_prototypes) if of is not None))
         entropy = entropy / max(sum(columns.stop - columns.start for _, columns in plan.chunks), 1)
         ctx.mark_non_differentiable(entropy)
@@ -204,23 +205,3 @@ def _parts(rows: slice, size: int) -> list[slice]:
     count = -(-(rows.stop - rows.start) // size)
     size = -(-(rows.stop - rows.start) // count)
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
-
-
-def _operand(tensor: Float[Tensor, "a c"], dtype: torch.dtype) -> Float[Tensor, "a c"]:
-    """Round to the dtype of the products; CPUs then multiply the rounded numbers in float32, as tensor cores do."""
-    rounded = tensor.to(dtype)
-    return rounded if tensor.device.type == "cuda" else rounded.to(tensor.dtype)
-
-
-def _product(
-    a: Float[Tensor, "a c"], b: Float[Tensor, "c d"], *, out: Float[Tensor, "a d"] | None = None
-) -> Float[Tensor, "a d"]:
-    """Return the product in float32 or better."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize < 4 else torch.mm(a, b, out=out)
-
-
-def _add_product(total: Float[Tensor, "a d"], a: Float[Tensor, "a c"], b: Float[Tensor, "c d"]) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += _product(a, b)

@@ -46,7 +46,7 @@ def plan_rows(
         raise ValueError(
             f"{len(index)} student and {num_teacher} teacher rows do not divide into {groups} groups"
         )
-    if index.device.type == "cpu":
+    if on_host(index):
         if kept is None:
             kept = weight != 0 if weight.device.type == "cpu" else torch.ones_like(index, dtype=torch.bool)
         rows, columns, compact, row_ends, column_ends = _needed(
@@ -69,6 +69,11 @@ def plan_rows(
         total=total,
         chunks=_chunks(row_ends.tolist(), column_ends.tolist(), teacher_rows),
     )
+
+
+def on_host(index: Int64[Tensor, "r m"]) -> bool:
+    """Tell whether the host may look at the index without waiting for a device."""
+    return index.device.type == "cpu"
 
 
 def _needed(

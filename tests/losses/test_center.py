@@ -17,6 +17,11 @@ def textbook_sinkhorn(logits, temp, iterations):
     return q
 
 
+def center_of(logits, **options):
+    """With one prototype along every axis a vector is its own logits."""
+    return sinkhorn_center(logits, torch.eye(logits.shape[1], dtype=logits.dtype), **options)
+
+
 def logits_of(r=12, k=5, seed=0):
     return torch.randn(r, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -35,15 +40,25 @@ def test_ema_center_keeps_float32_from_half_precision_means():
 @pytest.mark.parametrize("iterations", [1, 3, 10])
 def test_sinkhorn_is_the_textbook_one(iterations):
     logits = logits_of()
-    center = sinkhorn_center(logits, teacher_temp=0.3, iterations=iterations)
+    center = center_of(logits, teacher_temp=0.3, iterations=iterations)
     got = torch.softmax((logits - center) / 0.3, 1)
     torch.testing.assert_close(got, textbook_sinkhorn(logits, 0.3, iterations), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 12])
+def test_sinkhorn_a_few_rows_at_a_time(rows):
+    """Twelve rows that come in parts, the last one ragged, and real prototypes."""
+    vectors, prototypes = logits_of(12, 3), logits_of(5, 3, seed=1)
+    whole = sinkhorn_center(vectors, prototypes, teacher_temp=0.3, iterations=3)
+    parts = sinkhorn_center(vectors, prototypes, teacher_temp=0.3, iterations=3, budget=rows * 4 * 8 * 5)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(whole, center_of(vectors @ prototypes.T, teacher_temp=0.3, iterations=3))
 
 
 def test_sinkhorn_uses_all_prototypes_alike():
     logits = logits_of() + torch.tensor([5.0, 0, 0, 0, 0])  # everything prefers prototype 0
     probabilities = torch.softmax(
-        (logits - sinkhorn_center(logits, teacher_temp=0.5, iterations=200)) / 0.5, 1
+        (logits - center_of(logits, teacher_temp=0.5, iterations=200)) / 0.5, 1
     )
     torch.testing.assert_close(
         probabilities.sum(0), torch.full((5,), 12 / 5, dtype=torch.float64), rtol=1e-8, atol=0
@@ -52,26 +67,26 @@ def test_sinkhorn_uses_all_prototypes_alike():
 
 def test_sinkhorn_fixed_point_of_a_balanced_matrix_is_zero():
     """A matrix whose softmax is balanced already needs no centre: all entries of the centre are equal."""
-    center = sinkhorn_center(torch.eye(4).double(), teacher_temp=0.2, iterations=3)
+    center = center_of(torch.eye(4).double(), teacher_temp=0.2, iterations=3)
     torch.testing.assert_close(center, center[:1].expand(4))
 
 
 def test_sinkhorn_survives_small_temperatures_in_float32():
     """exp(1 / 0.005) overflows float32; the log domain does not."""
     logits = torch.nn.functional.normalize(logits_of(64, 32), dim=1)
-    narrow = sinkhorn_center(logits.float(), teacher_temp=0.005, iterations=3)
-    wide = sinkhorn_center(logits, teacher_temp=0.005, iterations=3)
+    narrow = center_of(logits.float(), teacher_temp=0.005, iterations=3)
+    wide = center_of(logits, teacher_temp=0.005, iterations=3)
     assert math.isfinite(narrow.abs().max())
     torch.testing.assert_close(narrow.double(), wide, rtol=0, atol=1e-5)
 
 
 def test_sinkhorn_permutes_with_prototypes_and_not_with_rows():
     logits = logits_of()
-    center = sinkhorn_center(logits, teacher_temp=0.3, iterations=3)
+    center = center_of(logits, teacher_temp=0.3, iterations=3)
     rows, columns = torch.randperm(12), torch.randperm(5)
-    torch.testing.assert_close(sinkhorn_center(logits[rows], teacher_temp=0.3, iterations=3), center)
+    torch.testing.assert_close(center_of(logits[rows], teacher_temp=0.3, iterations=3), center)
     torch.testing.assert_close(
-        sinkhorn_center(logits[:, columns], teacher_temp=0.3, iterations=3), center[columns]
+        center_of(logits[:, columns], teacher_temp=0.3, iterations=3), center[columns]
     )
 
 
@@ -80,7 +95,7 @@ def _rank(rank, folder, logits, results):
 
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     share = logits[:5] if rank == 0 else logits[5:]  # unequal numbers of rows
-    results[rank] = sinkhorn_center(share, teacher_temp=0.3, iterations=3)
+    results[rank] = center_of(share, teacher_temp=0.3, iterations=3)
     torch_dist.barrier()
     torch_dist.destroy_process_group()
 
@@ -91,6 +106,6 @@ def test_sinkhorn_over_two_ranks_is_that_of_all_rows(tmp_path):
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.spawn(_rank, (str(tmp_path), logits, results), nprocs=2)
-        expected = sinkhorn_center(logits, teacher_temp=0.3, iterations=3)
+        expected = center_of(logits, teacher_temp=0.3, iterations=3)
         for rank in range(2):
             torch.testing.assert_close(results[rank], expected)

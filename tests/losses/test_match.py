@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from glsd.geometry import patch_centers, squared_half_diagonals
+from glsd.losses import match as module
 from glsd.losses.match import geometric, similarity
 
 
@@ -54,6 +55,33 @@ def test_geometric_equals_the_loop(seed, factor):
     assert torch.equal(match.index, index)
     assert torch.equal(match.weight, weight)
     assert 0 < weight.mean() < 1  # the example has both kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_search_along_rows_and_columns_equals_the_search_among_all(dtype):
+    """On grids of crops, mirrored ones too; another order of the same centres is no grid and searched among all."""
+    student, student_half = view(crops(3, dtype=dtype), 32, 8)
+    teacher, teacher_half = view(crops(4, dtype=dtype), 56, 8)
+    assert module._grid_axes(student) is not None
+    mixed = torch.randperm(49, generator=torch.Generator().manual_seed(0))
+    assert module._grid_axes(teacher[:, mixed]) is None
+    halves = {"student_half": student_half, "teacher_half": teacher_half}
+    fast, slow = geometric(student, teacher, **halves), geometric(student, teacher[:, mixed], **halves)
+    assert torch.equal(fast.weight, slow.weight)
+
+    def distance(index, centers):
+        return (centers.gather(1, index[..., None].expand(-1, -1, 2)) - student).square().sum(-1)
+
+    assert torch.equal(distance(fast.index, teacher), distance(slow.index, teacher[:, mixed]))
+
+
+def test_nearly_a_grid_is_not_a_grid():
+    centers, half = view(crops(3), 32, 8)
+    moved = centers.clone()
+    moved[2, 5, 1] += 1e-9
+    assert module._grid_axes(moved) is None
+    assert module._grid_axes(centers[:, :15]) is None
+    assert geometric(moved, moved, student_half=half, teacher_half=half).index.shape == (6, 16)
 
 
 def test_without_the_hinge_every_patch_counts():

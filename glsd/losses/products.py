@@ -1,0 +1,33 @@
+"""Matrix products whose operands may be rounded and whose results never are."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def operand_dtype(tensor: Tensor) -> torch.dtype:
+    """Return what the operands of products with ``tensor`` are rounded to: autocast's dtype for float32 and below, else its own."""
+    kind = tensor.device.type
+    rounds = torch.is_autocast_enabled(kind) and tensor.dtype.itemsize <= 4
+    return torch.get_autocast_dtype(kind) if rounds else tensor.dtype
+
+
+def operand(tensor: Float[Tensor, "a c"], dtype: torch.dtype) -> Float[Tensor, "a c"]:
+    """Round; CPUs then multiply the rounded numbers in the wide dtype, as tensor cores do."""
+    rounded = tensor.to(dtype)
+    return rounded if tensor.device.type == "cuda" else rounded.to(tensor.dtype)
+
+
+def product(
+    a: Float[Tensor, "a c"], b: Float[Tensor, "c d"], *, out: Float[Tensor, "a d"] | None = None
+) -> Float[Tensor, "a d"]:
+    """Return the product of two operands in float32 or better."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize < 4 else torch.mm(a, b, out=out)
+
+
+def add_product(total: Float[Tensor, "a d"], a: Float[Tensor, "a c"], b: Float[Tensor, "c d"]) -> None:
+    """Add the product of two operands to ``total`` in place."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += product(a, b)
