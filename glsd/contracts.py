@@ -67,8 +67,8 @@ class CropBatch:
     """One pretraining batch of b images, g global and l local crops each; crop rows are view-major.
 
     A box is ``x0 y0 x1 y1`` in source pixels at the outer pixel edges (a whole image is ``0 0 w h``); x0 > x1 means the
-    crop was mirrored, so a flip is a swapped box. ``*_photometric`` stays on the CPU: the device code plans its work from it
-    without waiting for the device.
+    crop was mirrored, so a flip is a swapped box. Boxes and ``*_photometric`` stay on the CPU: the work on the device is
+    planned from them without waiting for it.
     """
 
     global_crops: UInt8[Tensor, "gb 3 h w"]
@@ -86,11 +86,11 @@ class CropBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "CropBatch":
-        """Return the batch with crops, boxes and indices on ``device``, copied asynchronously when pinned."""
+        """Return the batch with crops and indices on ``device``, copied asynchronously when pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, move) -> "CropBatch":
-        host_only = ("global_photometric", "local_photometric")
+        host_only = ("global_photometric", "local_photometric", "global_boxes", "local_boxes")
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(
             self,

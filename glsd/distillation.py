@@ -1,6 +1,7 @@
 """One forward of self-distillation: the student's views, their matches with the teacher's, the losses. What accelerate wraps."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -18,8 +19,13 @@ from glsd.models.multicrop import MultiCrop, Views
 NUM_GLOBAL = 2
 
 
-class Pixels(NamedTuple):
-    """Augmented, normalised crops of b images on the training device; rows are view-major."""
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    """Augmented, normalised crops of b images on the training device; rows are view-major.
+
+    The boxes stay on the CPU: the host then knows which patches match by place, and drops the others without waiting for
+    the device. (A dataclass, because DDP would move the tensors of a tuple to its device.)
+    """
 
     global_crops: Float32[Tensor, "gb 3 h w"]
     local_crops: Float32[Tensor, "lb 3 hl wl"]
@@ -50,7 +56,7 @@ class Distillation(nn.Module):
     """The student together with its losses, so that one DDP forward returns scalars and small statistics only.
 
     matching: 'geometric', 'similarity', 'both' or 'none'; global_weight None = 0.5 beside a local loss and 1 alone, as
-    published; the other arguments as in losses.distill. Source: GLSD (arXiv 2207.14676), DINO (arXiv 2104.14294).
+    published; fuse: torch.compile what the losses do to logits; the other arguments as in losses.distill. Source: GLSD (arXiv 2207.14676), DINO (arXiv 2104.14294).
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class Distillation(nn.Module):
         geometric_weight: float = 0.5,
         similarity_weight: float = 0.5,
         student_temp: float = 0.1,
+        fuse: bool = False,
     ):
         super().__init__()
         self.student = student
@@ -83,6 +90,7 @@ class Distillation(nn.Module):
         )
         self.local_mean: Literal["all", "accepted"] = local_mean
         self.student_temp = student_temp
+        self.fuse = fuse
 
     def forward(self, pixels: Pixels, teacher: TeacherOutput) -> Distilled:
         """Return the losses of one micro-batch."""
@@ -96,6 +104,7 @@ class Distillation(nn.Module):
             center=teacher.global_center,
             student_temp=self.student_temp,
             teacher_temp=teacher.temp,
+            fuse=self.fuse,
         )
         total = self.global_weight * image.loss
         head, teacher_patches = self.student.local_head, teacher.views.global_patches
@@ -113,6 +122,7 @@ class Distillation(nn.Module):
             student_temp=self.student_temp,
             teacher_temp=teacher.temp,
             mean=self.local_mean,
+            fuse=self.fuse,
         )
         return Distilled(total + self.local_weight * patch.loss, image, patch)
 
@@ -143,7 +153,7 @@ class Distillation(nn.Module):
         )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def run_teacher(
     teacher: MultiCrop,
     global_crops: Float32[Tensor, "gb 3 h w"],
@@ -162,11 +172,9 @@ def run_teacher(
     def center(name: str, head: ProjectionHead, vectors: Float[Tensor, "r e"]) -> Float[Tensor, " k"]:
         if sinkhorn_iterations is None:
             return centers[name]
-        with torch.autocast(
-            vectors.device.type, enabled=False
-        ):  # the loss computes its logits in float32 as well
-            logits = head.prototypes(vectors)
-        return sinkhorn_center(logits, teacher_temp=temp, iterations=sinkhorn_iterations)
+        return sinkhorn_center(
+            vectors, head.prototypes.weight(), teacher_temp=temp, iterations=sinkhorn_iterations
+        )
 
     local = teacher.local_head
     return TeacherOutput(

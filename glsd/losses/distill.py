@@ -27,7 +27,7 @@ MATCHINGS = {
 
 
 class LocalLoss(NamedTuple):
-    """The fields of PrototypeCE over patch rows, and how many patches found a partner."""
+    """What PrototypeCE says of patch rows, and how many patches found a partner."""
 
     loss: Float[Tensor, ""]
     teacher_mean: Float[Tensor, " k"]
@@ -133,7 +133,14 @@ def local_loss(
         teacher_temp=teacher_temp,
         fuse=fuse,
     )
-    return LocalLoss(*result, accepted.to(center.device, non_blocking=True))
+    # Ranks use different numbers of rows: their entropies count accordingly in the mean over ranks.
+    rows_in_use = torch.full_like(result.teacher_entropy, result.teacher_rows)
+    return LocalLoss(
+        loss=result.loss,
+        teacher_mean=result.teacher_mean,
+        teacher_entropy=result.teacher_entropy * rows_in_use / dist.all_reduce_mean(rows_in_use).clamp(min=1),
+        matched_share=accepted.to(center.device, non_blocking=True),
+    )
 
 
 def _entries(

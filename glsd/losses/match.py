@@ -51,7 +51,9 @@ def _nearest(student: Float[Tensor, "b n 2"], teacher: Float[Tensor, "b t 2"]) -
     return distance, index
 
 
-def _nearest_on_grids(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _nearest_on_grids(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Return squared distance and index of the nearest point of the teacher's grid; axes: (b columns), (b rows)."""
     (dx, column), (dy, row) = (
         (mine[:, :, None] - other[:, None, :]).square().min(dim=2)

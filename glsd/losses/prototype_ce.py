@@ -32,6 +32,7 @@ class PrototypeCE(NamedTuple):
     loss: Float[Tensor, ""]
     teacher_mean: Float[Tensor, " k"]  # of the raw teacher logits over all rows: the EMA centre follows it
     teacher_entropy: Float[Tensor, ""]  # mean entropy in nats of the teacher rows in use (uniform: ln k)
+    teacher_rows: int  # in use
 
 
 class Settings(NamedTuple):
@@ -100,13 +101,14 @@ def prototype_ce(
             gradients=torch.is_grad_enabled(),
             fuse=fuse,
         )
-        loss, entropy = _ChunkedCE.apply(
+        loss, entropies = _ChunkedCE.apply(
             *(student, student_prototypes.to(wide), teacher, teacher_prototypes, center.to(wide)),
             *(plan, settings),
         )
         # Logits are linear in the vector, so the mean logits need one product, not s of them.
         mean = teacher_prototypes @ teacher.to(wide).mean(dim=0)
-    return PrototypeCE(loss, mean, entropy)
+    rows_in_use = sum(columns.stop - columns.start for _, columns in plan.chunks)
+    return PrototypeCE(loss, mean, entropies / max(rows_in_use, 1), rows_in_use)
 
 
 class _ChunkedCE(torch.autograd.Function):
@@ -156,7 +158,6 @@ class _ChunkedCE(torch.autograd.Function):
                 if of_prototypes is not None:
                     add_product(of_prototypes, of_logits.T, operand(vectors * total, dtype))
         ctx.save_for_backward(*(of for of in (of_student, of_prototypes) if of is not None))
-        entropy = entropy / max(sum(columns.stop - columns.start for _, columns in plan.chunks), 1)
         ctx.mark_non_differentiable(entropy)
         return loss, entropy
 
@@ -189,7 +190,9 @@ def _lender(memory: Tensor | None) -> Callable[[slice], Tensor | None]:
     return lambda rows: None if memory is None else memory[: rows.stop - rows.start]
 
 
-def _take(vectors: Float[Tensor, "r e"], ids: Int64[Tensor, " p"] | None, part: slice) -> Float[Tensor, "c e"]:
+def _take(
+    vectors: Float[Tensor, "r e"], ids: Int64[Tensor, " p"] | None, part: slice
+) -> Float[Tensor, "c e"]:
     return vectors[part] if ids is None else vectors.index_select(0, ids[part])
 
 

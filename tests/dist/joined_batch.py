@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def augment_in_double(batch) -> Pixels:
-    return Pixels(*(tensor.double() for tensor in single(batch)))
+    return Pixels(**{name: tensor.double() for name, tensor in vars(single(batch)).items()})
 
 
 single = story.augment

@@ -57,9 +57,7 @@ def test_sinkhorn_a_few_rows_at_a_time(rows):
 
 def test_sinkhorn_uses_all_prototypes_alike():
     logits = logits_of() + torch.tensor([5.0, 0, 0, 0, 0])  # everything prefers prototype 0
-    probabilities = torch.softmax(
-        (logits - center_of(logits, teacher_temp=0.5, iterations=200)) / 0.5, 1
-    )
+    probabilities = torch.softmax((logits - center_of(logits, teacher_temp=0.5, iterations=200)) / 0.5, 1)
     torch.testing.assert_close(
         probabilities.sum(0), torch.full((5,), 12 / 5, dtype=torch.float64), rtol=1e-8, atol=0
     )
@@ -85,9 +83,7 @@ def test_sinkhorn_permutes_with_prototypes_and_not_with_rows():
     center = center_of(logits, teacher_temp=0.3, iterations=3)
     rows, columns = torch.randperm(12), torch.randperm(5)
     torch.testing.assert_close(center_of(logits[rows], teacher_temp=0.3, iterations=3), center)
-    torch.testing.assert_close(
-        center_of(logits[:, columns], teacher_temp=0.3, iterations=3), center[columns]
-    )
+    torch.testing.assert_close(center_of(logits[:, columns], teacher_temp=0.3, iterations=3), center[columns])
 
 
 def _rank(rank, folder, logits, results):
