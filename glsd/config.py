@@ -58,6 +58,8 @@ class ModelConfig:
         init: 'random', 'timm' (timm's pretrained weights) or a weights file (safetensors, or torch state dict).
         drop_path: Stochastic depth of the student's last block (linear from 0 at the first); the teacher has none.
         pool: What the global loss looks at: the class token or the mean of the patch tokens (always mean for Swin).
+        activation_checkpointing: Keep only the input of each of the student's blocks and compute it again: less memory, more time.
+        compile: Compile the blocks of ViT and Eva, on a GPU the losses too (the first steps take longer); unset = on GPUs that can.
         timm_args: Extra arguments of timm's create_model, e.g. {patch_size: 4, depth: 3}.
     """
 
@@ -65,6 +67,8 @@ class ModelConfig:
     init: str = "random"
     drop_path: float = 0.1
     pool: Literal["cls", "mean"] = "cls"
+    activation_checkpointing: bool = False
+    compile: bool | None = None
     timm_args: dict[str, TimmArg] = field(default_factory=dict)
 
 
@@ -146,6 +150,7 @@ class OptimConfig:
         clip_mode: Norm of each parameter on its own (as published) or of all together.
         freeze_prototypes_epochs: Epochs in which the heads' last layer does not move.
         precision: 'no' = float32, 'bf16' = bfloat16 autocast (softmax and statistics stay float32).
+        grad_compression: Gradients travel between ranks as they are ('no') or in bfloat16, half as many bytes.
         max_steps: Stop after this many steps (schedules stay those of all epochs), 0 = run all epochs.
     """
 
@@ -162,6 +167,7 @@ class OptimConfig:
     clip_mode: Literal["parameter", "global"] = "parameter"
     freeze_prototypes_epochs: int = 1
     precision: Literal["no", "bf16"] = "no"
+    grad_compression: Literal["no", "bf16"] = "no"
     max_steps: int = 0
 
 

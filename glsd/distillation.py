@@ -56,7 +56,8 @@ class Distillation(nn.Module):
     """The student together with its losses, so that one DDP forward returns scalars and small statistics only.
 
     matching: 'geometric', 'similarity', 'both' or 'none'; global_weight None = 0.5 beside a local loss and 1 alone, as
-    published; fuse: torch.compile what the losses do to logits; the other arguments as in losses.distill. Source: GLSD (arXiv 2207.14676), DINO (arXiv 2104.14294).
+    published; fuse: torch.compile what the losses do to logits; the other arguments as in losses.distill.
+    Source: GLSD (arXiv 2207.14676), DINO (arXiv 2104.14294).
     """
 
     def __init__(

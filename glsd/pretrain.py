@@ -37,7 +37,13 @@ def pretrain(cfg: PretrainConfig) -> Path:
     Raises UserError for what in the configuration, the data or the checkpoint cannot work, before the first step where
     that can be known; a run that already has checkpoints keeps them.
     """
-    accelerator = start(cfg.optim.precision, "launch/pretrain.py")
+    accelerator = start(
+        cfg.optim.precision,
+        "launch/pretrain.py",
+        # Not together with no_sync: torch 2.15 fails in the second backward pass of a step.
+        static_graph=cfg.optim.accumulate_steps == 1,
+        grad_compression=cfg.optim.grad_compression,
+    )
     shards = open_shards(cfg.data.shards)
     plan = make_plan(cfg, len(shards))
     state = build(cfg, accelerator)

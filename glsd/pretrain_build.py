@@ -11,6 +11,7 @@ from glsd.config import PretrainConfig
 from glsd.contracts import UserError
 from glsd.distillation import Distillation
 from glsd.models.backbone import build_backbone, check_crop_size
+from glsd.models.blocks import compile_blocks, compile_obstacle
 from glsd.models.heads import ProjectionHead
 from glsd.models.multicrop import MultiCrop
 from glsd.optim.param_groups import param_groups
@@ -39,11 +40,12 @@ class State:
 def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
     """Return student and teacher with equal weights; the teacher has no stochastic depth and needs no gradients."""
 
-    def network(drop_path: float) -> MultiCrop:
+    def network(*, drop_path: float = 0.0, checkpointing: bool = False) -> MultiCrop:
         backbone = build_backbone(
             cfg.model.backbone,
             image_size=cfg.data.global_size,
             drop_path=drop_path,
+            checkpointing=checkpointing,
             pool=cfg.model.pool,
             init=cfg.model.init,
             timm_args=dict(cfg.model.timm_args),
@@ -76,20 +78,34 @@ def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
             local_head = global_head if cfg.head.shared else head(cfg.seed + LOCAL_HEAD_SEED)
         return MultiCrop(backbone, global_head, local_head)
 
-    student, teacher = network(cfg.model.drop_path), network(0.0)
+    m = cfg.model
+    student, teacher = network(drop_path=m.drop_path, checkpointing=m.activation_checkpointing), network()
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     teacher.backbone.eval()  # no dropout in targets; its heads stay in training mode for the batch norm, as published
     return student, teacher
 
 
+def should_compile(wish: bool | None, device: torch.device) -> bool:
+    """Return model.compile, by default on for GPUs that can; UserError if it is asked for and cannot be."""
+    obstacle = compile_obstacle(device)
+    if wish and obstacle:
+        raise UserError(f"model.compile true: {obstacle}: install it, or set model.compile to false")
+    return wish if wish is not None else device.type == "cuda" and obstacle is None
+
+
 def build(cfg: PretrainConfig, accelerator: Accelerator) -> State:
     """Make the networks, the losses around the student, and the optimiser, on this rank's device."""
+    on_gpu = accelerator.device.type == "cuda"
     student, teacher = (network.to(accelerator.device) for network in build_networks(cfg))
-    if cfg.head.batch_norm and dist.world_size() > 1 and accelerator.device.type == "cuda":
+    if cfg.head.batch_norm and dist.world_size() > 1 and on_gpu:
         student, teacher = (
             nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in (student, teacher)
         )
+    compiling = should_compile(cfg.model.compile, accelerator.device)
+    if compiling:
+        for part in (student, teacher):
+            compile_blocks(part.backbone.net)
     c = cfg.loss
     losses = Distillation(
         student,
@@ -102,6 +118,7 @@ def build(cfg: PretrainConfig, accelerator: Accelerator) -> State:
         geometric_weight=c.geometric_weight,
         similarity_weight=c.similarity_weight,
         student_temp=c.student_temp,
+        fuse=compiling and on_gpu,
     )
     zero = torch.zeros(cfg.head.num_prototypes, device=accelerator.device)
     # Not prepared: without a gradient scaler accelerate's wrapper adds nothing. lr and decay are set at every step.

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from glsd.command_line import differences
 from glsd.config import PretrainConfig
@@ -122,10 +123,16 @@ def probe(
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Classify the val images by their nearest train images in the teacher's features; every rank embeds its share."""
+
+    def features(images: Tensor) -> Tensor:
+        # The blocks are compiled for the sizes of training: batches of other sizes would make further graphs.
+        with torch.compiler.set_stance("force_eager"):
+            return state.teacher.backbone(images)[0]
+
     train, val = (
         embed_set(
             shards,
-            lambda images: state.teacher.backbone(images)[0],
+            features,
             name=name,
             sizes=choose_sizes(cfg.data.global_size),
             batch_size=64,

@@ -27,7 +27,9 @@ def test_boxes_stay_on_the_host():
     pixels = Pixels(
         global_crops=crops.float(), local_crops=crops.float(), global_boxes=boxes, local_boxes=boxes
     )
-    (moved,) = _recursive_to(pixels, torch.device("meta"), use_side_stream_for_tensor_copies=False)
+    (moved,) = _recursive_to(  # type: ignore[call-overload]
+        pixels, torch.device("meta"), use_side_stream_for_tensor_copies=False
+    )
     assert moved is pixels
     ((moved_boxes,),) = _recursive_to((boxes,), torch.device("meta"), use_side_stream_for_tensor_copies=False)
     assert moved_boxes.is_meta  # what would happen to a tuple

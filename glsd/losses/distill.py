@@ -14,6 +14,7 @@ from torch import Tensor
 from glsd.contracts import Match, UserError, pick
 from glsd.losses.match import geometric, similarity
 from glsd.losses.prototype_ce import PrototypeCE, prototype_ce
+from glsd.losses.row_plan import send
 from glsd.runtime import dist
 
 # For every pair (q, v) the matches of all matchers in use, with the matcher's share already in the weight.
@@ -109,7 +110,7 @@ def local_loss(
     Source: GLSD (arXiv 2207.14676).
     """
     index, weight, kept, accepted = _entries(
-        [group.shape[2] for group in student_patches for _ in group],
+        sum(map(len, student_patches)),
         matches,
         num_teacher=teacher_patches.shape[2],
         counts=_accepted_per_match(matches, teacher_patches.device) if mean == "accepted" else None,
@@ -139,12 +140,12 @@ def local_loss(
         loss=result.loss,
         teacher_mean=result.teacher_mean,
         teacher_entropy=result.teacher_entropy * rows_in_use / dist.all_reduce_mean(rows_in_use).clamp(min=1),
-        matched_share=accepted.to(center.device, non_blocking=True),
+        matched_share=send(accepted, center.device),
     )
 
 
 def _entries(
-    patches_per_view: Sequence[int],
+    num_student_views: int,
     matches: Matches,
     *,
     num_teacher: int,
@@ -159,23 +160,21 @@ def _entries(
     num_views = 1 + max(q for q, _ in matches)
     num_kinds = max(map(len, matches.values()))
     # With both matchers the one by feature lies on the device, and all go there.
-    device = next(
-        (m.index.device for kinds in matches.values() for m in kinds if m.index.device.type != "cpu"), "cpu"
-    )
+    places = [match.index.device for kinds in matches.values() for match in kinds]
+    device = next((place for place in places if place.type != "cpu"), places[0])
     index, weight, kept, accepted = [], [], [], []
-    for v, num_patches in enumerate(patches_per_view):
+    for v in range(num_student_views):
         columns, shares, gates = [], [], []
         for q in range(num_views):
             for kind, match in enumerate(matches.get((q, v), ())):
-                match_weight = match.weight.to(device, non_blocking=True)
-                columns.append(q * num_teacher + match.index.to(device, non_blocking=True))
+                match_weight = send(match.weight, device)
+                columns.append(q * num_teacher + send(match.index, device))
                 gates.append(match_weight > 0)
                 if counts is None:
-                    count = match_weight.numel()
+                    share = match_weight / match_weight.numel()
                 else:
-                    count = counts[q, v][kind]
-                    match_weight = match_weight.to(count.device, non_blocking=True)
-                shares.append((match_weight / count / len(matches)).to(dtype))
+                    share = send(match_weight, counts[q, v][kind].device) / counts[q, v][kind]
+                shares.append((share / len(matches)).to(dtype))
             if (q, v) in matches:
                 accepted.append(gates[-len(matches[q, v])].flatten())
         # A global view has one teacher view less than a local one: fill up with entries that weigh nothing.
@@ -194,8 +193,10 @@ def _accepted_per_match(
     matches: Matches, device: torch.device
 ) -> dict[tuple[int, int], list[Float[Tensor, ""]]]:
     """Return how many patches each match accepted, as the mean over ranks (the gradients are averaged over them too)."""
-    own = torch.stack([(match.weight > 0).sum().float() for kinds in matches.values() for match in kinds])
-    counts = iter(dist.all_reduce_mean(own.to(device)).unbind())
+    own = [
+        send((match.weight > 0).sum().float(), device) for kinds in matches.values() for match in kinds
+    ]
+    counts = iter(dist.all_reduce_mean(torch.stack(own)).unbind())
     return {
         pair: [torch.where(count > 0, count, 1.0) for count in (next(counts) for _ in kinds)]
         for pair, kinds in matches.items()

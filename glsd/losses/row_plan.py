@@ -20,7 +20,7 @@ class RowPlan(NamedTuple):
 
     rows: Int64[Tensor, " p"] | None  # None = all, in order
     columns: Int64[Tensor, " q"] | None
-    index: Int64[Tensor, "p m"]  # into the q
+    index: Int64[Tensor, "p m"]  # type: ignore[assignment]  # into the q; shadows tuple.index on purpose
     share: Float[Tensor, "p m"]  # weights of a row, divided by their sum (all 0 if that is 0)
     total: Float[Tensor, " p"]  # that sum
     chunks: list[Chunk]
@@ -46,25 +46,26 @@ def plan_rows(
         raise ValueError(
             f"{len(index)} student and {num_teacher} teacher rows do not divide into {groups} groups"
         )
+    rows_on: Tensor | None = None
+    columns_on: Tensor | None = None
     if on_host(index):
         if kept is None:
             kept = weight != 0 if weight.device.type == "cpu" else torch.ones_like(index, dtype=torch.bool)
         rows, columns, compact, row_ends, column_ends = _needed(
             index.numpy(), kept.numpy(), num_teacher, groups
         )
-        weight = _send(weight, device)[rows_on := _send(rows, device)]
-        plan_index = _send(compact, device)
+        rows_on, columns_on = send(rows, device), send(columns, device)
+        weight = send(weight, device)[rows_on]
+        index = send(compact, device)
     else:
-        rows_on = columns = None
         row_ends = np.arange(1, groups + 1) * (len(index) // groups)
         column_ends = np.arange(1, groups + 1) * (num_teacher // groups)
-        plan_index = index
     total = weight.sum(1)
     share = weight / torch.where(total == 0, 1.0, total)[:, None]
     return RowPlan(
         rows=rows_on,
-        columns=None if columns is None else _send(columns, device),
-        index=plan_index,
+        columns=columns_on,
+        index=index,
         share=share,
         total=total,
         chunks=_chunks(row_ends.tolist(), column_ends.tolist(), teacher_rows),
@@ -107,7 +108,7 @@ def _chunks(row_ends: list[int], column_ends: list[int], teacher_rows: int) -> l
     return chunks
 
 
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting for it, which takes pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from glsd.contracts import UserError, nearest, pick
+from glsd.models.drop_path import skip_dropped_rows
 from glsd.models.tokens import POOLS, TOKENS
 from glsd.models.weights import LoadReport, load_weights, read_weights
 
@@ -81,6 +82,7 @@ def build_backbone(
     *,
     image_size: int,
     drop_path: float = 0.0,
+    checkpointing: bool = False,
     pool: str = "cls",
     init: str = "random",
     timm_args: dict[str, Any] | None = None,
@@ -91,7 +93,9 @@ def build_backbone(
     """Return a backbone whose native resolution is ``image_size`` pixels (it takes other sizes as well).
 
     name: a timm VisionTransformer, Eva, Swin, ResNet or EfficientNet; drop_path: stochastic depth of the last block, rising
-    linearly from 0 (it draws from torch's default generator of the device); pool: "cls", "mean" or "mean+max"
+    linearly from 0 (ViT and Eva skip the work of dropped rows and draw them from torch's default generator of the CPU; Swin
+    and CNNs have timm's DropPath, which draws from the device's and drops after the work); checkpointing: keep only the
+    input of each block and compute the block again in the backward pass; pool: "cls", "mean" or "mean+max"
     ("cls" is the mean for Swin and CNNs, which have no class token); init: "random" (a function of
     ``seed`` alone, the global random state stays as it was), "timm" (its pretrained weights, which have to
     expect ImageNet's mean and deviation) or a weights file, of which all has to fit unless ``allow_partial``
@@ -112,6 +116,10 @@ def build_backbone(
     has_token = getattr(net, "cls_token", None) is not None
     if isinstance(net, VisionTransformer | Eva) and pool == "cls" and not has_token:
         raise UserError(f"model.backbone {name!r} has no class token: set model.pool to 'mean'")
+    skip_dropped_rows(net)
+    if checkpointing:
+        timm_net: Any = net
+        timm_net.set_grad_checkpointing(True)
     backbone = Backbone(net, pool="mean" if pool == "cls" and not has_token else pool)
     check_crop_size(image_size, backbone.stride, size_key)
     if init != "random":

@@ -13,6 +13,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from glsd.models.blocks import run_blocks
 from glsd.models.pos_embed import resample_pos_embed
 
 
@@ -69,16 +70,15 @@ def _split(net: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _vit_tokens(net: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     tokens = _with_prefix_and_positions(net, net.patch_embed(images))
-    return _split(net, net.blocks(net.norm_pre(tokens)))
+    return _split(net, run_blocks(net, net.norm_pre(tokens)))
 
 
 def _eva_tokens(net: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     patches = net.patch_embed(images)
     rotation = None if net.rope is None else net.rope.get_embed(shape=patches.shape[1:3])
     tokens = net.norm_pre(_with_prefix_and_positions(net, patches))
-    for i, block in enumerate(net.blocks):
-        tokens = block(tokens, rope=rotation[i] if net.rope_mixed and rotation is not None else rotation)
-    return _split(net, tokens)
+    ropes = rotation if net.rope_mixed and rotation is not None else [rotation] * len(net.blocks)
+    return _split(net, run_blocks(net, tokens, [{"rope": rope} for rope in ropes]))
 
 
 def _swin_tokens(net: Any, images: Tensor) -> tuple[Tensor, Tensor]:

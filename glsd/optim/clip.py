@@ -23,8 +23,7 @@ def clip_per_parameter(parameters: Iterable[Parameter], max_norm: int | float) -
     norms = _norms(grads)
     if grads and max_norm > 0:
         scales = (max_norm / (norms + EPSILON)).clamp(max=1.0)
-        for grad, scale in zip(grads, scales.unbind(), strict=True):
-            grad.mul_(scale)
+        torch._foreach_mul_(grads, list(scales.unbind()))
     return norms
 
 

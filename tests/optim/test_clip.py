@@ -72,3 +72,13 @@ def test_norms_of_half_precision_gradients_are_float32():
     norms = clip_per_parameter([parameter], 1.0)
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms[0], torch.tensor(100_000.0).sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_call_for_all_parameters_is_bitwise_one_call_each(dtype):
+    parameters, twin = make_parameters(dtype), make_parameters(dtype)
+    norms = clip_per_parameter(parameters, 3.0)
+    scales = (3.0 / (norms + 1e-6)).clamp(max=1.0)
+    for grad, scale in zip((p.grad for p in twin if p.grad is not None), scales, strict=True):
+        grad.mul_(scale)
+    assert all(torch.equal(*pair) for pair in zip(grads_of(parameters), grads_of(twin), strict=True))
