@@ -1,17 +1,30 @@
 """Measure this machine: time and memory of one part of the library beside another implementation of it.
 
+python launch/benchmark.py loss --json
+python launch/benchmark.py loss --sweep prototypes batch local_crops --plot growth.png
+python launch/benchmark.py step --backbone vit_small_patch16_224
+python launch/benchmark.py data --workers 0 1 2
 python launch/benchmark.py eval --images 60502 --dim 512
 python launch/benchmark.py dml --backbone vit_small_patch16_224
 """
 
 import argparse
 
+import benchmark_data
 import benchmark_dml
 import benchmark_eval
+import benchmark_loss
+import benchmark_step
 from _door import run
 
 # Subcommand -> module with add_arguments(parser) and benchmark(args).
-BENCHMARKS = {"eval": benchmark_eval, "dml": benchmark_dml}
+BENCHMARKS = {
+    "loss": benchmark_loss,
+    "step": benchmark_step,
+    "data": benchmark_data,
+    "eval": benchmark_eval,
+    "dml": benchmark_dml,
+}
 
 
 def main(argv: list[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from benchmark_tools import add_json, finish, paired_ratio, synchronise
 
 from glsd.command_line import load
 from glsd.contracts import LabelledCrops
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embed_dim", type=int, default=512, help="width of the embedding (%(default)s)")
     parser.add_argument("--precision", default="no", choices=["no", "bf16"], help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each kind (%(default)s)")
+    add_json(parser)
 
 
 def benchmark(args: argparse.Namespace) -> None:
@@ -84,11 +86,6 @@ def timed(name: str, kinds: dict, batch: LabelledCrops, meters: Meters, accelera
     return time.perf_counter() - start
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def report(args: argparse.Namespace, seconds: dict[str, list[float]], device: torch.device) -> None:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     print(
@@ -96,10 +93,12 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], device: to
         f"{torch.get_num_threads()} threads, {args.rounds} steps of each, in turns"
     )
     # Each turn compares its own steps, so that slow minutes cancel.
+    ratios, beyond = {}, {}
     for name, values in seconds.items():
-        ratios = [value / none for value, none in zip(values, seconds["none"], strict=True)]
-        print(f"{name:<16} {1000 * median[name]:9.1f} ms   {statistics.median(ratios):6.3f} x none")
+        ratios[name] = paired_ratio(values, seconds["none"])
+        print(f"{name:<16} {1000 * median[name]:9.1f} ms   {ratios[name]:6.3f} x none")
     for name in ("psd", "obdsd"):
         parts = zip(seconds[name], seconds["none"], seconds["teacher forward"], strict=True)
-        beyond = statistics.median((reg - none - teacher) / none for reg, none, teacher in parts)
-        print(f"{name} beyond the teacher's forward pass: {beyond:+.3f} of a step")
+        beyond[name] = statistics.median((reg - none - teacher) / none for reg, none, teacher in parts)
+        print(f"{name} beyond the teacher's forward pass: {beyond[name]:+.3f} of a step")
+    finish(args, "dml", device, seconds=median, ratio_to_none=ratios, beyond_teacher_forward=beyond)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark_tools import MIB, add_json, finish
 from torch import Tensor
 
 from glsd.contracts import UserError
@@ -22,7 +23,6 @@ from glsd.contracts import UserError
 LIBRARIES = ("ours", "pml", "ours, deep")  # the last: with Recall@1000 as well, which pml does not offer
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
 RECALL_AT = {"ours": (1,), "ours, deep": (1, 10, 100, 1000)}
-MIB = 2**20
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 
@@ -39,12 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise", type=float, default=2.2, help="of the classes' images around their centres (%(default)s)"
     )
+    add_json(parser)
 
 
 def benchmark(args: argparse.Namespace) -> None:
     if not args.images >= 2 * args.classes > 0:
         raise UserError(f"--images is {args.images}: expected two or more for each of {args.classes} classes")
     print(f"{args.images} x {args.dim}, {args.classes} classes, {torch.get_num_threads()} threads")
+    results: dict[str, list[dict[str, dict]]] = {}
     for name in ("random", "trained-like"):
         generator = torch.Generator().manual_seed(args.seed)
         labels = class_labels(args.images, args.classes, generator)
@@ -57,6 +59,8 @@ def benchmark(args: argparse.Namespace) -> None:
             del vectors
             rounds = [{who: measured(who, folder) for who in LIBRARIES} for _ in range(args.rounds)]
         report(name, rounds)
+        results[name] = rounds
+    finish(args, "eval", torch.device("cpu"), results=results)
 
 
 def class_labels(images: int, classes: int, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ PARTS = ("data", "models", "losses", "optim", "evals", "runtime", "show")
 COMMON = {"contracts", "geometry", "runtime.dist"}
 STORIES = {"pretrain", "pretrain_plan", "pretrain_build", "distillation", "watch", "guard"}
 STORIES |= {"finetune", "finetune_plan", "finetune_build", "finetune_losses", "finetune_watch"}
-STORIES |= {"evaluate", "eval_model", "eval_sets", "eval_retrieval", "run_folder"}
+STORIES |= {"forecast", "evaluate", "eval_model", "eval_sets", "eval_retrieval", "run_folder"}
 CONFIG = {"config", "finetune_config", "command_line"}
 
 

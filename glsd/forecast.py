@@ -1,0 +1,185 @@
+"""Before a run: will it fit, how long will it take? A few real steps answer; nothing is written into the run folder."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from glsd.config import PretrainConfig
+from glsd.contracts import UserError
+from glsd.data.shards import open_shards
+from glsd.pretrain import make_batches, restore, train_step
+from glsd.pretrain_build import State, build
+from glsd.pretrain_plan import Plan, make_plan, rates_at
+from glsd.runtime import dist
+from glsd.runtime.launch import start
+from glsd.runtime.memory import grown_since, mark_memory, total_memory
+from glsd.runtime.meters import Meters
+from glsd.runtime.run import Run
+from glsd.watch import describe, open_probe
+
+MIB, GIB = 2**20, 2**30
+# Seconds after which no further step is taken, and how many are at most. Warming up takes at least one step and ends when
+# the batches that the loader had ready are used up: they came at no cost.
+WARMUP_SECONDS, MEASURE_SECONDS, MAX_STEPS = 30.0, 30.0, 20
+GPU_WARMUP_STEPS = 3  # compiling, choosing kernels
+OUT_OF_MEMORY = "can't allocate memory"  # what torch says of the CPU's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a run will need; bytes on this rank's device."""
+
+    parameters: dict[str, int]  # student: 'backbone', 'heads'
+    memory: dict[str, int]  # 'weights', 'teacher', 'gradients', 'optimiser state', 'activations and loss'
+    device_memory: int
+    images_per_s: float  # of all ranks
+    data_wait: float  # share of the time, 0..1
+    step_s: float
+    steps_left: int
+
+    @property
+    def hours(self) -> float:
+        """Hours to the end of the run, without checkpoints and probes."""
+        return self.steps_left * self.step_s / 3600
+
+
+def forecast(cfg: PretrainConfig) -> Forecast:
+    """Build the run that is configured, take a few of its steps and print what it will need.
+
+    With resume 'auto' and a checkpoint in the run folder it looks from there to the end. The run folder is only read.
+    Raises the UserErrors of training, and one if the steps do not fit into the memory.
+    """
+    accelerator = start(
+        cfg.optim.precision,
+        "launch/pretrain.py",
+        static_graph=cfg.optim.accumulate_steps == 1,
+        grad_compression=cfg.optim.grad_compression,
+    )
+    shards = open_shards(cfg.data.shards)
+    plan = make_plan(cfg, len(shards))
+    state = build(cfg, accelerator)
+    if cfg.resume == "auto":
+        restore(cfg, state, Run(Path(cfg.out)), shards)
+    open_probe(cfg)
+    steps_left = max(0, plan.last_step - state.step)
+    batches = make_batches(cfg, plan, shards, state.step * cfg.optim.batch_size)
+    restored = size(optimizer_tensors(state))
+    mark = mark_memory(accelerator.device)
+    with tempfile.TemporaryDirectory() as folder:
+        meters = Meters(
+            Path(folder), total_steps=plan.last_step, start_step=state.step, device=accelerator.device
+        )
+        with contextlib.closing(meters):
+            meters.say("dry run: a few steps, nothing is kept\n" + describe(cfg, plan, state))
+            timing = measure(cfg, plan, state, batches, meters, accelerator)
+    found = Forecast(
+        parameters={
+            "backbone": count(state.student.backbone.parameters()),
+            "heads": count(state.student.parameters()) - count(state.student.backbone.parameters()),
+        },
+        memory=memory_of(state, restored + grown_since(mark, accelerator.device)),
+        device_memory=total_memory(accelerator.device),
+        images_per_s=timing["images_per_s"],
+        data_wait=timing["data_wait"],
+        step_s=timing["step_s"],
+        steps_left=steps_left,
+    )
+    if dist.is_main():
+        print(report(found, accelerator.device), flush=True)
+    return found
+
+
+def measure(
+    cfg: PretrainConfig, plan: Plan, state: State, batches, meters: Meters, accelerator: Accelerator
+) -> dict[str, float]:
+    """Return the timing of the meters over some steps after the warm-up; every rank takes as many."""
+    ready = 2 * cfg.data.num_workers // cfg.optim.accumulate_steps  # what the DataLoader fetches ahead
+    least = GPU_WARMUP_STEPS if accelerator.device.type == "cuda" else 1
+    try:
+        for seconds, fewest, most in (
+            (WARMUP_SECONDS, least, least + ready),
+            (MEASURE_SECONDS, 2, MAX_STEPS),
+        ):
+            begin, done = time.perf_counter(), 0
+            while done < fewest or (done < most and go_on(begin, seconds)):
+                rates = rates_at(cfg, plan, min(state.step, plan.last_step - 1))
+                # As in all but the first epochs: frozen prototypes have no moments yet.
+                rates = replace(rates, freeze_prototypes=False)
+                train_step(cfg, rates, state, batches, meters, accelerator)
+                state.step += 1
+                done += 1
+                meters.advance(state.step, images=plan.micro_batch * cfg.optim.accumulate_steps)
+            row = meters.flush(state.step)
+    except RuntimeError as problem:
+        if not isinstance(problem, torch.OutOfMemoryError) and OUT_OF_MEMORY not in str(problem):
+            raise
+        raise UserError(
+            f"optim.batch_size {cfg.optim.batch_size} does not fit into {total_memory(accelerator.device) / GIB:.0f} GiB of "
+            f"{accelerator.device.type} memory ({plan.micro_batch} images at a time): lower it, raise optim.accumulate_steps or "
+            "lower head.num_prototypes"
+        ) from problem
+    return row["timing"]
+
+
+def go_on(begin: float, seconds: float) -> bool:
+    """Tell whether there is time for another step: the main rank's clock decides for all."""
+    return dist.broadcast_object(time.perf_counter() - begin < seconds)
+
+
+def memory_of(state: State, beyond: int) -> dict[str, int]:
+    """Say what the memory is for: of the peak beyond both networks the rest is activations and loss."""
+    trained = [parameter for parameter in state.student.parameters() if parameter.requires_grad]
+    known = {
+        "weights": size(tensors_of(state.student)),
+        "teacher": size(tensors_of(state.teacher)),
+        "gradients": size(trained),
+        "optimiser state": size(optimizer_tensors(state)),
+    }
+    return {
+        **known,
+        "activations and loss": max(0, beyond - known["gradients"] - known["optimiser state"]),
+    }
+
+
+def optimizer_tensors(state: State) -> list[Tensor]:
+    held = [value for values in state.optimizer.state.values() for value in values.values()]
+    return [value for value in held if isinstance(value, Tensor)]
+
+
+def tensors_of(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def report(found: Forecast, device: torch.device) -> str:
+    """Return the forecast as a user reads it."""
+    needed = sum(found.memory.values())
+    heads, backbone = found.parameters["heads"], found.parameters["backbone"]
+    lines = [
+        f"parameters: {(backbone + heads) / 1e6:.2f} M ({backbone / 1e6:.2f} M backbone, {heads / 1e6:.2f} M heads), "
+        "twice with the teacher",
+        f"memory: {needed / MIB:.0f} MiB of {found.device_memory / MIB:.0f} MiB ({device.type}) on each rank, besides libraries"
+        + (" and loader processes" if device.type == "cpu" else ""),
+        *(f"  {name:<22}{amount / MIB:9.1f} MiB" for name, amount in found.memory.items()),
+        f"speed: {found.images_per_s:.1f} images/s, {found.step_s:.3f} s a step, {found.data_wait:.0%} of it waiting for data",
+        f"to the end: {found.steps_left} steps, {found.hours:.2f} hours, without checkpoints and probes",
+    ]
+    if needed > 0.9 * found.device_memory:
+        lines.append(
+            "warning: less than a tenth of the memory is left: lower optim.batch_size or raise optim.accumulate_steps"
+        )
+    return "\n".join(lines)

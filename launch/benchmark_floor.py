@@ -1,0 +1,87 @@
+"""The floor under the local loss: its matrix products alone, with rows and buffers prepared, in the fastest layout."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glsd.losses.distill import Matches
+
+
+def needed_rows(matches: Matches, student: Sequence[Tensor], teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the numbers of the teacher rows that some patch matched, and of the student rows that have a match."""
+    matched = torch.zeros(teacher.shape[:3], dtype=torch.bool)
+    matching = [torch.zeros(group.shape[:3], dtype=torch.bool) for group in student]
+    views = [view for group in matching for view in group]
+    images = torch.arange(teacher.shape[1])[:, None]
+    for (q, v), kinds in matches.items():
+        for found in kinds:
+            accepted = found.weight.cpu() > 0
+            matched[q][images.expand_as(accepted)[accepted], found.index.cpu()[accepted]] = True
+            views[v] |= accepted
+    rows = torch.cat([group.flatten() for group in matching])
+    return matched.flatten().nonzero()[:, 0], rows.nonzero()[:, 0]
+
+
+def product_flops(sizes: dict[str, Any], teacher_rows: int, student_rows: int) -> float:
+    """Return the FLOPs of teacher logits, student logits and both gradient products, by formula."""
+    return 2.0 * sizes["prototypes"] * sizes["bottleneck"] * (teacher_rows + 3 * student_rows)
+
+
+def layouts(
+    student: Sequence[Tensor],
+    teacher: Tensor,
+    student_prototypes: Tensor,
+    teacher_prototypes: Tensor,
+    *,
+    matches: Matches,
+    dtype: torch.dtype,
+) -> dict[str, Callable[[], object]]:
+    """Return the matrix products alone, in two layouts; rows and buffers are prepared beforehand.
+
+    Of a row that nothing was matched with, neither logits nor gradients are needed.
+    """
+    device, num_images = teacher.device, teacher.shape[1]
+    teacher_rows, student_rows = (rows.to(device) for rows in needed_rows(matches, student, teacher))
+    targets = teacher.flatten(0, 2)[teacher_rows].to(dtype)
+    vectors = torch.cat([group.detach().flatten(0, 2) for group in student])[student_rows].to(dtype)
+    prototypes = student_prototypes.detach().to(dtype), teacher_prototypes.to(dtype)
+    # One buffer serves all logits.
+    buffer = torch.empty(max(len(targets), len(vectors)) * len(prototypes[0]), device=device, dtype=dtype)
+    gradients = torch.empty_like(vectors), torch.empty_like(prototypes[0])
+    block_rows = {
+        "whole batch": (len(targets), len(vectors)),
+        "image by image": (-(-len(targets) // num_images), -(-len(vectors) // num_images)),
+    }
+    return {
+        name: functools.partial(
+            products, targets.split(rows[0]), vectors.split(rows[1]), *prototypes, buffer, *gradients
+        )
+        for name, rows in block_rows.items()
+    }
+
+
+def products(
+    teacher_blocks: tuple[Tensor, ...],
+    student_blocks: tuple[Tensor, ...],
+    student_prototypes: Tensor,
+    teacher_prototypes: Tensor,
+    buffer: Tensor,
+    vector_gradient: Tensor,
+    prototype_gradient: Tensor,
+) -> None:
+    """Compute teacher logits, student logits, and both products with a gradient of the logits (their own values)."""
+    k, done = len(student_prototypes), 0
+    for teacher, student in itertools.zip_longest(teacher_blocks, student_blocks):
+        if teacher is not None:
+            torch.mm(teacher, teacher_prototypes.T, out=buffer[: len(teacher) * k].view(-1, k))
+        if student is None:
+            continue
+        logits = buffer[: len(student) * k].view(-1, k)
+        torch.mm(student, student_prototypes.T, out=logits)
+        torch.mm(logits, student_prototypes, out=vector_gradient[done : done + len(student)])
+        prototype_gradient.addmm_(logits.T, student, beta=1 if done else 0)
+        done += len(student)

@@ -1,0 +1,88 @@
+"""The textbook losses that ours are measured against: all logits, then one softmax and one log-softmax a pair of views.
+
+As DINO, EsViT and GLSD publish them. They leave out the entropy of the teacher, which only our meters want.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glsd.losses.distill import LocalLoss, Matches, view_pairs
+from glsd.losses.prototype_ce import PrototypeCE
+
+
+def plain_global_loss(
+    student_cls: Tensor,
+    teacher_cls: Tensor,
+    student_prototypes: Tensor,
+    teacher_prototypes: Tensor,
+    *,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    fuse: bool = False,
+) -> PrototypeCE:
+    """Return what losses.distill.global_loss does, pair by pair; arguments as there, never fused."""
+    logits = student_cls @ student_prototypes.T / student_temp
+    with torch.no_grad():
+        teacher_logits = teacher_cls @ teacher_prototypes.T
+        targets = ((wide(teacher_logits) - center) / teacher_temp).softmax(-1)
+    total = logits.new_zeros((), dtype=targets.dtype)
+    pairs = view_pairs(len(teacher_cls), len(student_cls))
+    for q, v in pairs:
+        total = total - (targets[q] * F.log_softmax(wide(logits[v]), dim=-1)).sum(-1).mean()
+    return filled(PrototypeCE, loss=total / len(pairs), teacher_mean=wide(teacher_logits).mean((0, 1)))
+
+
+def plain_local_loss(
+    student_patches: Sequence[Tensor],
+    teacher_patches: Tensor,
+    student_prototypes: Tensor,
+    teacher_prototypes: Tensor,
+    *,
+    matches: Matches,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    mean: str = "all",
+    fuse: bool = False,
+) -> LocalLoss:
+    """Return what losses.distill.local_loss does, pair by pair; arguments as there, mean 'all' only, never fused."""
+    if mean != "all":
+        raise ValueError("the textbook takes the mean over all student patches")
+    views = [view for group in student_patches for view in group]
+    rows = torch.cat([view.flatten(0, 1) for view in views]) @ student_prototypes.T / student_temp
+    parts = rows.split([view.shape[:2].numel() for view in views])
+    logits = [part.unflatten(0, view.shape[:2]) for part, view in zip(parts, views, strict=True)]
+    with torch.no_grad():
+        teacher_logits = teacher_patches @ teacher_prototypes.T
+        targets = ((wide(teacher_logits) - center) / teacher_temp).softmax(-1)
+    total = center.new_zeros(())
+    accepted = []
+    image = torch.arange(teacher_patches.shape[1], device=center.device)[:, None]
+    for (q, v), kinds in matches.items():
+        for match in kinds:
+            matched = targets[q][image, match.index.to(targets.device)]
+            cross_entropy = -(matched * F.log_softmax(wide(logits[v]), dim=-1)).sum(-1)
+            total = total + (match.weight.to(cross_entropy) * cross_entropy).mean()
+        accepted.append((kinds[0].weight > 0).flatten())
+    return filled(
+        LocalLoss,
+        loss=total / len(matches),
+        teacher_mean=wide(teacher_logits).mean((0, 1, 2)),
+        matched_share=torch.cat(accepted).to(center).mean(),
+    )
+
+
+def filled(kind: Any, **known: Tensor) -> Any:
+    """Return a result of ours whose other fields, statistics that the textbook does not take, are 0."""
+    zero = known["loss"].detach().new_zeros(())
+    return kind(**{name: known.get(name, zero) for name in kind._fields})
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Return the logits in float32 or better, as the softmax wants them."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
