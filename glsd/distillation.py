@@ -15,6 +15,7 @@ from glsd.losses.distill import LocalLoss, Matches, global_loss, local_loss, mat
 from glsd.losses.prototype_ce import PrototypeCE
 from glsd.models.heads import ProjectionHead
 from glsd.models.multicrop import MultiCrop, Views
+from glsd.runtime import dist
 
 NUM_GLOBAL = 2
 
@@ -202,25 +203,25 @@ def _by_view(groups: Sequence[Tensor | None], num_images: int) -> list[Tensor]:
 
 
 def mean_values(outs: Sequence[Distilled]) -> dict[str, Float[Tensor, ""]]:
-    """Return what the meters show of a step's micro-batches, by name."""
-    named = [
-        {
-            "loss": out.loss,
-            "global_loss": out.image.loss,
-            "global_teacher_entropy": out.image.teacher_entropy,
-            **(
-                {
-                    "local_loss": out.patch.loss,
-                    "local_teacher_entropy": out.patch.teacher_entropy,
-                    "matched_share": out.patch.matched_share,
-                }
-                if out.patch
-                else {}
-            ),
-        }
-        for out in outs
-    ]
-    return {name: torch.stack([values[name].detach() for values in named]).mean() for name in named[0]}
+    """Return what the meters show of a step's micro-batches, by name; their mean over ranks is that of all patches."""
+    named = {
+        "loss": [out.loss for out in outs],
+        "global_loss": [out.image.loss for out in outs],
+        "global_teacher_entropy": [out.image.teacher_entropy for out in outs],
+    }
+    patches = [out.patch for out in outs if out.patch]
+    if patches:
+        named["local_loss"] = [patch.loss for patch in patches]
+        named["matched_share"] = [patch.matched_share for patch in patches]
+    means = {name: torch.stack(values).detach().mean() for name, values in named.items()}
+    if patches:
+        # Every micro-batch of every rank uses another number of teacher patches: the mean is that over all of them.
+        rows = torch.stack([torch.full_like(patch.teacher_entropy, patch.teacher_rows) for patch in patches])
+        entropies = torch.stack([patch.teacher_entropy for patch in patches])
+        means["local_teacher_entropy"] = (entropies * rows).sum() / dist.all_reduce_mean(rows.sum()).clamp(
+            min=1
+        )
+    return means
 
 
 def mean_logits(outs: Sequence[Distilled]) -> dict[str, Float[Tensor, " k"]]:

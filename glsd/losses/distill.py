@@ -33,6 +33,7 @@ class LocalLoss(NamedTuple):
     loss: Float[Tensor, ""]
     teacher_mean: Float[Tensor, " k"]
     teacher_entropy: Float[Tensor, ""]
+    teacher_rows: int
     matched_share: Float[
         Tensor, ""
     ]  # share of student patches that the first matcher accepted, over all pairs
@@ -134,14 +135,7 @@ def local_loss(
         teacher_temp=teacher_temp,
         fuse=fuse,
     )
-    # Ranks use different numbers of rows: their entropies count accordingly in the mean over ranks.
-    rows_in_use = torch.full_like(result.teacher_entropy, result.teacher_rows)
-    return LocalLoss(
-        loss=result.loss,
-        teacher_mean=result.teacher_mean,
-        teacher_entropy=result.teacher_entropy * rows_in_use / dist.all_reduce_mean(rows_in_use).clamp(min=1),
-        matched_share=send(accepted, center.device),
-    )
+    return LocalLoss(*result, send(accepted, center.device))
 
 
 def _entries(
@@ -193,9 +187,7 @@ def _accepted_per_match(
     matches: Matches, device: torch.device
 ) -> dict[tuple[int, int], list[Float[Tensor, ""]]]:
     """Return how many patches each match accepted, as the mean over ranks (the gradients are averaged over them too)."""
-    own = [
-        send((match.weight > 0).sum().float(), device) for kinds in matches.values() for match in kinds
-    ]
+    own = [send((match.weight > 0).sum().float(), device) for kinds in matches.values() for match in kinds]
     counts = iter(dist.all_reduce_mean(torch.stack(own)).unbind())
     return {
         pair: [torch.where(count > 0, count, 1.0) for count in (next(counts) for _ in kinds)]
