@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-CACHED_ROWS = 32  # so few rows of logits stay in a CPU's caches while they are worked on
+CACHED_ROWS = 64  # so few rows of logits stay in a CPU's caches while they are worked on
 
 
 def teacher_terms(
-    logits: Float[Tensor, "q k"], center: Float[Tensor, " k"], *, out: Float[Tensor, "q k"] | None = None
+    logits: Float[Tensor, "q k"], center: Float[Tensor, " k"]
 ) -> tuple[Float[Tensor, "q k"], Float[Tensor, " q"]]:
-    """Return softmax(logits - center), in ``out`` if given, and its entropies; the logits are overwritten."""
-    logits -= center
-    targets = torch.softmax(logits, 1, out=out)
-    return targets, _logsumexp(logits, targets) - logits.mul_(targets).sum(1)
+    """Return softmax(logits - center) and its entropies; the logits may be overwritten (on a CPU, by the softmax)."""
+    if logits.device.type != "cpu":
+        return _teacher_terms(logits, center)
+    entropies = [_teacher_terms(logits[cut], center, out=logits[cut])[1] for cut in _cuts(logits)]
+    return logits, torch.cat(entropies)
 
 
 def student_terms(
@@ -26,23 +27,37 @@ def student_terms(
     index: Int64[Tensor, "p m"],
     share: Float[Tensor, "p m"],
     *,
-    out: Float[Tensor, "p k"] | None = None,
     fuse: bool = False,
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, "p k"]]:
     """Return the cross-entropy of every row with its target, and its gradient, softmax - target.
 
-    A target is the share-weighted sum of the rows of ``targets`` at ``index``. out: memory for the gradient, on a CPU, which
-    then goes a few rows at a time; fuse: through torch.compile.
+    A target is the share-weighted sum of the rows of ``targets`` at ``index``. The logits may be overwritten (on a CPU, by
+    the gradient). fuse: through torch.compile.
     """
-    if out is None:
-        return (_fused_terms() if fuse else _terms)(logits, targets, index, share)
-    parts = range(0, len(logits), CACHED_ROWS)
-    cuts = [slice(start, start + CACHED_ROWS) for start in parts]
-    losses = [_terms(logits[cut], targets, index[cut], share[cut], out=out[cut])[0] for cut in cuts]
-    return torch.cat(losses), out
+    if fuse:
+        return _fused_terms()(logits, targets, index, share)
+    if logits.device.type != "cpu":
+        return _student_terms(logits, targets, index, share)
+    losses = [
+        _student_terms(logits[cut], targets, index[cut], share[cut], out=logits[cut])[0]
+        for cut in _cuts(logits)
+    ]
+    return torch.cat(losses), logits
 
 
-def _terms(
+def _cuts(logits: Float[Tensor, "p k"]) -> list[slice]:
+    return [slice(start, start + CACHED_ROWS) for start in range(0, len(logits), CACHED_ROWS)]
+
+
+def _teacher_terms(
+    logits: Float[Tensor, "q k"], center: Float[Tensor, " k"], *, out: Float[Tensor, "q k"] | None = None
+) -> tuple[Float[Tensor, "q k"], Float[Tensor, " q"]]:
+    centered = logits - center
+    targets = torch.softmax(centered, 1, out=out)
+    return targets, _logsumexp(centered, targets) - centered.mul_(targets).sum(1)
+
+
+def _student_terms(
     logits: Float[Tensor, "p k"],
     targets: Float[Tensor, "q k"],
     index: Int64[Tensor, "p m"],
@@ -51,16 +66,15 @@ def _terms(
     out: Float[Tensor, "p k"] | None = None,
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, "p k"]]:
     """A target sums to 1, so CE = logsumexp(s) - <target, s>."""
-    softmax = torch.softmax(logits, 1, out=out)
-    logsumexp = _logsumexp(logits, softmax)
+    softmax = logits.softmax(1)
     target = F.embedding_bag(index, targets, per_sample_weights=share, mode="sum")
-    of_logits = softmax.sub_(target)
-    return logsumexp - target.mul_(logits).sum(1), of_logits
+    losses = _logsumexp(logits, softmax) - (target * logits).sum(1)
+    return losses, torch.sub(softmax, target, out=out)
 
 
 @functools.cache
 def _fused_terms() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_terms, dynamic=True)
+    return torch.compile(_student_terms, dynamic=True)
 
 
 def _logsumexp(logits: Float[Tensor, "p k"], softmax: Float[Tensor, "p k"]) -> Float[Tensor, " p"]:

@@ -21,9 +21,9 @@ from glsd.losses.row_plan import RowPlan, plan_rows
 # Bytes of logits and what is made of them that are held at a time: a quarter for the teacher's distributions, the rest for the
 # student's rows. On a CPU little enough for its caches, on a GPU enough to keep it busy. One group's teacher rows (for
 # patches at most 2 x 196 of one image) and MIN_ROWS student rows are held in any case.
-MEMORY_BUDGET = {"cpu": 48 * 2**20, "cuda": 2**30}
+MEMORY_BUDGET = {"cpu": 32 * 2**20, "cuda": 2**30}
 MIN_ROWS = 64
-TEACHER_COPIES, STUDENT_COPIES = 2, 3  # logits and softmax; logits, softmax and target
+COPIES = {"cpu": 1, "cuda": 4}  # of the logits: a CPU works in place, a few rows at a time
 
 
 class PrototypeCE(NamedTuple):
@@ -80,8 +80,8 @@ def prototype_ce(
     device = student.device
     wide = torch.promote_types(student.dtype, torch.float32)
     product_dtype = operand_dtype(student)
-    budget = MEMORY_BUDGET.get(device.type, MEMORY_BUDGET["cpu"]) if budget is None else budget
-    row_bytes = wide.itemsize * len(center)
+    budget = MEMORY_BUDGET.get(device.type, MEMORY_BUDGET["cuda"]) if budget is None else budget
+    row_bytes = COPIES.get(device.type, COPIES["cuda"]) * wide.itemsize * len(center)
     teacher, teacher_prototypes = teacher.detach(), teacher_prototypes.detach().to(wide)
     with torch.autocast(device.type, enabled=False):
         plan = plan_rows(
@@ -90,14 +90,14 @@ def prototype_ce(
             kept=kept,
             num_teacher=len(teacher),
             groups=groups,
-            teacher_rows=budget // 4 // (TEACHER_COPIES * row_bytes),
+            teacher_rows=budget // 4 // row_bytes,
             device=device,
         )
         settings = Settings(
             student_temp=student_temp,
             teacher_temp=teacher_temp,
             product_dtype=product_dtype,
-            student_rows=max(MIN_ROWS, budget * 3 // 4 // (STUDENT_COPIES * row_bytes)),
+            student_rows=max(MIN_ROWS, budget * 3 // 4 // row_bytes),
             gradients=torch.is_grad_enabled(),
             fuse=fuse,
         )
@@ -135,17 +135,16 @@ class _ChunkedCE(torch.autograd.Function):
         scratch = _Scratch(plan, settings, prototypes)
         for rows, columns in plan.chunks:
             vectors = _take(teacher, plan.columns, columns).to(wide) / settings.teacher_temp
-            logits = product(operand(vectors, dtype), teacher_rounded.T, out=scratch.teacher_logits(columns))
-            targets, entropies = teacher_terms(logits, center, out=scratch.targets(columns))
+            logits = product(operand(vectors, dtype), teacher_rounded.T, out=scratch.teacher(columns))
+            targets, entropies = teacher_terms(logits, center)
             entropy += entropies.sum()
             for part in _parts(rows, settings.student_rows):
                 vectors = _take(student, plan.rows, part).to(wide) / settings.student_temp
                 losses, of_logits = student_terms(
-                    product(operand(vectors, dtype), rounded.T, out=scratch.student_logits(part)),
+                    product(operand(vectors, dtype), rounded.T, out=scratch.student(part)),
                     targets,
                     plan.index[part] - columns.start,
                     plan.share[part],
-                    out=scratch.softmax(part),
                     fuse=settings.fuse,
                 )
                 total = plan.total[part]
@@ -179,11 +178,11 @@ class _Scratch:
         def longest(slices: list[slice]) -> int:
             return max((part.stop - part.start for part in slices), default=0)
 
-        sizes = [longest([chunk.columns for chunk in plan.chunks])] * TEACHER_COPIES
-        sizes += [min(longest([chunk.rows for chunk in plan.chunks]), settings.student_rows)] * 2
+        columns, rows = (longest([chunk[side] for chunk in plan.chunks]) for side in (1, 0))
+        sizes = columns, min(rows, settings.student_rows)
         on_cpu = prototypes.device.type == "cpu"
-        memory = [prototypes.new_empty(size, len(prototypes)) if on_cpu else None for size in sizes]
-        self.teacher_logits, self.targets, self.student_logits, self.softmax = map(_lender, memory)
+        memory = (prototypes.new_empty(size, len(prototypes)) if on_cpu else None for size in sizes)
+        self.teacher, self.student = map(_lender, memory)
 
 
 def _lender(memory: Tensor | None) -> Callable[[slice], Tensor | None]:

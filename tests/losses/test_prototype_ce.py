@@ -87,7 +87,7 @@ def images(b=5, r=30, s=20, k=48, e=8, m=2, seed=0) -> dict:
     return inputs
 
 
-@pytest.mark.parametrize("budget", [0, 48 * 8 * 2 * 4 * 25, None])  # one image, two images, all at a time
+@pytest.mark.parametrize("budget", [0, 48 * 8 * 4 * 25, None])  # one image, two images, all at a time
 @pytest.mark.parametrize("on_host", [True, False])
 def test_groups_rejected_and_unmatched_rows(monkeypatch, budget, on_host):
     monkeypatch.setattr(module, "MIN_ROWS", 7)
