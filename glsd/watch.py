@@ -13,6 +13,7 @@ from glsd.data.shards import ShardSet, check_disjoint, check_same_classes, open_
 from glsd.distillation import NUM_GLOBAL, Pixels
 from glsd.eval_sets import choose_sizes, embed_set
 from glsd.evals.knn import knn_accuracy
+from glsd.models.blocks import as_written
 from glsd.pretrain_build import State
 from glsd.pretrain_plan import Plan
 from glsd.runtime import dist, health
@@ -66,10 +67,12 @@ def draw_first_batch(run: Run, state: State, pixels: Pixels, batch: CropBatch) -
     if not dist.is_main():
         return
     b, student = len(batch.keys), state.student.backbone
-    features = [
-        student(crops)[1] if len(crops) else None for crops in (pixels.global_crops, pixels.local_crops)
-    ]
-    matches = state.losses.match(pixels, features, state.teacher.backbone(pixels.global_crops)[1])
+    with as_written():
+        features = [
+            student(crops)[1] if len(crops) else None for crops in (pixels.global_crops, pixels.local_crops)
+        ]
+        teacher_features = state.teacher.backbone(pixels.global_crops)[1]
+    matches = state.losses.match(pixels, features, teacher_features)
     n = min(b, NUM_DRAWN)
     drawn = {"first_batch.png": (1, batch.global_crops[b : b + n])}
     if len(batch.local_crops):
@@ -125,8 +128,7 @@ def probe(
     """Classify the val images by their nearest train images in the teacher's features; every rank embeds its share."""
 
     def features(images: Tensor) -> Tensor:
-        # The blocks are compiled for the sizes of training: batches of other sizes would make further graphs.
-        with torch.compiler.set_stance("force_eager"):
+        with as_written():
             return state.teacher.backbone(images)[0]
 
     train, val = (

@@ -36,7 +36,7 @@ class LocalLoss(NamedTuple):
     teacher_rows: int
     matched_share: Float[
         Tensor, ""
-    ]  # share of student patches that the first matcher accepted, over all pairs
+    ]  # share of student patches that the first matcher gave a weight, over all pairs
 
 
 def view_pairs(num_teacher_views: int, num_student_views: int) -> list[tuple[int, int]]:

@@ -18,10 +18,10 @@ from glsd.losses.logit_terms import student_terms, teacher_terms
 from glsd.losses.products import add_product, operand, operand_dtype, product
 from glsd.losses.row_plan import RowPlan, plan_rows
 
-# Bytes of logits and what is made of them that are held at a time: a quarter for the teacher's distributions, the rest for the
-# student's rows. On a CPU little enough for its caches, on a GPU enough to keep it busy. One group's teacher rows (for
-# patches at most 2 x 196 of one image) and MIN_ROWS student rows are held in any case.
-MEMORY_BUDGET = {"cpu": 32 * 2**20, "cuda": 2**30}
+# Bytes of logits and what is made of them that are held at a time: a third for the teacher's distributions, the rest for the
+# student's rows. On a CPU a few times its caches, on a GPU a 16th of its memory. One group's teacher rows (for patches at
+# most 2 x 196 of one image) and MIN_ROWS student rows are held in any case.
+CPU_BUDGET, GPU_SHARE = 32 * 2**20, 16
 MIN_ROWS = 64
 COPIES = {"cpu": 1, "cuda": 4}  # of the logits: a CPU works in place, a few rows at a time
 
@@ -69,18 +69,19 @@ def prototype_ce(
     rounded to its dtype; sums, softmax and everything else are float32 or better. Gradients, formed in this very
     pass, reach the student's vectors and prototypes, never the teacher, the centre or the weights; they cannot be
     differentiated again.
-    index points into the s teacher rows; a weight of 0 leaves the entry out (its index must still be valid).
+    index points into the s teacher rows; weights are not negative, and one of 0 leaves the entry out (its index must
+    still be valid).
     kept: which entries can have a weight other than 0, by default those that do; rows without any are dropped where
     index is a CPU tensor (on a GPU their number is unknown to the host).
     groups: number of equal, successive parts (images) of both sides such that no row points into another part.
-    budget: bytes to work in, by default MEMORY_BUDGET of the device; fuse: torch.compile what is done to the logits.
+    budget: bytes to work in, by default memory_budget of the device; fuse: torch.compile what is done to the logits.
     Raises ValueError if the rows do not divide into the groups.
     Source: DINO (arXiv 2104.14294, eq. 1 and 4), for patches GLSD (arXiv 2207.14676).
     """
     device = student.device
     wide = torch.promote_types(student.dtype, torch.float32)
     product_dtype = operand_dtype(student)
-    budget = MEMORY_BUDGET.get(device.type, MEMORY_BUDGET["cuda"]) if budget is None else budget
+    budget = memory_budget(device) if budget is None else budget
     row_bytes = COPIES.get(device.type, COPIES["cuda"]) * wide.itemsize * len(center)
     teacher, teacher_prototypes = teacher.detach(), teacher_prototypes.detach().to(wide)
     with torch.autocast(device.type, enabled=False):
@@ -90,14 +91,14 @@ def prototype_ce(
             kept=kept,
             num_teacher=len(teacher),
             groups=groups,
-            teacher_rows=budget // 4 // row_bytes,
+            teacher_rows=budget // 3 // row_bytes,
             device=device,
         )
         settings = Settings(
             student_temp=student_temp,
             teacher_temp=teacher_temp,
             product_dtype=product_dtype,
-            student_rows=max(MIN_ROWS, budget * 3 // 4 // row_bytes),
+            student_rows=max(MIN_ROWS, budget * 2 // 3 // row_bytes),
             gradients=torch.is_grad_enabled(),
             fuse=fuse,
         )
@@ -109,6 +110,13 @@ def prototype_ce(
         mean = teacher_prototypes @ teacher.to(wide).mean(dim=0)
     rows_in_use = sum(columns.stop - columns.start for _, columns in plan.chunks)
     return PrototypeCE(loss, mean, entropies / max(rows_in_use, 1), rows_in_use)
+
+
+def memory_budget(device: torch.device) -> int:
+    """Return how many bytes the loss may work in by default."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // GPU_SHARE
+    return CPU_BUDGET
 
 
 class _ChunkedCE(torch.autograd.Function):
@@ -135,8 +143,9 @@ class _ChunkedCE(torch.autograd.Function):
         scratch = _Scratch(plan, settings, prototypes)
         for rows, columns in plan.chunks:
             vectors = _take(teacher, plan.columns, columns).to(wide) / settings.teacher_temp
-            logits = product(operand(vectors, dtype), teacher_rounded.T, out=scratch.teacher(columns))
-            targets, entropies = teacher_terms(logits, center)
+            targets, entropies = teacher_terms(
+                product(operand(vectors, dtype), teacher_rounded.T, out=scratch.teacher(columns)), center
+            )
             entropy += entropies.sum()
             for part in _parts(rows, settings.student_rows):
                 vectors = _take(student, plan.rows, part).to(wide) / settings.student_temp

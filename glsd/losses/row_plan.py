@@ -55,7 +55,7 @@ def plan_rows(
             index.numpy(), kept.numpy(), num_teacher, groups
         )
         rows_on, columns_on = send(rows, device), send(columns, device)
-        weight = send(weight, device)[rows_on]
+        weight = send(weight[rows], device) if weight.device.type == "cpu" else weight[rows_on]
         index = send(compact, device)
     else:
         row_ends = np.arange(1, groups + 1) * (len(index) // groups)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ def compile_blocks(net: nn.Module, backend: str | Callable = "inductor") -> None
     Blocks share their graphs: there is one for each number of tokens and of rows (with dropped rows: for any number of
     kept ones), with and without gradient. Compiled at the first call.
     """
+    # Under DDP dynamo would cut the graph of every block at the borders of gradient buckets, to overlap communication with the
+    # backward pass: that overlap is there already, between blocks.
+    torch._dynamo.config.optimize_ddp = False
     if isinstance(net, VisionTransformer | Eva):
         for block in net.blocks.children():
             block.compile(backend=backend, dynamic=False)
@@ -50,6 +54,11 @@ def compile_obstacle(device: torch.device) -> str | None:
     if os.environ.get(variable) or any(map(shutil.which, names)):
         return None
     return f"there is no compiler ({' or '.join(names)}, or one named by ${variable})"
+
+
+def as_written() -> AbstractContextManager[None]:
+    """Run compiled blocks as they are written: batches of other sizes than those of training would make further graphs."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def is_compiled(block: nn.Module) -> bool:

@@ -32,7 +32,9 @@ def check(
     network may still look uniform or move wildly (the learning rate's warm-up).
     """
     findings = _non_finite(metrics)
-    for part in ("global", "local"):
+    # Without matches the local loss is 0 and says nothing.
+    parts = ("global", "local") if metrics.get("matched_share", 1.0) > 0.01 else ("global",)
+    for part in parts:
         findings += _collapse(
             part, metrics.get(f"{part}_loss"), metrics.get(f"{part}_teacher_entropy"), num_prototypes, early
         )

@@ -44,6 +44,7 @@ CASES = [
     ({"global_loss": 0.001, "global_teacher_entropy": 0.0}, "global_one_point_collapse"),
     ({"local_loss": 0.0, "local_teacher_entropy": 0.001}, "local_one_point_collapse"),
     ({"matched_share": 0.01}, "few_matches"),
+    ({"matched_share": 0.0, "local_loss": 0.0, "local_teacher_entropy": 0.0}, "few_matches"),
     ({"grad_norm": 0.0}, "no_gradient"),
     ({"grad_norm": 1e5}, "exploding_gradient"),
     ({"rankme": 1.1}, "low_rank"),
