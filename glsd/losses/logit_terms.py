@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-CACHED_ROWS = 64  # so few rows of logits stay in a CPU's caches while they are worked on
+CACHED_ROWS = 32  # so few rows of logits stay in a CPU's caches while they are worked on
 
 
 def teacher_terms(
     logits: Float[Tensor, "q k"], center: Float[Tensor, " k"]
 ) -> tuple[Float[Tensor, "q k"], Float[Tensor, " q"]]:
-    """Return softmax(logits - center) and its entropies; the logits may be overwritten (on a CPU, by the softmax)."""
+    """Return softmax(logits - center) and its entropies; the logits are overwritten."""
+    logits -= center
     if logits.device.type != "cpu":
-        return _teacher_terms(logits, center)
-    entropies = [_teacher_terms(logits[cut], center, out=logits[cut])[1] for cut in _cuts(logits)]
+        return _teacher_terms(logits)
+    entropies = [_teacher_terms(rows, out=rows)[1] for rows in logits.split(CACHED_ROWS)]
     return logits, torch.cat(entropies)
 
 
@@ -38,23 +39,20 @@ def student_terms(
         return _fused_terms()(logits, targets, index, share)
     if logits.device.type != "cpu":
         return _student_terms(logits, targets, index, share)
+    parts = (tensor.split(CACHED_ROWS) for tensor in (logits, index, share))
     losses = [
-        _student_terms(logits[cut], targets, index[cut], share[cut], out=logits[cut])[0]
-        for cut in _cuts(logits)
+        _student_terms(rows, targets, chosen, shares, out=rows)[0]
+        for rows, chosen, shares in zip(*parts, strict=True)
     ]
     return torch.cat(losses), logits
 
 
-def _cuts(logits: Float[Tensor, "p k"]) -> list[slice]:
-    return [slice(start, start + CACHED_ROWS) for start in range(0, len(logits), CACHED_ROWS)]
-
-
 def _teacher_terms(
-    logits: Float[Tensor, "q k"], center: Float[Tensor, " k"], *, out: Float[Tensor, "q k"] | None = None
+    logits: Float[Tensor, "q k"], *, out: Float[Tensor, "q k"] | None = None
 ) -> tuple[Float[Tensor, "q k"], Float[Tensor, " q"]]:
-    centered = logits - center
-    targets = torch.softmax(centered, 1, out=out)
-    return targets, _logsumexp(centered, targets) - centered.mul_(targets).sum(1)
+    softmax = logits.softmax(1)
+    entropies = _logsumexp(logits, softmax) - logits.mul_(softmax).sum(1)
+    return softmax if out is None else out.copy_(softmax), entropies
 
 
 def _student_terms(

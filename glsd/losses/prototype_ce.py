@@ -21,7 +21,7 @@ from glsd.losses.row_plan import RowPlan, plan_rows
 # Bytes of logits and what is made of them that are held at a time: a third for the teacher's distributions, the rest for the
 # student's rows. On a CPU a few times its caches, on a GPU a 16th of its memory. One group's teacher rows (for patches at
 # most 2 x 196 of one image) and MIN_ROWS student rows are held in any case.
-CPU_BUDGET, GPU_SHARE = 32 * 2**20, 16
+CPU_BUDGET, GPU_SHARE = 48 * 2**20, 16
 MIN_ROWS = 64
 COPIES = {"cpu": 1, "cuda": 4}  # of the logits: a CPU works in place, a few rows at a time
 
@@ -67,8 +67,8 @@ def prototype_ce(
     CE(t, s) = -<softmax((t - center) / teacher_temp), log_softmax(s / student_temp)> over the k logits t =
     teacher_prototypes @ vector and s = student_prototypes @ vector. Under autocast the operands of the products are
     rounded to its dtype; sums, softmax and everything else are float32 or better. Gradients, formed in this very
-    pass, reach the student's vectors and prototypes, never the teacher, the centre or the weights; they cannot be
-    differentiated again.
+    pass, reach the student's vectors and prototypes, never the teacher, the centre or the weights; they can be taken once
+    and not be differentiated again.
     index points into the s teacher rows; weights are not negative, and one of 0 leaves the entry out (its index must
     still be valid).
     kept: which entries can have a weight other than 0, by default those that do; rows without any are dropped where
@@ -172,8 +172,9 @@ class _ChunkedCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_loss: Float[Tensor, ""], _of_entropy: Any) -> tuple[Tensor | None, ...]:
+        # In place, because they are as large as the prototypes: autograd notices, and refuses a second time.
         saved = iter(ctx.saved_tensors)
-        of_student, of_prototypes = (of_loss * next(saved) if wanted else None for wanted in ctx.wanted)
+        of_student, of_prototypes = (next(saved).mul_(of_loss) if wanted else None for wanted in ctx.wanted)
         return of_student, of_prototypes, None, None, None, None, None
 
 
