@@ -15,7 +15,8 @@ class DataConfig:
     """What is read and how it is cropped.
 
     Args:
-        shards: Brace pattern or glob of tar shards, or a list of them, e.g. 'shards/train-{000000..000146}.tar'.
+        shards: Brace pattern or glob of tar shards, local or http(s)://, s3://, gs://, hf://, or a list, e.g. 's/train-{000..146}.tar'.
+        weights: How often an epoch reads the shards of each entry of that list, e.g. [1, 0.25, 3]; unset = once.
         num_workers: Loader processes per rank; 0 reads in the training process. The result does not depend on it.
         global_size: Side of a global crop in pixels.
         local_size: Side of a local crop in pixels.
@@ -32,7 +33,8 @@ class DataConfig:
         max_bad_fraction: Stop when more than this share of all samples so far (at least one epoch's) was unreadable.
     """
 
-    shards: str | list[str] = ""
+    shards: list[str] | str = ""
+    weights: list[float] = field(default_factory=list)
     num_workers: int = 2
     global_size: int = 224
     local_size: int = 96
@@ -177,6 +179,7 @@ class WatchConfig:
 
     Args:
         log_every: Steps between lines of metrics.jsonl (the only host synchronisation).
+        sample_log: Write the epoch and key of every sample, step by step, into samples.jsonl.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Checkpoints kept on disk, at least 2 (a damaged one falls back to the one before).
         probe_every: Steps between k-NN probes of the teacher, 0 = never.
@@ -187,11 +190,12 @@ class WatchConfig:
     """
 
     log_every: int = 10
+    sample_log: bool = False
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     probe_every: int = 0
-    probe_train_shards: str | list[str] = ""
-    probe_val_shards: str | list[str] = ""
+    probe_train_shards: list[str] | str = ""
+    probe_val_shards: list[str] | str = ""
     probe_k: int = 20
     probe_images: int = 10000
 
@@ -236,11 +240,11 @@ class EvalDataConfig:
         limit: At most this many images of each set, evenly spread; 0 = all.
     """
 
-    train_shards: str | list[str] = ""
-    val_shards: str | list[str] = ""
-    test_shards: str | list[str] = ""
-    query_shards: str | list[str] = ""
-    gallery_shards: str | list[str] = ""
+    train_shards: list[str] | str = ""
+    val_shards: list[str] | str = ""
+    test_shards: list[str] | str = ""
+    query_shards: list[str] | str = ""
+    gallery_shards: list[str] | str = ""
     resize: int | None = None
     crop: int | None = None
     batch_size: int = 64

@@ -30,6 +30,7 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     dist.check_world(processes.num_processes, "launch/evaluate.py")
+    dist.watch_others()
     device = processes.device
     sets = dist.together(lambda: OPENERS[cfg.protocol](cfg))
     measured = dist.together(lambda: load_model(cfg))

@@ -29,10 +29,10 @@ class FinetuneDataConfig:
         max_bad_fraction: Stop when more than this share of all samples so far (at least one epoch's) was unreadable.
     """
 
-    train_shards: str | list[str] = ""
-    test_shards: str | list[str] = ""
-    query_shards: str | list[str] = ""
-    gallery_shards: str | list[str] = ""
+    train_shards: list[str] | str = ""
+    test_shards: list[str] | str = ""
+    query_shards: list[str] | str = ""
+    gallery_shards: list[str] | str = ""
     val_share: float = 0.0
     images_per_class: int = 2
     drop_lone_classes: bool = False

@@ -62,8 +62,8 @@ def forecast(cfg: PretrainConfig) -> Forecast:
         static_graph=cfg.optim.accumulate_steps == 1,
         grad_compression=cfg.optim.grad_compression,
     )
-    shards = open_shards(cfg.data.shards)
-    plan = make_plan(cfg, len(shards))
+    shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
+    plan = make_plan(cfg, shards.epoch_samples)
     state = build(cfg, accelerator)
     if cfg.resume == "auto":
         restore(cfg, state, Run(Path(cfg.out)), shards)

@@ -8,8 +8,9 @@ from torch import Tensor
 from glsd.config import PretrainConfig
 from glsd.contracts import BrokenSample, UserError
 from glsd.finetune_config import FinetuneConfig
+from glsd.pretrain_plan import Plan
 from glsd.runtime import dist
-from glsd.runtime.run import Run, append_quarantine
+from glsd.runtime.run import Run, append_rows
 
 
 @runtime_checkable
@@ -74,7 +75,9 @@ def check_samples(
     rows = [row for ranks_rows in dist.gather_objects(rows) for row in ranks_rows]
     error = None
     try:
-        append_quarantine(run, sorted(rows, key=lambda row: (row["step"], row["epoch"], row["position"])))
+        append_rows(
+            run.quarantine, sorted(rows, key=lambda row: (row["step"], row["epoch"], row["position"]))
+        )
     except UserError as problem:
         error = problem
     dist.raise_together(error)
@@ -86,3 +89,16 @@ def check_samples(
             f"{seen}: see {run.quarantine}, repair the shards or raise data.max_bad_fraction, then go on with --resume auto"
         )
     return None
+
+
+def log_samples(plan: Plan, state: Watched, run: Run, reports: list[StepReport]) -> None:
+    """Write down epoch and key of every sample since the last check, step by step, in the order of the epoch."""
+    first = state.step - len(reports)
+    ranks_keys = dist.gather_objects([report.keys for report in reports])
+    rows = []
+    for number, step_keys in enumerate(zip(*ranks_keys, strict=True)):
+        epoch = (first + number) // plan.steps_per_epoch
+        # Ranks take the positions of a batch in turns.
+        keys = [key for turn in zip(*step_keys, strict=True) for key in turn]
+        rows.append({"step": first + number + 1, "samples": [(epoch, key) for key in keys]})
+    dist.together(lambda: append_rows(run.samples, rows))

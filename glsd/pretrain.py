@@ -17,7 +17,7 @@ from glsd.data.photometric import photometric
 from glsd.data.pretrain_loader import pretrain_loader
 from glsd.data.shards import ShardSet, open_shards
 from glsd.distillation import Pixels, mean_logits, mean_values, run_teacher
-from glsd.guard import StepReport, check_gradients, check_samples, note_bad_gradient
+from glsd.guard import StepReport, check_gradients, check_samples, log_samples, note_bad_gradient
 from glsd.losses.center import ema_center
 from glsd.optim.clip import CLIPPERS
 from glsd.optim.ema import ema_update
@@ -44,8 +44,8 @@ def pretrain(cfg: PretrainConfig) -> Path:
         static_graph=cfg.optim.accumulate_steps == 1,
         grad_compression=cfg.optim.grad_compression,
     )
-    shards = open_shards(cfg.data.shards)
-    plan = make_plan(cfg, len(shards))
+    shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
+    plan = make_plan(cfg, shards.epoch_samples)
     state = build(cfg, accelerator)
     run = Run(Path(cfg.out))
     saved = restore(cfg, state, run, shards) if cfg.resume == "auto" else None
@@ -86,6 +86,8 @@ def pretrain(cfg: PretrainConfig) -> Path:
             error = None
             if flushing or saving:
                 check_gradients(state, run, since_check)
+                if cfg.watch.sample_log:
+                    log_samples(plan, state, run, since_check)
                 error = check_samples(cfg, plan.num_samples, state, run, since_check)
                 since_check.clear()
             if flushing:

@@ -4,13 +4,21 @@ import sys
 from collections.abc import Callable
 
 from glsd.contracts import UserError
+from glsd.runtime import dist
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Run ``main(argv)`` and exit with its code (None = 0); a UserError is printed as one line, exit code 2."""
+    """Run ``main(argv)`` and exit with its code (None = 0); a UserError is printed as one line, exit code 2.
+
+    Whatever ends one rank ends all of them, and what several ranks have to say is said once.
+    """
     try:
         code = main(sys.argv[1:])
     except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
+        if dist.end_others(2):
+            print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Exception:
+        dist.end_others(1)
+        raise
     sys.exit(code or 0)

@@ -247,6 +247,7 @@ def balanced_loader(
     read.
     """
     slots = rank_slots(classes * images_per_class, rank=rank, world_size=world_size)
+    shards.check_room(len(shards.paths), "the training shards, of which each batch reads anywhere,")
     dataset = BalancedDataset(
         shards=shards,
         groups=groups,

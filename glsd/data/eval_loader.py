@@ -123,6 +123,7 @@ class _EvalDataset(Dataset):
     def __getitem__(self, index: int) -> _EvalSample:
         broken = None
         if index != PADDING:
+            self.shards.read_ahead(index)
             try:
                 image = center_square(decode(self.shards.read(index)), resize_to=self.resize, crop=self.crop)
                 return _EvalSample(image, self.shards.label(index), index, None)

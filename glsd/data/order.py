@@ -1,16 +1,17 @@
-"""The order of an epoch, a function of (seed, epoch, shard sizes) alone, and what of it each rank reads."""
+"""The order of an epoch, a function of (seed, epoch, shard sizes and weights) alone, and what of it each rank reads."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from glsd.contracts import UserError
 
 # The high word of each Philox key: what else draws from the same seed (crops.py) stays apart from these
 # numbers.
 SHARD_STREAM, SAMPLE_STREAM = 0x736861726473, 0x73616D706C6573
+SHARE_STREAM, PART_STREAM = 0x7368617265, 0x70617274  # of weights that are no whole numbers
 CACHED_WINDOWS = 2  # neighbouring positions may straddle two windows
 
 
@@ -19,7 +20,8 @@ class EpochOrder:
 
     Shards are shuffled, then samples are shuffled inside windows of ``window_shards`` consecutive shuffled
     shards: reads stay within a few files, and the memory is that of two windows, whatever the size of the
-    data. Every index comes exactly once.
+    data. Every index comes exactly once, or as often as the weight of its shard says: with 2.25 twice, and
+    a quarter of the shard's samples, other ones in every epoch, a third time.
     """
 
     def __init__(
@@ -29,40 +31,56 @@ class EpochOrder:
         seed: int,
         epoch: int,
         window_shards: int,
+        shard_weights: Float64[np.ndarray, " s"] | None = None,
     ):
         """Raises UserError for an empty data set or a window of no shards."""
         sizes = np.asarray(shard_sizes, dtype=np.int64)
-        if sizes.sum() < 1:
-            raise UserError("the shards hold no samples: nothing to order")
         if window_shards < 1:
             raise UserError(f"window_shards is {window_shards}: expected at least 1")
         self._seed, self._epoch = seed, epoch
-        shards = permutation(len(sizes), seed=seed, stream=SHARD_STREAM, epoch=epoch)
-        self._sizes = sizes[shards]
-        self._starts = (np.cumsum(sizes) - sizes)[shards]
+        shards, counts = _turns(sizes, shard_weights, seed=seed, epoch=epoch)
+        if counts.sum() < 1:
+            raise UserError("the shards hold no samples: nothing to order")
+        shuffled = permutation(len(shards), seed=seed, stream=SHARD_STREAM, epoch=epoch)
+        self._shards, self._counts = shards[shuffled], counts[shuffled]
+        self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
         self._window_shards = window_shards
-        last = np.minimum(np.arange(window_shards, len(sizes) + window_shards, window_shards), len(sizes)) - 1
-        self._window_ends = np.cumsum(self._sizes)[last]
+        num = len(shards)
+        last = np.minimum(np.arange(window_shards, num + window_shards, window_shards), num) - 1
+        self._window_ends = np.cumsum(self._counts)[last]
         self._windows: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._window_ends[-1])
 
     def __getitem__(self, position: int) -> int:
-        if not 0 <= position < len(self):
-            raise IndexError(f"position {position} of {len(self)}")
-        window = int(np.searchsorted(self._window_ends, position, side="right"))
+        window = self.window_of(position)
         start = int(self._window_ends[window - 1]) if window else 0
         return int(self._indices(window)[position - start])
 
+    @property
+    def num_windows(self) -> int:
+        """How many windows the epoch has."""
+        return len(self._window_ends)
+
+    def window_of(self, position: int) -> int:
+        """Return the number of the window that a position lies in."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"position {position} of {len(self)}")
+        return int(np.searchsorted(self._window_ends, position, side="right"))
+
+    def shards_of(self, window: int) -> list[int]:
+        """Return the numbers of the shards that a window reads from."""
+        return list(dict.fromkeys(self._shards[self._part(window)].tolist()))
+
+    def _part(self, window: int) -> slice:
+        return slice(window * self._window_shards, (window + 1) * self._window_shards)
+
     def _indices(self, window: int) -> Int64[np.ndarray, " w"]:
         if window not in self._windows:
-            part = slice(window * self._window_shards, (window + 1) * self._window_shards)
-            spans = [
-                np.arange(start, start + size)
-                for start, size in zip(self._starts[part], self._sizes[part], strict=True)
-            ]
-            indices = np.concatenate(spans)
+            part = self._part(window)
+            turns = zip(self._shards[part].tolist(), self._counts[part].tolist(), strict=True)
+            indices = np.concatenate([self._turn(*turn) for turn in turns])
             shuffled = permutation(
                 len(indices), seed=self._seed, stream=SAMPLE_STREAM, epoch=self._epoch, part=window
             )
@@ -71,6 +89,39 @@ class EpochOrder:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(window)
         return self._windows[window]
+
+    def _turn(self, shard: int, count: int) -> Int64[np.ndarray, " t"]:
+        """Return what one turn of a shard reads: all its samples, or some of them."""
+        start, size = int(self._starts[shard]), int(self._sizes[shard])
+        if count == size:
+            return np.arange(start, start + size)
+        drawn = permutation(size, seed=self._seed, stream=PART_STREAM, epoch=self._epoch, part=shard)
+        return start + np.sort(drawn[:count])
+
+
+def epoch_samples(
+    shard_sizes: Int64[np.ndarray, " s"], shard_weights: Float64[np.ndarray, " s"] | None = None
+) -> int:
+    """Return how many positions an epoch has."""
+    return int(_turns(shard_sizes, shard_weights, seed=0, epoch=0)[1].sum())
+
+
+def _turns(
+    sizes: Int64[np.ndarray, " s"], weights: Float64[np.ndarray, " s"] | None, *, seed: int, epoch: int
+) -> tuple[Int64[np.ndarray, " t"], Int64[np.ndarray, " t"]]:
+    """Return the turns of an epoch: of which shard, and how many samples each reads; their sum is that of all epochs."""
+    shards = np.arange(len(sizes))
+    if weights is None:
+        return shards, sizes
+    whole = np.floor(weights).astype(np.int64)
+    # Rounded over all shards together, in another order in every epoch: a small share of a small shard, less than one
+    # sample, comes in some epochs and not in others.
+    turn = permutation(len(sizes), seed=seed, stream=SHARE_STREAM, epoch=epoch)
+    wanted = np.cumsum(((weights - whole) * sizes)[turn])
+    share = np.empty_like(sizes)
+    share[turn] = np.diff(np.floor(np.append(0.0, wanted) + 1e-6)).astype(np.int64)
+    some = share > 0
+    return np.append(np.repeat(shards, whole), shards[some]), np.append(np.repeat(sizes, whole), share[some])
 
 
 def permutation(

@@ -1,5 +1,6 @@
 """Endless batches of crops for pretraining: resume-exact, the same whatever the workers and prefetching."""
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,11 +44,13 @@ class PretrainDataset(Dataset):
         self.window_shards = window_shards
         self.crop_spec = crop_spec
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
+        self._announced: tuple[int, int] | None = None
         self._order(0)  # refuses a window of no shards now, not in a worker
 
     def __getitem__(self, place: tuple[int, int]) -> PretrainSample:
         """Raises UserError if the sample and all its stand-ins are unreadable."""
         epoch, position = place
+        self._announce(epoch, position)
         unreadable: list[tuple[int, str, str]] = []
         for index in self._candidates(epoch, position):
             try:
@@ -74,11 +77,29 @@ class PretrainDataset(Dataset):
     def _order(self, epoch: int) -> EpochOrder:
         if epoch not in self._orders:
             self._orders[epoch] = EpochOrder(
-                self.shards.shard_sizes, seed=self.seed, epoch=epoch, window_shards=self.window_shards
+                self.shards.shard_sizes,
+                seed=self.seed,
+                epoch=epoch,
+                window_shards=self.window_shards,
+                shard_weights=self.shards.shard_weights,
             )
-            if len(self._orders) > 2:  # a batch may straddle two epochs
+            if len(self._orders) > 2:  # a batch may straddle two epochs, and the next one is looked ahead to
                 self._orders.popitem(last=False)
         return self._orders[epoch]
+
+    def _announce(self, epoch: int, position: int) -> None:
+        """Have the shards of a new window and of the one after it downloaded, where they are remote."""
+        order = self._order(epoch)
+        window = order.window_of(position)
+        if self._announced == (epoch, window):
+            return
+        self._announced = epoch, window
+        last = window + 1 == order.num_windows
+        after = self._order(epoch + 1).shards_of(0) if last else order.shards_of(window + 1)
+        now = order.shards_of(window)
+        # Every process begins elsewhere, so that they download different shards at a time.
+        first = os.getpid() % len(now)
+        self.shards.prefetch([*now[first:], *now[:first], *after])
 
     def _candidates(self, epoch: int, position: int) -> Iterator[int]:
         yield self._order(epoch)[position]
@@ -110,9 +131,10 @@ def pretrain_loader(
     cannot be replaced.
     """
     dataset = PretrainDataset(shards, seed=seed, window_shards=window_shards, crop_spec=crop_spec)
+    shards.check_room(2 * window_shards, f"two windows of data.window_shards {window_shards}")
     batches = rank_positions(
         consumed=consumed,
-        epoch_length=epoch_length(len(shards), batch_size),
+        epoch_length=epoch_length(shards.epoch_samples, batch_size),
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,

@@ -1,6 +1,6 @@
 """Tar shards as one long list of samples: any image is one ``pread`` away, nothing is unpacked."""
 
-import glob
+import functools
 import hashlib
 import json
 import os
@@ -9,47 +9,55 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from braceexpand import braceexpand
-from jaxtyping import Int64
-from tqdm import tqdm
+from jaxtyping import Float64, Int64
 
 from glsd.contracts import UserError
 from glsd.data.decode import BrokenImage
-from glsd.data.shard_index import (
-    REBUILD,
-    SUFFIX,
-    VERSION,
-    IndexHeader,
-    ShardIndex,
-    build_index,
-    index_path,
-    map_index,
-    marks_digest,
-    read_header,
-    write_index,
-)
+from glsd.data.order import epoch_samples
+from glsd.data.prefetch import Prefetcher
+from glsd.data.remote import is_remote, look_up, read_all, shown
+from glsd.data.shard_cache import ShardCache, check_digest
+from glsd.data.shard_files import find_sources, shard_cache, shard_headers
+from glsd.data.shard_index import REBUILD, IndexHeader, ShardIndex, map_index
 
 CLASSES_FILE = "classes.json"  # beside labelled shards: the class names, in the order of their labels
-SOURCES_SUFFIX = "-files.tsv"  # beside packed shards: which file a key comes from
+CHECKED_AT_START = 1000  # shards whose content is looked at when they are opened: some 0.1 ms each
 MAX_OPEN_SHARDS = 64  # per process, two files each; a system allows 1,024 open files by default
 
 
 class ShardSet:
     """The samples of all shards in the order given, numbered from 0.
 
-    Opening costs a few small reads per shard; files are opened where and when they are read, so a set can be
-    handed to worker processes. Not for several threads at once.
+    Opening costs a small read per shard; files are opened where and when they are read, remote ones downloaded, so a set
+    can be handed to worker processes. Not for several threads at once.
     """
 
-    def __init__(self, paths: Sequence[str], headers: Sequence[IndexHeader]):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        headers: Sequence[IndexHeader],
+        *,
+        cache: ShardCache,
+        weights: Float64[np.ndarray, " s"] | None = None,
+    ):
         self.paths = tuple(paths)
         self.shard_sizes: Int64[np.ndarray, " s"] = np.array([h.count for h in headers], dtype=np.int64)
+        self.shard_weights = weights  # how often an epoch reads each shard; None = once
         self._headers = tuple(headers)
         self._ends = np.cumsum(self.shard_sizes)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._cache = cache
+        self._remote = {number for number, path in enumerate(paths) if is_remote(path)}
+        self._read_ahead = -1
+        self._prefetcher = Prefetcher(functools.partial(_fetch_one, cache, self.paths, self._headers))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def epoch_samples(self) -> int:
+        """How many samples an epoch reads: all once, or as the weights say."""
+        return epoch_samples(self.shard_sizes, self.shard_weights)
 
     def read(self, index: int) -> bytes:
         """Return the bytes of a sample's image file.
@@ -93,7 +101,26 @@ class ShardSet:
         digest = hashlib.sha256()
         for path, header in zip(self.paths, self._headers, strict=True):
             digest.update(f"{os.path.basename(path)}\0{header.count}\0{header.shard_bytes}\n".encode())
+        if self.shard_weights is not None:
+            digest.update(self.shard_weights.tobytes())
         return digest.hexdigest()
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Download these shards in the background, where they are remote, instead of what was asked for before."""
+        if wanted := [number for number in numbers if number in self._remote]:
+            self._prefetcher.want(wanted)
+
+    def read_ahead(self, index: int) -> None:
+        """Download the shard after the one of this sample in the background, for those who read from first to last."""
+        number = self._shard_number(index)
+        if self._remote and number != self._read_ahead:
+            self._read_ahead = number
+            self.prefetch(range(number, min(number + 2, len(self.paths))))
+
+    def check_room(self, num_shards: int, what: str) -> None:
+        """Raise UserError if any ``num_shards`` shards might not fit into the cache together; ``what`` needs them."""
+        sizes = sorted((self._headers[number].shard_bytes for number in self._remote), reverse=True)
+        self._cache.check_room(sum(sizes[:num_shards]), what)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": OrderedDict()}  # open files stay in their process
@@ -107,27 +134,44 @@ class ShardSet:
         number = self._shard_number(index)
         shard = self._open.get(number)
         if shard is None:
-            shard = self._open[number] = _OpenShard(self.paths[number], self._headers[number])
+            cache = self._cache if number in self._remote else None
+            shard = self._open[number] = _OpenShard(
+                self.paths[number], self._headers[number], cache, check=len(self.paths) > CHECKED_AT_START
+            )
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(number)
         return shard, index - int(self._ends[number] - self.shard_sizes[number])
 
 
-class _OpenShard:
-    """One shard's mapped index and, once it is read from, its open file."""
+def _fetch_one(cache: ShardCache, paths: Sequence[str], headers: Sequence[IndexHeader], number: int) -> None:
+    cache.fetch(paths[number], headers[number], wait=False)
 
-    def __init__(self, path: str, header: IndexHeader):
+
+class _OpenShard:
+    """One shard's mapped index and, once it is read from, its open file.
+
+    cache: where it is read from if remote; check: whether the content was not looked at yet.
+    """
+
+    def __init__(self, path: str, header: IndexHeader, cache: ShardCache | None, *, check: bool):
         self.path = path
         self.index: ShardIndex = map_index(header)
+        self._header = header
+        self._cache = cache
+        self._check = check
         self._fd: int | None = None
 
     def read(self, offset: int, size: int) -> bytes:
         if not 0 <= size <= self.index.shard_bytes - offset:
             raise UserError(f"index of shard {self.path} is damaged: {REBUILD}")
+        if self._cache is not None:
+            return self._cache.read(self.path, self._header, offset, size)
         try:
             if self._fd is None:
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                if self._check:
+                    check_digest(self.path, self.path, self._header)
             raw = os.pread(self._fd, size, offset)
         except OSError as error:
             raise UserError(f"cannot read shard {self.path}: {error.strerror or error}") from error
@@ -145,86 +189,39 @@ class _OpenShard:
             self.close()
 
 
-def open_shards(patterns: str | Sequence[str], *, cache_dir: Path | None = None) -> ShardSet:
-    """Open the shards that brace patterns and globs of local paths name, in that order (globs sorted).
+def open_shards(
+    patterns: str | Sequence[str], *, weights: Sequence[float] = (), cache_dir: Path | None = None
+) -> ShardSet:
+    """Open the shards that brace patterns and globs of local paths and addresses name, in that order (globs sorted).
 
-    The index of a shard is its sidecar ``<shard>.index`` if there is one; otherwise the tar is scanned once
+    The index of a shard is its sidecar ``<shard>.index`` if there is one; otherwise a local tar is scanned once
     and the index is kept in ``cache_dir`` (default ``$GLSD_CACHE/index``, or ``~/.cache/glsd/index``), never
-    beside the user's data. Raises UserError for a pattern without match, a remote or piped address, a shard
-    named twice, and a shard that is missing, truncated, damaged, or of another size or content than its index says
-    (compared at three places: times of files say nothing about copies).
+    beside the user's data. weights: how often an epoch reads the shards of each pattern, none = once; a part of 1 reads as
+    many of their samples. Raises UserError for a pattern without match, a pipe, a shard named twice, one that is missing,
+    damaged, or of another size than its index says, a remote one without index, and a local one of another content than
+    its index says (compared at three places: times of files say nothing about copies; remote ones, and all of a very long
+    list, when they are first read).
     """
-    paths = find_shards(patterns)
-    cache = cache_dir if cache_dir is not None else default_cache_dir()
-    headers = [_header(path, cache) for path in tqdm(paths, "indexing shards", delay=2, disable=None)]
-    return ShardSet(paths, headers)
-
-
-def default_cache_dir() -> Path:
-    """Return where the indices of shards without sidecar are kept."""
-    return Path(os.environ.get("GLSD_CACHE") or Path.home() / ".cache" / "glsd") / "index"
-
-
-def find_shards(patterns: str | Sequence[str]) -> list[str]:
-    """Return the local files that brace patterns and globs name; UserError for none or for one twice."""
-    given = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not any(given):
-        raise UserError("no shards given: expected a pattern such as 'shards/train-{000000..000146}.tar'")
-    paths = [path for pattern in given for path in _expand(pattern)]
-    seen: dict[str, str] = {}
-    for path in paths:
-        real = os.path.realpath(path)
-        if real in seen:
-            raise UserError(f"shard {path} is named twice (also as {seen[real]}): remove one pattern")
-        seen[real] = path
-    return paths
-
-
-def _expand(pattern: str) -> list[str]:
-    if pattern.startswith("pipe:") or "://" in pattern:
-        raise UserError(f"shards {pattern!r}: only local files can be read: copy them here first")
-    pattern = os.path.expanduser(pattern)
-    if os.path.isdir(pattern):
-        raise UserError(f"shards {pattern!r} is a folder: name its files, e.g. '{pattern.rstrip('/')}/*.tar'")
-    if os.path.isfile(pattern):
-        return [pattern]
-    try:
-        names = list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"shards {pattern!r}: unbalanced braces") from error
-    paths = []
-    for name in names:
-        found = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
-        if not found:
-            part = "" if name == pattern else f" (of the pattern {pattern!r})"
-            raise UserError(f"no shard matches {name!r}{part}: check the path and the range")
-        paths += [path for path in found if not path.endswith((SUFFIX, SOURCES_SUFFIX))]
-    return paths
-
-
-def _header(path: str, cache_dir: Path) -> IndexHeader:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror or error}") from error
-    sidecar = index_path(path)
-    if not sidecar.exists():
-        identity = f"{VERSION}\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
-        name = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
-        sidecar = cache_dir / f"{name}{SUFFIX}"
-        if not sidecar.exists():
-            write_index(build_index(path), sidecar, shard_name=os.path.basename(path))
-    header = read_header(sidecar)
-    if header.shard_bytes != status.st_size:
-        raise UserError(
-            f"shard {path} has {status.st_size} bytes but {header.shard_bytes} by its index {sidecar}: it is "
-            f"truncated or was replaced; restore it, or {REBUILD}"
-        )
-    if marks_digest(path, header.marks) != header.digest:
-        raise UserError(
-            f"shard {path} is not the one that its index {sidecar} was made for: restore it, or {REBUILD}"
-        )
-    return header
+    sources = find_sources(patterns)
+    per_shard = None
+    if len(weights):
+        if (
+            len(weights) != len(sources)
+            or not all(0 <= weight < 1e6 for weight in weights)
+            or not any(weights)
+        ):
+            raise UserError(
+                f"data.weights is {list(weights)}: expected a number of at least 0 for each of the {len(sources)} entries "
+                "of data.shards, and not all 0"
+            )
+        per_shard = np.repeat(np.array(weights, dtype=np.float64), [len(paths) for paths in sources])
+    paths = [path for source in sources for path in source]
+    headers = shard_headers(paths, cache_dir)
+    if len(paths) <= CHECKED_AT_START:
+        for path, header in zip(paths, headers, strict=True):
+            if not is_remote(path):
+                check_digest(path, path, header)
+    return ShardSet(paths, headers, cache=shard_cache(), weights=per_shard)
 
 
 def check_disjoint(one: ShardSet, other: ShardSet, *, names: tuple[str, str]) -> None:
@@ -240,20 +237,24 @@ def check_disjoint(one: ShardSet, other: ShardSet, *, names: tuple[str, str]) ->
 
 def check_same_classes(one: ShardSet, other: ShardSet) -> None:
     """Raise UserError if classes.json files beside the shards of two sets give labels different meanings."""
-    folders = dict.fromkeys(os.path.dirname(path) for path in (*one.paths, *other.paths))
-    files = [file for folder in folders if (file := Path(folder, CLASSES_FILE)).is_file()]
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in (*one.paths, *other.paths))
+    files = [file for folder in folders if _is_file(file := os.path.join(folder, CLASSES_FILE))]
     for file in files[1:]:
         if read_classes(file) != read_classes(files[0]):
             raise UserError(
-                f"{files[0]} and {file} number different classes: a label would not mean the same in both sets; pack one "
-                f"of them anew with --classes {files[0]}"
+                f"{shown(files[0])} and {shown(file)} number different classes: a label would not mean the same in both sets; "
+                f"pack one of them anew with --classes {shown(files[0])}"
             )
 
 
-def read_classes(file: Path) -> list[str]:
+def _is_file(path: str) -> bool:
+    return look_up([path])[0] is not None if is_remote(path) else os.path.isfile(path)
+
+
+def read_classes(file: str | Path) -> list[str]:
     """Return the class names of a classes.json, in the order of their labels; UserError if it is no such list."""
     try:
-        names = json.loads(file.read_text())
+        names = json.loads(read_all(str(file)) if is_remote(str(file)) else Path(file).read_bytes())
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested deeply
         raise UserError(f"cannot read {file} ({error}): expected a JSON list of class names") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

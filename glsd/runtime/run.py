@@ -54,6 +54,10 @@ class Run:
     def quarantine(self) -> Path:
         return self.folder / "quarantine.jsonl"
 
+    @property
+    def samples(self) -> Path:
+        return self.folder / "samples.jsonl"
+
 
 def open_run(out: str | Path, *, resolved_config: str, resume: bool) -> Run:
     """Make or reopen the run directory ``out``; every rank calls, rank 0 writes config.yaml and env.txt.
@@ -151,14 +155,14 @@ def _devices() -> str:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Drop the rows of later steps from metrics.jsonl and quarantine.jsonl, atomically; rank 0 only does anything.
+    """Drop the rows of later steps from metrics, quarantine and samples.jsonl, atomically; rank 0 only does anything.
 
     The probe row of ``step`` itself goes too: a checkpoint is saved before the probe of its step, which is made again.
     A row that is not whole (the machine died while it was written) is dropped too, with a warning.
     """
     if not dist.is_main():
         return
-    for path in (Run(folder).metrics, Run(folder).quarantine):
+    for path in (Run(folder).metrics, Run(folder).quarantine, Run(folder).samples):
         if not path.exists():
             continue
         kept = []
@@ -181,17 +185,17 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def append_quarantine(run: Run, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to quarantine.jsonl, each with a ``step`` so that a resumed run can rewind; rank 0 only does anything."""
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a .jsonl of the run, each with a ``step`` so that a resumed run can rewind; rank 0 only does anything."""
     lines = [json.dumps(dict(row)) + "\n" for row in rows]
     if not lines or not dist.is_main():
         return
     try:
-        with run.quarantine.open("a") as file:
+        with path.open("a") as file:
             file.writelines(lines)
     except OSError as problem:
         raise UserError(
-            f"cannot write {run.quarantine}: {problem.strerror}; free space or make it writable"
+            f"cannot write {path}: {problem.strerror}; free space or make it writable"
         ) from problem
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from glsd.contracts import UserError
-from glsd.data.order import EpochOrder, epoch_length, permutation, rank_positions
+from glsd.data.order import EpochOrder, epoch_length, epoch_samples, permutation, rank_positions
 
 SIZES = [7, 1, 5, 9, 4, 12]
 
@@ -169,3 +169,86 @@ def test_sizes_that_do_not_fit(change, message):
     }
     with pytest.raises(UserError, match=message):
         rank_positions(**{**sizes, **change})
+
+
+WEIGHTS = np.array(
+    [1.0, 3.0, 0.5, 0.0, 2.25, 0.1]
+)  # of SIZES: whole turns 7 + 3 + 8 samples, parts of 2.5 + 1 + 1.2
+
+
+def weighted(epoch: int, *, seed: int = 3, sizes=SIZES, weights=WEIGHTS, window_shards: int = 2) -> list[int]:
+    return listed(epoch=epoch, seed=seed, window_shards=window_shards, shard_weights=weights)
+
+
+def counts_by_shard(order: list[int]) -> np.ndarray:
+    owners = np.repeat(np.arange(len(SIZES)), SIZES)
+    return np.bincount(owners[order], minlength=len(SIZES))
+
+
+def test_weights_of_one_change_nothing():
+    assert weighted(2, weights=np.ones(len(SIZES))) == listed()
+
+
+def test_weighted_epochs_all_have_the_same_length():
+    lengths = {len(weighted(epoch, seed=seed)) for epoch in range(40) for seed in range(3)}
+    assert lengths == {7 + 3 + 8 + 4}
+    assert epoch_samples(np.array(SIZES), WEIGHTS) == 22
+    assert epoch_samples(np.array(SIZES)) == sum(SIZES)
+
+
+def test_a_weight_says_how_often_each_sample_comes():
+    for epoch in range(20):
+        times = np.bincount(weighted(epoch), minlength=sum(SIZES))
+        parts = np.split(times, np.cumsum(SIZES)[:-1])
+        assert parts[0].tolist() == [1] * 7
+        assert parts[1].tolist() == [3]
+        assert set(parts[2]) <= {0, 1}  # a part of a turn has no sample twice
+        assert parts[3].tolist() == [0] * 9
+        assert set(parts[4]) <= {2, 3}
+        assert set(parts[5]) <= {0, 1}
+        assert abs(counts_by_shard(weighted(epoch)) - WEIGHTS * SIZES).max() < 1
+
+
+@pytest.mark.slow
+def test_parts_of_turns_reach_every_sample_equally_often():
+    epochs = 1000
+    times = np.bincount(np.concatenate([weighted(epoch) for epoch in range(epochs)]), minlength=sum(SIZES))
+    expected = np.repeat(WEIGHTS, SIZES) * epochs
+    # 0.3 of a sample in 22 is lost to rounding, in one of the three shards with parts.
+    fractional = np.repeat(WEIGHTS % 1 > 0, SIZES)
+    assert np.array_equal(times[~fractional], expected[~fractional])
+    spread = 5 * np.sqrt(epochs * 0.25)
+    assert (abs(times - expected)[fractional] < spread + 0.3 / 3 * epochs).all()
+    for shard in (2, 4, 5):  # within a shard nobody is preferred
+        mine = np.split(times, np.cumsum(SIZES)[:-1])[shard]
+        assert np.ptp(mine) < 2 * spread
+
+
+def test_windows_name_the_shards_they_read():
+    order = EpochOrder(SIZES, seed=3, epoch=2, window_shards=2, shard_weights=WEIGHTS)
+    owners = np.repeat(np.arange(len(SIZES)), SIZES)
+    read: list[set[int]] = [set() for _ in range(order.num_windows)]
+    for position in range(len(order)):
+        read[order.window_of(position)].add(int(owners[order[position]]))
+    assert [set(order.shards_of(window)) for window in range(order.num_windows)] == read
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 64])
+@pytest.mark.parametrize("sizes", [[640], [1, 600, 39], [10] * 64])
+def test_an_epoch_comes_once_whatever_the_shards_and_ranks(sizes, world_size):
+    length = epoch_length(sum(sizes), 64)
+    order = EpochOrder(sizes, seed=0, epoch=1, window_shards=4)
+    seen = []
+    for rank in range(world_size):
+        stream = rank_positions(
+            consumed=length,
+            epoch_length=length,
+            batch_size=64,
+            rank=rank,
+            world_size=world_size,
+            micro_batch=64 // world_size,
+        )
+        for places in itertools.islice(stream, length // 64):
+            assert {epoch for epoch, _ in places} == {1}
+            seen += [order[position] for _, position in places]
+    assert sorted(seen) == list(range(640))

@@ -17,7 +17,8 @@ from glsd.data.crops import CropSpec, crop_sample
 from glsd.data.order import EpochOrder
 from glsd.data.pack import pack_samples
 from glsd.data.pretrain_loader import PretrainDataset, collate, pretrain_loader
-from glsd.data.shards import find_shards, open_shards
+from glsd.data.shard_files import find_shards
+from glsd.data.shards import open_shards
 
 MORE_WORKERS_THAN_CORES = "ignore:This DataLoader will create"
 SPEC = CropSpec(global_size=16, local_size=8, num_local=3)

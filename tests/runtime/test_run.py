@@ -11,7 +11,7 @@ import pytest
 from ranks import run_ranks
 
 from glsd.contracts import UserError
-from glsd.runtime.run import Run, append_quarantine, catch_signals, open_run, rewind
+from glsd.runtime.run import Run, append_rows, catch_signals, open_run, rewind
 
 
 def test_a_new_run_has_its_papers(tmp_path):
@@ -54,7 +54,7 @@ def test_a_changed_configuration_is_shown_and_the_old_one_kept(tmp_path, capsys)
 def test_a_run_without_checkpoints_starts_over(tmp_path):
     run = open_run(tmp_path, resolved_config="", resume=False)
     run.metrics.write_text('{"step": 1}\n')
-    append_quarantine(run, [{"step": 1, "key": "x"}])
+    append_rows(run.quarantine, [{"step": 1, "key": "x"}])
     open_run(tmp_path, resolved_config="", resume=True)
     assert run.metrics.read_text() == run.quarantine.read_text() == ""
 
@@ -87,8 +87,8 @@ def test_rewind_drops_later_rows_and_half_rows(tmp_path, capsys):
     run = Run(tmp_path)
     rows = [json.dumps({"step": step, "loss": step / 3}) for step in (1, 2, 3, 4)]
     run.metrics.write_text("\n".join(rows) + '\n{"step": 5, "lo')
-    append_quarantine(run, [{"step": 2, "key": "a"}, {"step": 3, "key": "b"}])
-    append_quarantine(run, [])
+    append_rows(run.quarantine, [{"step": 2, "key": "a"}, {"step": 3, "key": "b"}])
+    append_rows(run.quarantine, [])
     rewind(tmp_path, 2)
     assert run.metrics.read_text() == "\n".join(rows[:2]) + "\n"
     assert [json.loads(line)["key"] for line in run.quarantine.read_text().splitlines()] == ["a"]

@@ -1,0 +1,42 @@
+"""Downloads in the background: what the order will need next is fetched while the present is read."""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from glsd.contracts import UserError
+
+
+class Prefetcher:
+    """One thread a process that fetches what was wanted last; where it fails, the reader finds out, and says so."""
+
+    def __init__(self, fetch: Callable[[int], None]):
+        self._fetch = fetch
+        self._process = -1
+
+    def want(self, numbers: Sequence[int]) -> None:
+        """Fetch these, in this order, instead of what is still left of the list before."""
+        if (
+            self._process != os.getpid()
+        ):  # after a fork there is no thread, and its lock may be locked for ever
+            self._process = os.getpid()
+            self._left: list[int] = []
+            self._changed = threading.Condition()
+            threading.Thread(target=self._work, daemon=True, name="prefetch").start()
+        with self._changed:
+            self._left = list(reversed(numbers))
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._left)
+                number = self._left.pop()
+            try:
+                self._fetch(number)
+            except UserError:
+                with self._changed:
+                    self._left = []  # the server is in trouble: no more requests than the reader makes
+
+    def __getstate__(self) -> dict:
+        return {"_fetch": self._fetch, "_process": -1}

@@ -1,0 +1,256 @@
+"""Files on web servers and in object stores: their names, their sizes, their bytes, with retries and one clear last error.
+
+fsspec's backends do the transport; how long to try, and what the user reads in the end, is decided here.
+"""
+
+import importlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Any, TypeVar
+
+import aiohttp
+import fsspec
+
+from glsd.contracts import UserError
+
+Result = TypeVar("Result")
+
+# What to install for a scheme, and the error types of its client that are no OSError.
+SCHEMES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "http": ("fsspec[http]", ()),
+    "https": ("fsspec[http]", ()),
+    "s3": ("glsd[s3]", ("botocore.exceptions:BotoCoreError", "botocore.exceptions:ClientError")),
+    "gs": ("glsd[gs]", ("gcsfs.retry:HttpError", "google.auth.exceptions:GoogleAuthError")),
+    "hf": (
+        "huggingface_hub",
+        ("huggingface_hub.errors:HfHubHTTPError", "httpx:HTTPError", "httpx2:HTTPError"),
+    ),
+}
+PIECE = 4 << 20  # bytes of one request: what is lost when a connection breaks
+MAX_CONNECTIONS = 16  # for many small questions at the start
+FIRST_PAUSE, MAX_PAUSE = 0.2, 10.0  # seconds between attempts; each pause is twice the one before
+TIMEOUT_VARIABLE = "GLSD_REMOTE_TIMEOUT"
+DEFAULT_TIMEOUT = 120.0
+TRY_LATER = frozenset((408, 425, 429))  # of the 4xx answers, those that may be others next time
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What a server says of a file."""
+
+    size: int  # bytes
+    version: str  # changes when the content does, as far as the server tells (its ETag or time stamp)
+
+
+class _ShortAnswer(OSError):
+    """Fewer bytes came than were asked for."""
+
+
+def is_remote(address: str) -> bool:
+    """Tell whether an address names a file on a server: ``scheme://...``."""
+    return "://" in address
+
+
+def check_scheme(address: str) -> str:
+    """Return the scheme of an address; UserError if it is none that can be read."""
+    scheme = address.split("://")[0]
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise UserError(f"{shown(address)}: expected a local path or an address that begins with {known}")
+    return scheme
+
+
+def patience() -> float:
+    """Return the seconds without success after which a server is given up: ``$GLSD_REMOTE_TIMEOUT``, by default 120."""
+    raw = os.environ.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT
+    try:
+        seconds = float(raw)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"{TIMEOUT_VARIABLE} is {raw!r}: expected seconds above 0")
+    return seconds
+
+
+def shown(address: str) -> str:
+    """Return an address as it may stand in a log: without the password and the signature it may carry."""
+    return re.sub(r"(?<=://)[^/@]*@", "", re.sub(r"\?.*", "", address))
+
+
+def glob_remote(pattern: str) -> list[str]:
+    """Return the addresses that a pattern with ``*`` matches, sorted; UserError if the server cannot list them."""
+    fs, path = _locate(pattern)
+    found = _attempt(pattern, "list", lambda: fs.glob(path))
+    return sorted(str(fs.unstrip_protocol(name)) for name in found)
+
+
+def look_up(addresses: Sequence[str]) -> list[RemoteFile | None]:
+    """Return what the servers say of each file, None where there is none; many are asked at a time.
+
+    Object stores are asked for whole folders. Raises UserError for a server that does not answer.
+    """
+    listings: dict[str, dict[str, Any]] = {}
+
+    def folder_of(address: str) -> str:
+        return address.rsplit("/", 1)[0]
+
+    def list_folder(folder: str) -> None:
+        fs, path = _locate(folder)
+        rows = _attempt(folder, "list", lambda: fs.ls(path, detail=True), missing=[])
+        listings[folder] = {str(fs.unstrip_protocol(row["name"])): row for row in rows}
+
+    def one(address: str) -> RemoteFile | None:
+        fs, path = _locate(address)
+        if address.startswith("http"):
+            info = _attempt(address, "find", lambda: fs.info(path), missing=None)
+        else:
+            info = listings[folder_of(address)].get(str(fs.unstrip_protocol(path)))
+        if info is None or info.get("type") == "directory":
+            return None
+        if info.get("size") is None:
+            raise UserError(f"{shown(address)}: the server does not tell its size: use one that does")
+        marks = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "mtime", "updated")
+        return RemoteFile(int(info["size"]), next((str(info[m]) for m in marks if info.get(m)), ""))
+
+    with ThreadPoolExecutor(MAX_CONNECTIONS) as pool:
+        folders = dict.fromkeys(folder_of(a) for a in addresses if not a.startswith("http"))
+        list(pool.map(list_folder, folders))
+        return list(pool.map(one, addresses))
+
+
+def read_all(address: str) -> bytes:
+    """Return the bytes of a small file; UserError if it cannot be read."""
+    fs, path = _locate(address)
+    return _attempt(address, "read", lambda: fs.cat_file(path))
+
+
+def write_all(local: str, address: str) -> None:
+    """Copy a local file to an address; UserError if that cannot be written."""
+    fs, path = _locate(address)
+    _attempt(address, "write", lambda: fs.put_file(local, path))
+
+
+def copy_to(file: IO[bytes], address: str, size: int) -> None:
+    """Write the first ``size`` bytes of a remote file to the beginning of ``file``, piece after piece.
+
+    A piece that fails is asked for again; a server without range requests sends everything at once. Raises UserError
+    when nothing has come for ``patience()`` seconds, and at once for what will not change (404, 403).
+    """
+    fs, path = _locate(address)
+    place = 0
+    while place < size:
+        start, end = place, min(place + PIECE, size)
+
+        def piece(start: int = start, end: int = end) -> bytes:
+            raw = fs.cat_file(path, start=start, end=end)
+            if len(raw) not in (end - start, size):
+                raise _ShortAnswer(f"{len(raw)} bytes instead of {end - start} from byte {start} on")
+            return raw
+
+        raw = _attempt(address, "read", piece)
+        if len(raw) == size:  # the whole file, whatever was asked for
+            file.seek(0)
+            end = size
+        file.write(raw)
+        place = end
+
+
+def _locate(address: str) -> tuple[Any, str]:
+    """Return the file system of an address and the path in it; cheap: fsspec keeps one a process, also after a fork."""
+    scheme = check_scheme(address)
+    # One silent request must not use up all the time there is.
+    silence = min(30.0, patience() / 2)
+    options: dict[str, Any] = {}
+    if scheme.startswith("http"):
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=silence, sock_read=silence)
+        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    elif scheme == "s3":
+        retries = {"max_attempts": 1}  # ours and s3fs's own come on top
+        options = {"config_kwargs": {"connect_timeout": silence, "read_timeout": silence, "retries": retries}}
+    try:
+        # Listings change while people upload: never an old one.
+        return fsspec.url_to_fs(address, use_listings_cache=False, **options)
+    except ImportError as error:
+        raise UserError(
+            f"{shown(address)}: reading {scheme}:// needs one more package: pip install '{SCHEMES[scheme][0]}'"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{shown(address)} is no address that can be read: {error}") from error
+
+
+_REQUIRED = object()
+
+
+def _attempt(address: str, verb: str, work: Callable[[], Result], missing: Any = _REQUIRED) -> Result:
+    """Return what ``work`` returns, tried again while it may help; ``missing`` instead, where given, if there is no file."""
+    started, pause, attempts = time.monotonic(), FIRST_PAUSE, 0
+    while True:
+        attempts += 1
+        try:
+            return work()
+        except _error_types(address.split("://")[0]) as error:
+            status, reason = _status(error), _reason(error)
+            if status == 404 and missing is not _REQUIRED:
+                return missing
+            waited = time.monotonic() - started
+            final = status is not None and 400 <= status < 500 and status not in TRY_LATER
+            if final or waited >= patience():
+                tries = "" if final else f", {attempts} attempts in {waited:.0f} s ({TIMEOUT_VARIABLE})"
+                raise UserError(
+                    f"cannot {verb} {shown(address)}: {f'HTTP status {status}, ' if status else ''}{reason}{tries}: "
+                    "check the address, the access rights and the server"
+                ) from error
+        time.sleep(min(pause, patience() - waited))
+        pause = min(2 * pause, MAX_PAUSE)
+
+
+def _error_types(scheme: str) -> tuple[type[Exception], ...]:
+    """Return what the client of a scheme raises for what is not our bug."""
+    types: list[type[Exception]] = [OSError, TimeoutError, aiohttp.ClientError]
+    for name in SCHEMES[scheme][1]:
+        module, _, attribute = name.partition(":")
+        try:
+            types.append(getattr(importlib.import_module(module), attribute))
+        except ImportError:
+            continue  # then it cannot be raised either
+    return tuple(types)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status behind an error; backends hide it in what they raise from, or in the type."""
+    for link in _chain(error):
+        answer = getattr(link, "response", None)
+        if isinstance(answer, dict):  # botocore
+            answer = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        # Elsewhere ``code`` is something else: aiohttp's is 400 for an answer that was cut.
+        code = getattr(link, "code", None) if type(link).__module__.startswith("gcsfs") else answer
+        status = getattr(link, "status", code)
+        number = getattr(status, "status_code", status)
+        if isinstance(number, int) and 100 <= number < 600:
+            return number
+    # A backend calls a file missing whatever went wrong: believe it only where nothing else is behind it.
+    if isinstance(error, FileNotFoundError) and error.__cause__ is None:
+        return 404
+    if any(
+        isinstance(link, PermissionError) or "Credentials" in type(link).__name__ for link in _chain(error)
+    ):
+        return 403
+    return None
+
+
+def _reason(error: Exception) -> str:
+    last = list(_chain(error))[-1]
+    text = str(last).strip().splitlines() or [""]
+    # Some clients quote the whole address, signature included.
+    first = re.sub(r"\S+://\S+", lambda found: shown(found[0]), text[0])[:200]
+    return f"{type(last).__name__}: {first}" if first else type(last).__name__
