@@ -1,58 +1,57 @@
-"""Make tar shards: of a folder of images, of a benchmark's official files, or of other shards.
+"""Make tar shards: of a folder of images, of lists, of a benchmark's official files, or of other shards; examine them.
 
 python launch/pack.py photos/ shards/ --prefix train           a folder; subfolders are classes
+python launch/pack.py list train.csv shards/                   a list with the columns path, label: .csv .tsv .parquet
+python launch/pack.py torchvision CIFAR10 data/ shards/ --split train   a set that torchvision reads
+python launch/pack.py doctor train='shards/train-*.tar' test='shards/test-*.tar'   what is wrong with them
 python launch/pack.py index 'shards/train-{000000..000146}.tar'  the index beside shards that have none
 python launch/pack.py cub200 CUB_200_2011/ shards/cub200       also: cars196, sop, inshop
 python launch/pack.py split 'all/*.tar' shards/ --test_share 0.5   training and test without a class in common
 python launch/pack.py roles 'test-*.tar' shards/ --table index.jsonl.gz --field orig_split \\
     --role query=test --role gallery=train,val                  roles by a table of the keys
 
-A folder that is called as one of these commands: write ./index.
+A folder, a list and a torchvision set take --workers, and --short_side 512 to make photographs of many megapixels smaller;
+killed, the same command goes on where it was. A folder that is called as one of these commands: write ./index.
 """
 
 import argparse
 import functools
+import sys
 from collections.abc import Callable
 
 from _door import run
+from pack_doctor import doctor
+from pack_sources import add_output, folder, listed, report_unreadable, torchvision
 
-from glsd.data.pack import PackSummary, index_shards, pack_folder
+from glsd.data.pack import index_shards
 from glsd.data.retrieval_sets import RETRIEVAL_SETS, prepare
 from glsd.data.retrieval_split import assign_roles, parse_roles, split_shards
 from glsd.data.roles import RoleSummary
 
-SHOWN = 5
+STOPPED = 130  # as shells report a program ended by Ctrl-C
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
     command = COMMANDS.get(argv[0]) if argv else None
-    if command:
-        command(argv[1:])
-    else:
-        folder(argv)
-
-
-def folder(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="pack.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("src", help="folder of images; if all lie in subfolders, these are the classes")
-    add_output(parser)
-    parser.add_argument("--prefix", default="train", help="beginning of the shards' names (%(default)s)")
-    parser.add_argument(
-        "--full_check", action="store_true", help="decode every image, leave out the damaged ones"
-    )
-    parser.add_argument(
-        "--classes", metavar="FILE", help="classes.json of another packing: number the classes as it does"
-    )
-    args = vars(parser.parse_args(argv))
-    report(pack_folder(args.pop("src"), args.pop("dst"), **args))
+    try:
+        if command:
+            return command(argv[1:])
+        return folder(argv, __doc__ or "")
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped: nothing was packed", file=sys.stderr)
+        return STOPPED
 
 
 def index(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="pack.py index", description="Write the index beside each shard.")
     parser.add_argument("shards", nargs="+", help="brace patterns or globs of .tar files")
-    print(f"indexed {index_shards(parser.parse_args(argv).shards)} samples")
+    parser.add_argument(
+        "--upload",
+        action="store_true",
+        help="write the index of a remote shard beside it; otherwise only this machine has it",
+    )
+    args = parser.parse_args(argv)
+    print(f"indexed {index_shards(args.shards, upload=args.upload)} samples")
 
 
 def benchmark(name: str, argv: list[str]) -> None:
@@ -110,29 +109,6 @@ def roles(argv: list[str]) -> None:
     report_roles(assign_roles(args.pop("shards"), args.pop("dst"), **args))
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dst", help="folder for the shards")
-    parser.add_argument("--shard_megabytes", type=int, default=256, help="size of a shard (%(default)s)")
-    parser.add_argument("--shuffle_seed", type=int, default=0, help="order of the images (%(default)s)")
-
-
-def report(summary: PackSummary) -> None:
-    first, last = summary.shards[0], summary.shards[-1]
-    classes = f"{len(summary.classes)} classes" if summary.classes else "no labels"
-    print(
-        f"packed {summary.num_images} images, {classes}, into {len(summary.shards)} shards: "
-        f"{first} .. {last.name}"
-    )
-    if summary.stray:
-        print(
-            f"no labels because {summary.stray} lies outside the subfolders: move such images and pack again"
-        )
-    if summary.skipped:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in list(summary.skipped.items())[:SHOWN])
-        print(f"skipped {sum(summary.skipped.values())} files that are no images: {kinds}")
-    report_unreadable(summary.unreadable)
-
-
 def report_roles(summaries: dict[str, RoleSummary]) -> None:
     for role, summary in summaries.items():
         first, last = summary.shards[0], summary.shards[-1]
@@ -143,14 +119,10 @@ def report_roles(summaries: dict[str, RoleSummary]) -> None:
         report_unreadable(summary.unreadable)
 
 
-def report_unreadable(unreadable: tuple[tuple[str, str], ...]) -> None:
-    if unreadable:
-        print(f"left out {len(unreadable)} unreadable images:")
-        for path, reason in unreadable[:SHOWN]:
-            print(f"  {path}: {reason}")
-
-
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "list": listed,
+    "torchvision": torchvision,
+    "doctor": doctor,
     "index": index,
     "split": split,
     "roles": roles,

@@ -4,32 +4,25 @@ Beside the shards lie ``classes.json``, the class names in the order of their la
 key and the source file of every image, to find the file behind a key in a log.
 """
 
-import glob
-import io
-import json
 import os
-import shutil
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
-from webdataset import TarWriter
 
 from glsd.contracts import UserError
-from glsd.data.decode import FORMATS, BrokenImage, decode
-from glsd.data.order import permutation
-from glsd.data.shard_index import BLOCK, IMAGE_EXTENSIONS, build_index, index_path, write_index
-from glsd.data.shards import CLASSES_FILE, SOURCES_SUFFIX, find_shards, read_classes
-
-SHUFFLE_STREAM = 0x7061636B
-SAMPLE_OVERHEAD = 4 * BLOCK  # image header, padding of the image, label header, label
-
-Sample = tuple[bytes, str, int | None]  # bytes of the image file, its extension, its label
+from glsd.data.pack_resize import check_short_side
+from glsd.data.pack_resume import Packing, resumable_staging
+from glsd.data.pack_source import Source, load_images, reading_order, source_digest
+from glsd.data.pack_writer import Sample, staging, write_classes, write_shards
+from glsd.data.remote import is_remote
+from glsd.data.retrieval_files import check_regular
+from glsd.data.shard_files import find_shards, index_remote
+from glsd.data.shard_index import IMAGE_EXTENSIONS, build_index, index_path, write_index
+from glsd.data.shards import CLASSES_FILE, read_classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +31,15 @@ class PackSummary:
 
     num_images: int
     shards: tuple[Path, ...]
-    classes: tuple[str, ...] = ()  # in the order of their labels; empty = no labels
+    classes: tuple[str, ...] = ()  # in the order of their labels; empty = they have no names
+    labelled: bool = False
     stray: str = (
         ""  # the first image outside the subfolders, if a few such images cost most images their labels
     )
     skipped: dict[str, int] = field(default_factory=dict)  # files that are no images, by extension
     unreadable: tuple[tuple[str, str], ...] = ()  # path and reason
+    resized: int = 0  # images that were larger than short_side
+    resumed: int = 0  # shards that an interrupted packing had finished
 
 
 def pack_folder(
@@ -55,51 +51,120 @@ def pack_folder(
     shuffle_seed: int = 0,
     full_check: bool = False,
     classes: str | Path | None = None,
+    short_side: int | None = None,
+    workers: int = 0,
 ) -> PackSummary:
     """Pack all images below a folder, shuffled, into ``dst/{prefix}-{000000}.tar`` with an index beside each.
 
     If every image lies in some subfolder, the first-level subfolders are the classes, numbered in the order of
     ``classes`` (a classes.json of another packing) or else of ``dst/classes.json`` (of an earlier packing into
-    the same folder) or else sorted; otherwise there are no labels. Hidden files are skipped. An image whose
-    header cannot be read is left out and listed; ``full_check`` decodes every image. Raises UserError if ``src``
-    holds no usable image or a class without number, or ``dst`` cannot be written or already has shards of that
-    prefix.
+    the same folder) or else sorted; otherwise there are no labels. Hidden files are skipped. The rest as pack_source.
+    Raises UserError if ``src`` holds no usable image or a class without number, and as pack_source does.
     """
     src, dst = Path(src), Path(dst)
     paths, skipped = find_images(src)
     strays = [path for path in paths if len(path.parts) == 1]
-    labels = {} if strays else _labels({path.parts[0] for path in paths}, dst, src, classes)
     if strays and classes is not None:
         raise UserError(f"--classes {classes}: {src / strays[0]} lies in no subfolder, so it has no class")
-    unreadable: list[tuple[str, str]] = []
-    sources: list[str] = []
-
-    def samples() -> Iterator[Sample]:
-        order = permutation(len(paths), seed=shuffle_seed, stream=SHUFFLE_STREAM)
-        for number in tqdm(order, f"packing {src}", unit=" images", disable=None):
-            path = paths[number]
-            try:
-                raw = (src / path).read_bytes()
-                decode(raw) if full_check else image_extension(raw)
-            except (OSError, BrokenImage) as error:
-                unreadable.append((str(path), str(error)))
-                continue
-            sources.append(path.as_posix())
-            yield raw, path.suffix[1:].lower(), labels[path.parts[0]] if labels else None
-
-    with staging(dst, [prefix]) as work:
-        names, count = write_shards(
-            samples(), work, prefix, shard_megabytes, source=str(src), sources=sources
-        )
-        write_classes(work, tuple(labels))
-    return PackSummary(
-        num_images=count,
-        shards=tuple(dst / name for name in names),
-        classes=tuple(labels),
+    numbers = {} if strays else number_classes({path.parts[0] for path in paths}, dst, src, classes)
+    names = [path.as_posix() for path in paths]
+    source = Source(
+        title=str(src),
+        names=names,
+        read=FileReader(src, names),
+        labels=[numbers[path.parts[0]] for path in paths] if numbers else None,
+        classes=tuple(numbers),
+    )
+    return pack_source(
+        source,
+        dst,
+        prefix=prefix,
+        shard_megabytes=shard_megabytes,
+        shuffle_seed=shuffle_seed,
+        full_check=full_check,
+        short_side=short_side,
+        workers=workers,
         stray=str(strays[0]) if 0 < len(strays) < len(paths) / 2 else "",
         skipped=skipped,
-        unreadable=tuple(unreadable),
     )
+
+
+def pack_source(
+    source: Source,
+    dst: str | Path,
+    *,
+    prefix: str,
+    shard_megabytes: int = 256,
+    shuffle_seed: int = 0,
+    full_check: bool = False,
+    short_side: int | None = None,
+    workers: int = 0,
+    **seen: Any,
+) -> PackSummary:
+    """Pack the images of a source, shuffled, into ``dst/{prefix}-{000000}.tar`` with an index beside each.
+
+    The bytes are packed as they are; with ``short_side`` (pixels), an image whose short side is longer is made smaller
+    (see pack_resize.shorten). An image whose header cannot be read is left out and listed; ``full_check`` decodes every
+    image. The result does not depend on the number of ``workers`` (processes; 0: this one). Killed, the same call goes
+    on after the shards that were finished, with the same result. ``seen`` goes into the summary. Raises UserError if
+    there is no usable image, ``dst`` cannot be written, is packed into by another process or already has shards of that
+    prefix, and if it holds an unfinished packing with other settings.
+    """
+    dst = Path(dst)
+    check_short_side(short_side)
+    order = reading_order(source, shuffle_seed)
+    settings = {
+        "prefix": prefix,
+        "shard_megabytes": shard_megabytes,
+        "shuffle_seed": shuffle_seed,
+        "full_check": full_check,
+        "short_side": short_side,
+        "source": source.title,
+        "images": source_digest(source),
+    }
+    with resumable_staging(dst, prefix, settings) as packing:
+        done = packing.progress
+        resumed = len(done.shards)
+        if not done.complete:
+            images = load_images(
+                source, order[done.next :], full_check=full_check, short_side=short_side, workers=workers
+            )
+            bar = tqdm(
+                images, f"packing {source.title}", len(order), initial=done.next, unit=" images", disable=None
+            )
+            _write(packing, bar, source, shard_megabytes, short_side is not None)
+    return PackSummary(
+        num_images=done.num_images,
+        shards=tuple(dst / name for name in done.shards),
+        classes=tuple(source.classes),
+        labelled=source.labels is not None,
+        unreadable=tuple(done.unreadable),
+        resized=done.resized,
+        resumed=resumed,
+        **seen,
+    )
+
+
+def _write(packing: Packing, bar: tqdm, source: Source, shard_megabytes: int, note_sizes: bool) -> None:
+    with bar:
+        left_out = packing.write(iter(bar), source.names, source.labels, shard_megabytes, note_sizes)
+    if not packing.progress.shards:
+        first = f" ({left_out[0][0]}: {left_out[0][1]})" if left_out else ""
+        raise UserError(f"no usable image in {source.title}: nothing was packed{first}")
+    write_classes(packing.work, source.classes)
+    packing.finish(left_out)
+
+
+class FileReader:
+    """Reads the image files below a folder, by number."""
+
+    def __init__(self, root: Path, names: Sequence[str]):
+        self._root, self._names = root, names
+
+    def __call__(self, number: int) -> bytes:
+        path = self._root / self._names[number]
+        check_regular(path)
+        return path.read_bytes()
 
 
 def pack_samples(
@@ -118,10 +183,16 @@ def pack_samples(
     return PackSummary(num_images=count, shards=tuple(dst / name for name in names), classes=tuple(classes))
 
 
-def index_shards(patterns: str | Sequence[str]) -> int:
-    """Write the index beside each shard anew and return their number of samples; UserError as open_shards."""
+def index_shards(patterns: str | Sequence[str], *, upload: bool = False) -> int:
+    """Write the index beside each shard anew and return their number of samples.
+
+    Of a remote shard, the index is kept on this machine, or with ``upload`` written beside it. UserError as open_shards.
+    """
     total = 0
     for path in tqdm(find_shards(patterns), "indexing shards", disable=None):
+        if is_remote(path):
+            total += index_remote(path, upload=upload)
+            continue
         index = build_index(path)
         write_index(index, index_path(path), shard_name=os.path.basename(path))
         total += len(index)
@@ -163,21 +234,7 @@ def _unreadable_folder(error: OSError) -> None:
     raise UserError(f"cannot read folder {error.filename}: {error.strerror}") from error
 
 
-def image_extension(raw: bytes) -> str:
-    """Return the extension that suits the bytes of an image file; BrokenImage if their header is of none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images long before it refuses them
-            with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
-                kind = str(image.format).lower()
-    except Image.UnidentifiedImageError as error:
-        raise BrokenImage("not an image of a known format" if raw else "empty file (0 bytes)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenImage(str(error)) from error
-    return "jpg" if kind in ("jpeg", "mpo") else kind
-
-
-def _labels(found: set[str], dst: Path, src: Path, classes: str | Path | None) -> dict[str, int]:
+def number_classes(found: set[str], dst: Path, src: Path, classes: str | Path | None) -> dict[str, int]:
     """The label of each class name, as ``classes`` or an earlier packing into ``dst`` gave them."""
     earlier = dst / CLASSES_FILE
     file = Path(classes) if classes is not None else earlier
@@ -192,105 +249,3 @@ def _labels(found: set[str], dst: Path, src: Path, classes: str | Path | None) -
             "one with all classes, so that a label means the same class in each"
         )
     return {name: label for label, name in enumerate(names)}
-
-
-@contextmanager
-def staging(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
-    """Give a hidden folder inside ``dst`` whose files are moved up at the end: half a packing never looks whole.
-
-    Raises UserError if ``dst`` cannot be written or has shards of one of the prefixes.
-    """
-    for prefix in prefixes:
-        if not prefix or "/" in prefix or prefix.startswith("."):
-            raise UserError(f"prefix {prefix!r}: expected the beginning of a file name, such as train")
-    work = dst / f".{prefixes[0]}.packing"
-    try:
-        dst.mkdir(parents=True, exist_ok=True)
-        old = [path for prefix in prefixes for path in sorted(dst.glob(f"{glob.escape(prefix)}-[0-9]*.tar"))]
-        if old:
-            raise UserError(f"{dst} already has {old[0].name}: choose another prefix or an empty folder")
-        work.mkdir()
-    except FileExistsError as error:
-        if not dst.is_dir():
-            raise UserError(f"cannot write to {dst}: it is not a folder") from error
-        raise UserError(
-            f"{work} was left by an interrupted packing, or one is running: delete it and start again"
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot write to {dst}: {error.strerror or error}") from error
-    try:
-        yield work
-        # Indices first: a shard is there only when its index is.
-        for path in sorted(work.iterdir(), key=lambda path: path.suffix == ".tar"):
-            os.replace(path, dst / path.name)
-    except OSError as error:
-        raise UserError(f"cannot write to {dst}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def write_shards(
-    samples: Iterable[Sample],
-    work: Path,
-    prefix: str,
-    shard_megabytes: int,
-    *,
-    source: str,
-    sources: Sequence[str] = (),
-) -> tuple[list[str], int]:
-    """Write shards, their indices and the table of ``sources``; return the shards' names and the number of samples.
-
-    ``sources`` is read at the end, so that ``samples`` may fill it. Raises UserError if there is no sample, naming
-    ``source``; OSError is for ``staging`` to name.
-    """
-    if shard_megabytes < 1:
-        raise UserError(f"shard_megabytes is {shard_megabytes}: expected at least 1")
-    names, count = _fill(samples, work, prefix, shard_megabytes * 2**20)
-    if not count:
-        raise UserError(f"no usable image in {source}: nothing was packed")
-    if sources:
-        rows = (f"{_key(number)}\t{_escaped(path)}\n" for number, path in enumerate(sources))
-        table = work / f"{prefix}{SOURCES_SUFFIX}"
-        with open(table, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(["key\tfile\n", *rows])
-    return names, count
-
-
-def write_classes(work: Path, classes: Sequence[str]) -> None:
-    """Write classes.json, unless there are none."""
-    if classes:
-        (work / CLASSES_FILE).write_text(json.dumps(list(classes), indent=1) + "\n")
-
-
-def _key(number: int) -> str:
-    return f"{number:08d}"
-
-
-def _escaped(path: str) -> str:
-    for character, escape in (("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r")):
-        path = path.replace(character, escape)
-    return path
-
-
-def _fill(samples: Iterable[Sample], folder: Path, prefix: str, shard_bytes: int) -> tuple[list[str], int]:
-    names: list[str] = []
-    count = 0
-    rows = iter(samples)
-    sample = next(rows, None)
-    while sample is not None:
-        path = folder / f"{prefix}-{len(names):06d}.tar"
-        with open(path, "wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as tar:
-                size = 0
-                while sample is not None and (not size or size + len(sample[0]) <= shard_bytes):
-                    raw, extension, label = sample
-                    members = {extension: raw} if label is None else {extension: raw, "cls": b"%d" % label}
-                    tar.write({"__key__": _key(count), **members})
-                    size += len(raw) + SAMPLE_OVERHEAD
-                    count += 1
-                    sample = next(rows, None)
-            file.flush()
-            os.fsync(file.fileno())
-        write_index(build_index(path), index_path(path), shard_name=path.name)
-        names.append(path.name)
-    return names, count

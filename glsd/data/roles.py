@@ -12,7 +12,8 @@ from tqdm import tqdm
 from glsd.contracts import UserError
 from glsd.data.decode import BrokenImage
 from glsd.data.order import permutation
-from glsd.data.pack import SHUFFLE_STREAM, Sample, image_extension, staging, write_classes, write_shards
+from glsd.data.pack_source import SHUFFLE_STREAM, image_extension
+from glsd.data.pack_writer import Sample, staging, write_classes, write_shards
 from glsd.data.shards import CLASSES_FILE, read_classes
 
 

@@ -1,0 +1,244 @@
+"""What is wrong with shards, before a training run finds out: a line a topic, each ok, a note, or to be fixed."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from glsd.contracts import UserError
+from glsd.data.doctor_duplicates import contents_of, exact_duplicates, near_duplicates
+from glsd.data.doctor_finding import Finding, some
+from glsd.data.doctor_scan import UNNAMED, Census, take_census
+from glsd.data.near_duplicates import BITS, FLAT, MAX_BITS, contrast
+from glsd.data.remote import is_remote
+from glsd.data.shard_index import index_path
+from glsd.data.shards import CLASSES_FILE, read_classes
+
+TINY = 32  # pixels of the short side: little is left to crop
+HUGE = 50e6  # pixels: decoding takes a second and hundreds of megabytes
+LONG = 5.0  # long side by short side
+LARGE_SHORT_SIDE = 800  # pixels: as a median, decoding is most of the work of training
+UNEVEN_SHARDS = 2.0  # largest by median
+UNEVEN_CLASSES = 10.0  # largest by smallest
+PERCENTILES = (0, 5, 50, 95, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSummary:
+    """One split in numbers."""
+
+    name: str
+    shards: int
+    images: int  # with those that cannot be read
+    labels: int  # different ones
+    total_bytes: int  # of the image files
+    percentiles: dict[str, tuple[float, ...]]  # of width, height and kilobytes, at PERCENTILES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What was found."""
+
+    splits: tuple[SplitSummary, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def sick(self) -> bool:
+        """Tell whether something must be fixed."""
+        return any(finding.level == "FIX" for finding in self.findings)
+
+
+def examine(
+    splits: Mapping[str, Sequence[str]], *, max_bits: int = MAX_BITS, workers: int = 0
+) -> Examination:
+    """Read and decode every image of some splits, each given by its patterns of shards.
+
+    To be fixed: shards that are damaged or not what their index says, images that cannot be read, labels that only a part
+    of a split has or that classes.json does not name, pictures in two splits, the same (``max_bits``: of the 64 bits of
+    two hashes that may differ for two images to be compared) or nearly. Raises UserError for a pattern without match.
+    """
+    if not 0 <= max_bits <= BITS // 4:
+        raise UserError(f"near_bits is {max_bits}: expected 0 (only equal hashes) to {BITS // 4}")
+    census = take_census(splits, workers=workers)
+    contents = contents_of(census)
+    findings = [
+        *_shards(census),
+        *_unreadable(census),
+        *_sizes(census),
+        *_labels(census),
+        *_balance(census),
+        *_keys(census),
+        *exact_duplicates(census, contents),
+        *near_duplicates(census, contents, max_bits=max_bits),
+    ]
+    return Examination(
+        splits=tuple(_summary(census, name) for name in census.splits), findings=tuple(findings)
+    )
+
+
+def _summary(census: Census, name: str) -> SplitSummary:
+    mine = census.of(name)
+    seen = mine[census.readable()[mine]]
+    columns = {"width": census.width[seen], "height": census.height[seen], "KB": census.size[seen] / 1000}
+    return SplitSummary(
+        name=name,
+        shards=len(np.unique(census.shard[mine])),
+        images=len(mine),
+        labels=len(set(census.label[mine]) - {-1}),
+        total_bytes=int(census.size[mine].sum()),
+        percentiles={
+            column: tuple(np.percentile(values, PERCENTILES).tolist()) if len(values) else ()
+            for column, values in columns.items()
+        },
+    )
+
+
+def _shards(census: Census) -> Iterator[Finding]:
+    count = len({*census.shards, *(path for _, path, _ in census.faults)})
+    if census.faults:
+        items = tuple((path, reason) for _, path, reason in census.faults)
+        yield Finding("FIX", "shards", f"{len(items):,} of {some(count, 'shard')} cannot be used", items)
+    bare = [path for path in census.shards if not is_remote(path) and not index_path(path).exists()]
+    if bare:
+        yield Finding(
+            "note",
+            "index",
+            f"{len(bare):,} of {some(count, 'shard')} have no index beside them, so that every machine scans them once: "
+            "python launch/pack.py index SHARDS",
+        )
+    elif not census.faults:
+        yield Finding("ok", "shards", f"{some(count, 'shard')}, each with its index")
+    names = {os.path.basename(path).rpartition("-")[0] for path in census.shards} - {""}
+    if census.splits == (UNNAMED,) and len(names) > 1:
+        example = " ".join(f"{name}='.../{name}-*.tar'" for name in sorted(names)[:2])
+        yield Finding(
+            "note",
+            "splits",
+            f"the shards' names tell of several splits; to look for leakage, name them: doctor {example}",
+        )
+
+
+def _unreadable(census: Census) -> Iterator[Finding]:
+    if census.reasons:
+        items = tuple((census.place(number), reason) for number, reason in sorted(census.reasons.items()))
+        yield Finding(
+            "FIX", "unreadable", f"{len(items):,} of {some(len(census), 'image')} cannot be read", items
+        )
+    elif len(census):
+        yield Finding("ok", "unreadable", f"all {some(len(census), 'image')} can be read")
+
+
+def _sizes(census: Census) -> Iterator[Finding]:
+    rows = np.flatnonzero(census.readable())
+    width, height = census.width[rows], census.height[rows]
+    short, long = np.minimum(width, height), np.maximum(width, height)
+    flat = contrast(census.thumb[rows]) < FLAT
+    odd = (
+        ("tiny", short < TINY, f"short side below {TINY} pixels"),
+        (
+            "huge",
+            width * height > HUGE,
+            f"more than {HUGE / 1e6:.0f} megapixels: pack them with --short_side",
+        ),
+        ("long", long > LONG * short, f"one side more than {LONG:.0f} times the other"),
+        ("blank", flat, "of nearly one colour"),
+    )
+    for topic, those, what in odd:
+        found = rows[those]
+        items = tuple((census.place(n), f"{census.width[n]} x {census.height[n]}") for n in found)
+        if items:
+            yield Finding("note", topic, f"{some(len(items), 'image')}: {what}", items)
+    if len(rows) and np.median(short) > LARGE_SHORT_SIDE:
+        yield Finding(
+            "note",
+            "large",
+            f"the median short side is {np.median(short):.0f} pixels: crops of 224 need less; packed with --short_side 512 "
+            "they are read several times as fast",
+        )
+    elif len(rows) and not any(those.any() for _, those, _ in odd):
+        yield Finding("ok", "sizes", "none tiny, huge, long or blank")
+
+
+def _labels(census: Census) -> Iterator[Finding]:
+    for name in census.splits:
+        mine = census.of(name)
+        if not len(mine):
+            continue
+        labels = census.label[mine]
+        without = mine[labels < 0]
+        if len(without) == len(mine):
+            yield Finding("ok", "labels", f"{name}: none, as pretraining needs none")
+            continue
+        if len(without):
+            items = tuple((census.place(number), "no label") for number in without)
+            yield Finding(
+                "FIX",
+                "labels",
+                f"{name}: {some(len(without), 'image')} of {len(mine):,} have no label, the others have",
+                items,
+            )
+        yield from _unnamed(census, name, mine)
+        counts = Counter(labels[labels >= 0].tolist())
+        most, least = max(counts.values()), min(counts.values())
+        single = sum(count == 1 for count in counts.values())
+        text = f"{name}: {some(len(counts), 'class', 'classes')} of {least:,} to {most:,} images"
+        if single:
+            text += f"; {single:,} of a single one, which retrieval and class-balanced batches cannot use"
+        yield Finding("note" if single or most > UNEVEN_CLASSES * least else "ok", "classes", text)
+
+
+def _unnamed(census: Census, name: str, mine: np.ndarray) -> Iterator[Finding]:
+    """Labels that the classes.json beside the shards does not name."""
+    for folder in sorted({os.path.dirname(census.shards[shard]) for shard in np.unique(census.shard[mine])}):
+        file = Path(folder, CLASSES_FILE)
+        if is_remote(folder) or not file.is_file():
+            continue
+        try:
+            known = len(read_classes(file))
+        except UserError as error:
+            yield Finding("FIX", "labels", f"{name}: {error}")
+            continue
+        here = [os.path.dirname(census.shards[shard]) == folder for shard in census.shard[mine]]
+        beyond = mine[np.array(here) & (census.label[mine] >= known)]
+        if len(beyond):
+            items = tuple((census.place(number), f"label {census.label[number]}") for number in beyond)
+            text = f"{name}: {some(len(beyond), 'image')} with a label that {file} has no name for"
+            yield Finding("FIX", "labels", text, items)
+
+
+def _balance(census: Census) -> Iterator[Finding]:
+    for name in census.splits:
+        shards = census.shard[census.of(name)]
+        numbers, samples = np.unique(shards, return_counts=True)
+        if len(numbers) < 2:
+            continue
+        weights = np.bincount(shards, census.size[census.of(name)])[numbers]
+        uneven = max(samples.max() / np.median(samples), weights.max() / max(1, np.median(weights)))
+        text = (
+            f"{name}: {samples.min():,} to {samples.max():,} images, {weights.min() / 1e6:.1f} to {weights.max() / 1e6:.1f} MB"
+            " a shard"
+        )
+        if uneven > UNEVEN_SHARDS:
+            text += ": the window of the shuffle holds whole shards, so even ones mix better"
+        yield Finding("note" if uneven > UNEVEN_SHARDS else "ok", "balance", text)
+
+
+def _keys(census: Census) -> Iterator[Finding]:
+    for name in census.splits:
+        mine = census.of(name)
+        counts = Counter(census.keys[number] for number in mine)
+        twice = [number for number in mine if counts[census.keys[number]] > 1]
+        if twice:
+            items = tuple((census.place(number), f"{counts[census.keys[number]]} times") for number in twice)
+            yield Finding(
+                "note",
+                "keys",
+                f"{name}: {some(len({census.keys[n] for n in twice}), 'key')} in several shards: a table of keys cannot tell "
+                "them apart",
+                items,
+            )
+        elif len(mine):
+            yield Finding("ok", "keys", f"{name}: each only once")

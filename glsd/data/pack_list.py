@@ -1,0 +1,165 @@
+"""Packing from lists of images: a CSV, TSV or Parquet file with a path, or the bytes themselves, and a label in each row."""
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glsd.contracts import UserError, nearest
+from glsd.data.decode import BrokenImage
+from glsd.data.pack import FileReader, PackSummary, number_classes, pack_source
+from glsd.data.pack_parquet import ParquetReader, RowGroup, read_parquet
+from glsd.data.pack_source import Source
+from glsd.data.retrieval_files import check_regular
+from glsd.data.shards import CLASSES_FILE, read_classes
+
+NEGATIVE = re.compile(r"-[0-9]+")
+NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # as str(int) writes it: class names such as 007 are names
+CSV_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+PARQUET = (".parquet", ".pq")
+MAX_CELL = 2**20  # characters
+NO_LABEL = "no label"
+
+
+@dataclass(kw_only=True)
+class _Rows:
+    """The rows of all lists, one after the other."""
+
+    names: list[str]  # paths as the lists give them, or list#row where the list holds the bytes
+    labels: list[str | None]
+    groups: list[RowGroup]  # of the Parquet files that hold the images themselves
+    class_names: list[str]  # that a Parquet file of the datasets library gives its numbers
+
+
+def pack_list(
+    files: str | Path | Sequence[str | Path],
+    dst: str | Path,
+    *,
+    path_column: str = "path",
+    label_column: str = "label",
+    root: str | Path | None = None,
+    classes: str | Path | None = None,
+    **settings: Any,
+) -> PackSummary:
+    """Pack the images that lists name, shuffled; ``settings`` as pack_source.
+
+    Paths are relative to ``root``, or else to the folder of the first list. A Parquet column may hold the files' bytes
+    instead, alone or as the datasets library does (``{bytes, path}``); then its row groups are shuffled, and the rows in
+    each. Labels that are all numbers from 0 are kept; other ones are names, numbered as pack_folder numbers its classes.
+    ``label_column`` "" = no labels. A row without label is left out and listed, as is a missing file. Raises UserError for
+    a list that cannot be read, lacks a column or has no row, for labels beyond the classes, and as pack_source does.
+    """
+    given = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
+    if not given:
+        raise UserError("no list given: expected .csv, .tsv or .parquet files")
+    rows = _Rows(names=[], labels=[], groups=[], class_names=[])
+    for file in given:
+        _read(file, path_column, label_column, rows)
+    if not rows.names:
+        raise UserError(f"{given[0]} has no rows: nothing to pack")
+    if rows.groups and sum(group.rows for group in rows.groups) < len(rows.names):
+        raise UserError(f"some of the lists hold images in {path_column}, others paths: pack them separately")
+    title = ", ".join(map(str, given[:3])) + (f" and {len(given) - 3} more" if len(given) > 3 else "")
+    labels, names = _labels(rows, Path(dst), title, classes) if label_column else (None, [])
+    read: Any = FileReader(Path(root) if root is not None else given[0].parent, rows.names)
+    if rows.groups:
+        read = ParquetReader(path_column, rows.groups)
+    source = Source(
+        title=title,
+        names=rows.names,
+        read=read if labels is None else _LabelledOnly(read, labels),
+        labels=labels,
+        classes=tuple(names),
+        runs=[group.rows for group in rows.groups],
+    )
+    return pack_source(source, dst, **settings)
+
+
+class _LabelledOnly:
+    """Reads what another reader does, where there is a label."""
+
+    def __init__(self, read: Any, labels: Sequence[int]):
+        self._read, self._labels = read, labels
+
+    def __call__(self, number: int) -> bytes:
+        if self._labels[number] < 0:
+            raise BrokenImage(NO_LABEL)
+        return self._read(number)
+
+
+def _labels(rows: _Rows, dst: Path, title: str, classes: str | Path | None) -> tuple[list[int], list[str]]:
+    """The label of each row, -1 = none, and the names of the classes if they have some."""
+    texts = {text for text in rows.labels if text is not None}
+    if not texts:
+        raise UserError(f"{title}: no row has a label; without labels: --label_column ''")
+    if negative := next(filter(NEGATIVE.fullmatch, sorted(texts)), None):
+        raise UserError(
+            f"{title}: label {negative}: expected whole numbers from 0 (-1 or nothing = no label), or names"
+        )
+    if all(NUMBER.fullmatch(text) for text in texts):
+        file = Path(classes) if classes is not None else dst / CLASSES_FILE
+        names = read_classes(file) if classes is not None or file.is_file() else rows.class_names
+        largest = max(map(int, texts))
+        if names and largest >= len(names):
+            raise UserError(
+                f"{title}: label {largest}, but {file if file.is_file() else title} names {len(names)} classes"
+            )
+        if (dst / CLASSES_FILE).is_file() and read_classes(dst / CLASSES_FILE) != names:
+            raise UserError(
+                f"{file} and {dst / CLASSES_FILE} of an earlier packing differ: pack into another folder"
+            )
+        return [-1 if text is None else int(text) for text in rows.labels], names
+    numbers = number_classes(texts, dst, Path(title), classes)
+    return [-1 if text is None else numbers[text] for text in rows.labels], list(numbers)
+
+
+def _read(file: Path, path_column: str, label_column: str, rows: _Rows) -> None:
+    kind = file.suffix.lower()
+    try:
+        check_regular(file)
+        if kind in PARQUET:
+            table = read_parquet(file, path_column, label_column, len(rows.names), _check_columns)
+            rows.names += table.names
+            rows.labels += table.labels
+            rows.groups += table.groups
+            rows.class_names = rows.class_names or table.class_names
+        elif kind in CSV_SEPARATORS:
+            _read_csv(file, CSV_SEPARATORS[kind], path_column, label_column, rows)
+        else:
+            raise UserError(f"list {file}: expected a name that ends with .csv, .tsv or .parquet")
+    except OSError as error:
+        raise UserError(f"cannot read list {file}: {error.strerror or error}") from error
+
+
+def _check_columns(file: Path, columns: Sequence[str], path_column: str, label_column: str) -> None:
+    for column, flag in ((path_column, "--path_column"), (label_column, "--label_column")):
+        if column and column not in columns:
+            without = "; without labels: --label_column ''" if column == label_column else ""
+            raise UserError(
+                f"list {file} has no column {column!r}, but {', '.join(map(repr, columns))}"
+                f"{nearest(column, columns)}: name it with {flag}{without}"
+            )
+
+
+def _read_csv(file: Path, separator: str, path_column: str, label_column: str, rows: _Rows) -> None:
+    csv.field_size_limit(MAX_CELL)
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        table = csv.reader(lines, delimiter=separator, strict=True)
+        try:
+            head = next(table, [])
+            _check_columns(file, head, path_column, label_column)
+            path, label = head.index(path_column), head.index(label_column) if label_column else None
+            for row in table:
+                if not row:
+                    continue  # an empty line
+                if len(row) != len(head):
+                    raise csv.Error(f"{len(row)} cells, the header has {len(head)}")
+                if not row[path]:
+                    raise csv.Error(f"empty {path_column}")
+                rows.names.append(row[path])
+                text = row[label].strip() if label is not None else ""
+                rows.labels.append(None if text in ("", "-1") else text)
+        except csv.Error as error:
+            raise UserError(f"list {file}, line {table.line_num}: {error}") from error

@@ -1,0 +1,213 @@
+"""Tar shards as they are written: the samples in their order, an index beside each shard, nothing visible until all is done."""
+
+import fcntl
+import glob
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+from webdataset import TarWriter
+
+from glsd.contracts import UserError
+from glsd.data.shard_files import SOURCES_SUFFIX
+from glsd.data.shard_index import BLOCK, build_index, index_path, write_index
+from glsd.data.shards import CLASSES_FILE
+
+SAMPLE_OVERHEAD = 4 * BLOCK  # image header, padding of the image, label header, label
+LOCK_FILE = ".packing.lock"
+JOURNAL_FILE = "journal.jsonl"  # in the hidden folder of a packing that can go on after it was interrupted
+
+Sample = tuple[bytes, str, int | None]  # bytes of the image file, its extension, its label
+
+
+def fill_shards(
+    samples: Iterable[Sample],
+    folder: Path,
+    prefix: str,
+    shard_megabytes: int,
+    *,
+    first_shard: int = 0,
+    first_key: int = 0,
+) -> Iterator[tuple[str, int]]:
+    """Write the samples into ``{prefix}-{000000}.tar``; yield the name and the size of each shard once it is safe on disk.
+
+    A shard ends before the sample that would make it larger than ``shard_megabytes``, which has been taken from
+    ``samples`` by then. Raises UserError for a shard size below 1; OSError is for ``staging`` to name.
+    """
+    if shard_megabytes < 1:
+        raise UserError(f"shard_megabytes is {shard_megabytes}: expected at least 1")
+    limit, number, key = shard_megabytes * 2**20, first_shard, first_key
+    rows = iter(samples)
+    sample = next(rows, None)
+    while sample is not None:
+        path = folder / shard_name(prefix, number)
+        before, size = key, 0
+        with open(path, "wb") as file:
+            with TarWriter(file, encoder=False, mtime=0) as tar:
+                while sample is not None and (not size or size + len(sample[0]) <= limit):
+                    raw, extension, label = sample
+                    members = {extension: raw} if label is None else {extension: raw, "cls": b"%d" % label}
+                    tar.write({"__key__": sample_key(key), **members})
+                    size += len(raw) + SAMPLE_OVERHEAD
+                    key += 1
+                    sample = next(rows, None)
+            file.flush()
+            os.fsync(file.fileno())
+        write_index(build_index(path), index_path(path), shard_name=path.name)
+        sync_folder(folder)
+        yield path.name, key - before
+        number += 1
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    work: Path,
+    prefix: str,
+    shard_megabytes: int,
+    *,
+    source: str,
+    sources: Sequence[str] = (),
+) -> tuple[list[str], int]:
+    """Write shards, their indices and the table of ``sources``; return the shards' names and the number of samples.
+
+    ``sources`` is read at the end, so that ``samples`` may fill it. Raises UserError if there is no sample, naming
+    ``source``; OSError is for ``staging`` to name.
+    """
+    shards = list(fill_shards(samples, work, prefix, shard_megabytes))
+    if not shards:
+        raise UserError(f"no usable image in {source}: nothing was packed")
+    if sources:
+        rows = (table_row(sample_key(number), path) for number, path in enumerate(sources))
+        (work / f"{prefix}{SOURCES_SUFFIX}").write_bytes(b"".join(chain([table_row("key", "file")], rows)))
+    return [name for name, _ in shards], sum(count for _, count in shards)
+
+
+def shard_name(prefix: str, number: int) -> str:
+    """Return the file name of a shard."""
+    return f"{prefix}-{number:06d}.tar"
+
+
+def sample_key(number: int) -> str:
+    """Return the name of a sample inside its shard."""
+    return f"{number:08d}"
+
+
+def table_row(*cells: str) -> bytes:
+    r"""Return a line of a table of sources: tabs between the cells; a tab, line end or backslash inside one as \t, \n, \r, \\."""
+    return ("\t".join(map(_escaped, cells)) + "\n").encode("utf-8", "surrogateescape")
+
+
+def _escaped(cell: str) -> str:
+    for character, escape in (("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r")):
+        cell = cell.replace(character, escape)
+    return cell
+
+
+def write_classes(work: Path, classes: Sequence[str]) -> None:
+    """Write classes.json, unless there are none."""
+    if classes:
+        (work / CLASSES_FILE).write_text(json.dumps(list(classes), indent=1) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power failure, as fsync does for what is in the files."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def staging(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
+    """Give a hidden folder inside ``dst`` whose files are moved up at the end: half a packing never looks whole.
+
+    What an interrupted packing of the same kind left there is removed first. Raises UserError if ``dst`` cannot be
+    written, has shards of one of the prefixes or an unfinished packing that can go on, or another process packs there.
+    """
+    with locked(dst, prefixes) as work:
+        if (work / JOURNAL_FILE).exists():
+            raise UserError(
+                f"{work} holds an unfinished packing: finish it with the command that began it, or delete the folder"
+            )
+        shutil.rmtree(work, ignore_errors=True)
+        refuse_shards(dst, prefixes)
+        work.mkdir()
+        try:
+            yield work
+            publish(work, dst)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def locked(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
+    """Make ``dst`` and hold it against other processes; give the path of the hidden folder for ``prefixes``, not yet made.
+
+    An OSError inside becomes a UserError that names ``dst``.
+    """
+    for prefix in prefixes:
+        if not prefix or "/" in prefix or prefix.startswith("."):
+            raise UserError(f"prefix {prefix!r}: expected the beginning of a file name, such as train")
+    lock = None
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+        lock = _lock(dst)
+        yield dst / f".{prefixes[0]}.packing"
+    except OSError as error:
+        reason = (
+            "it is not a folder"
+            if os.path.exists(dst) and not os.path.isdir(dst)
+            else error.strerror or error
+        )
+        raise UserError(f"cannot write to {dst}: {reason}") from error
+    finally:
+        if lock is not None:
+            (dst / LOCK_FILE).unlink(missing_ok=True)  # while it is held: who waits for it finds another file
+            os.close(lock)
+
+
+def _lock(dst: Path) -> int:
+    """Take the lock of a folder. It ends with this process, however that ends, and is not inherited by its workers."""
+    path = dst / LOCK_FILE
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            os.close(handle)
+            raise UserError(
+                f"another process is packing into {dst}: wait for it, or choose another folder"
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            warnings.warn(
+                f"{dst} cannot be locked ({error.strerror}): let nobody else pack into it", stacklevel=2
+            )
+            return handle
+        try:
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                return handle
+        except FileNotFoundError:
+            pass
+        os.close(handle)  # the one before us finished and removed it in between
+
+
+def refuse_shards(dst: Path, prefixes: Sequence[str], *, ours: Sequence[str] = ()) -> None:
+    """Raise UserError if ``dst`` has shards of one of the prefixes, other than ``ours``."""
+    for prefix in prefixes:
+        old = {path.name for path in dst.glob(f"{glob.escape(prefix)}-[0-9]*.tar")} - set(ours)
+        if old:
+            raise UserError(f"{dst} already has {min(old)}: choose another prefix or an empty folder")
+
+
+def publish(work: Path, dst: Path) -> None:
+    """Move the files of the hidden folder up, indices first: a shard is there only when its index is."""
+    files = [path for path in work.iterdir() if path.name != JOURNAL_FILE]
+    for path in sorted(files, key=lambda path: (path.suffix == ".tar", path.name)):
+        os.replace(path, dst / path.name)
+    sync_folder(dst)

@@ -1,0 +1,114 @@
+"""pack.py doctor: examine shards, print what was found."""
+
+import argparse
+import json
+from pathlib import Path
+
+from pack_sources import add_workers
+
+from glsd.contracts import UserError
+from glsd.data.doctor import Examination, SplitSummary, examine
+from glsd.data.doctor_finding import Finding
+from glsd.data.doctor_scan import parse_splits
+from glsd.data.near_duplicates import MAX_BITS
+
+SHOWN = 3
+
+
+def doctor(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="pack.py doctor",
+        description="Read every image of some shards and say what is wrong. Ends with code 1 if something must be fixed: a "
+        "damaged shard, an image that cannot be read, labels in part of a split only, a picture that is in two splits.",
+    )
+    parser.add_argument(
+        "shards",
+        nargs="+",
+        metavar="[NAME=]SHARDS",
+        help="brace patterns or globs of .tar files; a name makes them a split: train='a-*.tar' test='b-*.tar'",
+    )
+    parser.add_argument(
+        "--near_bits",
+        type=int,
+        default=MAX_BITS,
+        help="differing bits, of 64, of the hashes of near duplicates (%(default)s)",
+    )
+    parser.add_argument("--list", metavar="FILE", help="write every image that was found to a .tsv")
+    parser.add_argument("--json", action="store_true", help="print one last line for machines")
+    add_workers(parser)
+    args = parser.parse_args(argv)
+    found = examine(parse_splits(args.shards), max_bits=args.near_bits, workers=args.workers)
+    report(found)
+    if args.list:
+        write_list(found, Path(args.list))
+    if args.json:
+        print(as_json(found))
+    return int(found.sick)
+
+
+def report(found: Examination) -> None:
+    for split in found.splits:
+        print_split(split)
+    width = max(len(finding.topic) for finding in found.findings)
+    for finding in found.findings:
+        print(f"{finding.level:4}  {finding.topic:{width}}  {finding.text}")
+        for where, what in finding.items[:SHOWN]:
+            print(
+                f"      {'':{width}}  - {where}: {what}"
+                if what[0] not in "=~"
+                else f"      {'':{width}}  - {where} {what}"
+            )
+        if len(finding.items) > SHOWN:
+            print(f"      {'':{width}}  - and {len(finding.items) - SHOWN:,} more (--list FILE)")
+    fixes, notes = (sum(f.level == level for f in found.findings) for level in ("FIX", "note"))
+    print(f"{fixes} to fix, {notes} to know")
+
+
+def print_split(split: SplitSummary) -> None:
+    labels = f"{split.labels:,} classes" if split.labels else "no labels"
+    print(
+        f"{split.name}: {split.images:,} images in {split.shards:,} shards, {split.total_bytes / 1e6:,.1f} MB, {labels}"
+    )
+    if not all(split.percentiles.values()):
+        return
+    print(f"  {'':8}{'min':>9}{'5%':>9}{'median':>9}{'95%':>9}{'max':>9}")
+    for column, values in split.percentiles.items():
+        digits = 1 if column == "KB" else 0
+        print(f"  {column:8}" + "".join(f"{value:9,.{digits}f}" for value in values))
+    print()
+
+
+def write_list(found: Examination, file: Path) -> None:
+    rows = [
+        "\t".join(
+            cell.replace("\t", " ").replace("\n", " ") for cell in (finding.level, finding.topic, where, what)
+        )
+        for finding in found.findings
+        for where, what in finding.items
+    ]
+    try:
+        file.write_text("\n".join(["level\ttopic\twhere\twhat", *rows]) + "\n", "utf-8", "backslashreplace")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def as_json(found: Examination) -> str:
+    def line(finding: Finding) -> dict:
+        return {
+            "level": finding.level,
+            "topic": finding.topic,
+            "text": finding.text,
+            "count": len(finding.items),
+        }
+
+    splits = {
+        split.name: {
+            "shards": split.shards,
+            "images": split.images,
+            "labels": split.labels,
+            "bytes": split.total_bytes,
+            "percentiles": split.percentiles,
+        }
+        for split in found.splits
+    }
+    return json.dumps({"sick": found.sick, "splits": splits, "findings": [line(f) for f in found.findings]})

@@ -1,0 +1,347 @@
+"""Shards with known faults, each found where it was planted; and near duplicates against a slow literal twin."""
+
+import io
+import itertools
+import json
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+from small_shards import noise_image
+
+from glsd.contracts import UserError
+from glsd.data.doctor import Examination, examine
+from glsd.data.doctor_scan import parse_splits
+from glsd.data.near_duplicates import MAX_DIFFERENCE, MIN_CORRELATION, find_near_duplicates, fingerprint
+from glsd.data.pack import pack_samples
+from glsd.data.shard_index import index_path
+from glsd.data.shards import open_shards
+
+LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
+
+
+def scene(seed: int, width: int = 96, height: int = 64) -> Image.Image:
+    """A picture with large shapes of many colours, another for every seed."""
+    rough = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def file_of(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pack(
+    folder: Path, prefix: str, images: list[bytes], labels: Sequence[int | None] | None = None, **more
+) -> str:
+    labels = [number % 2 for number in range(len(images))] if labels is None else labels
+    samples = [(raw, "jpg", label) for raw, label in zip(images, labels, strict=True)]
+    pack_samples(samples, folder, prefix=prefix, **more)
+    return str(folder / f"{prefix}-*.tar")
+
+
+def scenes(start: int, count: int) -> list[bytes]:
+    return [file_of(scene(seed)) for seed in range(start, start + count)]
+
+
+def levels(found: Examination) -> dict[str, str]:
+    """The worst level of each topic."""
+    worst: dict[str, str] = {}
+    for finding in found.findings:
+        worst[finding.topic] = max(
+            worst.get(finding.topic, ""), finding.level, key=("", "ok", "note", "FIX").index
+        )
+    return worst
+
+
+def items(found: Examination, topic: str) -> list[str]:
+    return [
+        f"{where} {what}"
+        for finding in found.findings
+        if finding.topic == topic
+        for where, what in finding.items
+    ]
+
+
+def test_healthy_shards(tmp_path):
+    train, test = (pack(tmp_path, name, scenes(100 * n, 20)) for n, name in enumerate(("train", "test")))
+    found = examine({"train": [train], "test": [test]})
+    assert set(levels(found).values()) == {"ok"}
+    assert not found.sick
+    one = found.splits[0]
+    assert (one.name, one.shards, one.images, one.labels) == ("train", 1, 20, 2)
+    assert one.percentiles["width"] == (96,) * 5
+    assert one.total_bytes == sum(map(len, scenes(0, 20)))
+    assert examine({"train": [train], "test": [test]}, workers=2) == found
+
+
+def test_unreadable_images(tmp_path):
+    broken = {3: b"", 7: file_of(scene(7))[:-200], 11: b"text"}
+    shards = pack(tmp_path, "a", [broken.get(n, raw) for n, raw in enumerate(scenes(0, 12))])
+    for workers in (0, 2):
+        found = examine({"a": [shards]}, workers=workers)
+        assert found.sick
+        lines = items(found, "unreadable")
+        assert [line.split()[:2] for line in lines] == [["a-000000.tar", f"{n:08d}"] for n in broken]
+        assert "empty image member" in lines[0]
+        assert "truncated" in lines[1]
+        assert levels(found)["duplicates"] == levels(found)["near duplicates"] == "ok"
+
+
+def test_copies_inside_a_split_are_a_note(tmp_path):
+    bitmap = file_of(Image.open(io.BytesIO(scenes(2, 1)[0])), "PNG")  # the same pixels, other bytes
+    shards = pack(tmp_path, "a", [*scenes(0, 10), *scenes(4, 1), bitmap], [0] * 11 + [5])
+    found = examine({"a": [shards]})
+    assert not found.sick
+    assert items(found, "duplicates") == [
+        "a-000000.tar 00000011 = a-000000.tar 00000002",
+        "a-000000.tar 00000010 = a-000000.tar 00000004",
+    ]
+    (text,) = (finding.text for finding in found.findings if finding.topic == "duplicates")
+    assert text == "a: 2 images of 12 are copies of another (1 to the byte), 1 of them with another label"
+    assert levels(found)["near duplicates"] == "ok"
+
+
+def test_leakage_is_to_be_fixed(tmp_path):
+    train = pack(tmp_path, "train", scenes(0, 10))
+    again = file_of(scene(3).resize((61, 40)), quality=60)
+    test = pack(tmp_path, "test", [*scenes(50, 5), scenes(8, 1)[0], again])
+    found = examine({"train": [train], "test": [test]})
+    assert found.sick
+    assert items(found, "leakage") == ["test: test-000000.tar 00000005 = train: train-000000.tar 00000008"]
+    assert items(found, "near leakage") == [
+        "train: train-000000.tar 00000003 ~ test: test-000000.tar 00000006",
+        "test: test-000000.tar 00000006 ~ train: train-000000.tar 00000003",
+    ]
+    inside = examine({"all": [train, test]})
+    assert not inside.sick
+    assert items(inside, "near duplicates") == ["test-000000.tar 00000006 ~ train-000000.tar 00000003"]
+    three = examine({"train": [train], "query": [pack(tmp_path, "query", scenes(80, 3))], "test": [test]})
+    assert items(three, "near leakage") == items(found, "near leakage")
+
+
+def test_labels(tmp_path):
+    some = pack(tmp_path, "some", scenes(0, 6), [0, 1, None, 0, None, 1])
+    none = pack(tmp_path, "none", scenes(10, 6), [None] * 6)
+    uneven = pack(tmp_path, "uneven", scenes(20, 14), [0] * 11 + [1, 2, 2])
+    found = examine({"some": [some]})
+    assert found.sick
+    assert items(found, "labels") == [f"some-000000.tar 0000000{n} no label" for n in (2, 4)]
+    assert not examine({"none": [none]}).sick
+    (text,) = (f.text for f in examine({"uneven": [uneven]}).findings if f.topic == "classes")
+    assert text.startswith("uneven: 3 classes of 1 to 11 images; 1 of a single one")
+    assert levels(examine({"uneven": [uneven]}))["classes"] == "note"
+    (tmp_path / "classes.json").write_text('["cat", "dog"]')
+    found = examine({"uneven": [uneven]})
+    assert found.sick
+    assert items(found, "labels") == [f"uneven-000000.tar 000000{n} label 2" for n in (12, 13)]
+
+
+def test_sizes(tmp_path):
+    odd = [file_of(scene(1, 20, 30)), file_of(scene(2, 400, 50)), file_of(Image.new("RGB", (64, 64), "gray"))]
+    found = examine({"a": [pack(tmp_path, "a", [*scenes(10, 5), *odd])]})
+    assert [items(found, topic) for topic in ("tiny", "long", "blank")] == [
+        ["a-000000.tar 00000005 20 x 30"],
+        ["a-000000.tar 00000006 400 x 50"],
+        ["a-000000.tar 00000007 64 x 64"],
+    ]
+    assert not found.sick
+    big = examine({"b": [pack(tmp_path, "b", [file_of(scene(n, 1400, 1000)) for n in range(3)])]})
+    assert levels(big)["large"] == "note"
+
+
+def test_uneven_shards_and_keys_twice(tmp_path):
+    patterns = [pack(tmp_path, f"a{n}", scenes(100 * n, count)) for n, count in enumerate((4, 4, 12))]
+    found = examine({"a": patterns})
+    assert levels(found)["balance"] == levels(found)["keys"] == "note"
+    assert len(items(found, "keys")) == 12
+    assert {line.split()[1] for line in items(found, "keys")} == {f"{n:08d}" for n in range(4)}
+    assert not found.sick
+
+
+def test_damaged_shards(tmp_path):
+    good = pack(tmp_path, "good", scenes(0, 5))
+    for fault in ("cut", "other", "index"):
+        shard = Path(pack(tmp_path, fault, scenes(10, 5)).replace("*", "000000"))
+        if fault == "cut":
+            shard.write_bytes(shard.read_bytes()[:-12_000])
+        elif fault == "other":
+            raw = bytearray(shard.read_bytes())
+            raw[:] = raw[:600] + bytes(len(raw) - 1600) + raw[-1000:]
+            shard.write_bytes(raw)
+        else:
+            index_path(shard).write_bytes(b"no index")
+        found = examine({"a": [good, str(shard)]})
+        assert found.sick
+        assert items(found, "shards")[0].startswith(f"{shard} ")
+        assert found.splits[0].images in (5, 10)
+        (alone,) = examine({"a": [str(shard)]}).splits
+        assert alone.images in (0, 5)
+    index_path(good.replace("*", "000000")).unlink()
+    found = examine({"a": [good]})
+    assert levels(found)["index"] == "note"
+    assert not found.sick
+
+
+def test_unnamed_splits_are_told(tmp_path):
+    for name in ("train", "test"):
+        pack(tmp_path, name, scenes(0, 3))
+    found = examine(parse_splits([f"{tmp_path}/*.tar"]))
+    (text,) = (finding.text for finding in found.findings if finding.topic == "splits")
+    assert text.endswith("name them: doctor test='.../test-*.tar' train='.../train-*.tar'")
+    assert parse_splits(["train=a", "b", "test=x=y", "train=c", "./t=1/d"]) == {
+        "train": ["a", "c"],
+        "shards": ["b", "./t=1/d"],
+        "test": ["x=y"],
+    }
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(UserError, match="no shard matches"):
+        examine({"a": [str(tmp_path / "nothing-*.tar")]})
+    shards = pack(tmp_path, "a", scenes(0, 3))
+    with pytest.raises(UserError, match="near_bits is 99"):
+        examine({"a": [shards]}, max_bits=99)
+    with pytest.raises(UserError, match="workers is -1"):
+        examine({"a": [shards]}, workers=-1)
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(LAUNCH.parent)
+    main = runpy.run_path(str(LAUNCH))["main"]
+    train, test = pack(tmp_path, "train", scenes(0, 6)), pack(tmp_path, "test", scenes(5, 6))
+    assert main(["doctor", train, "--workers=0", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["sick"], told["splits"]["shards"]["images"]) == (False, 6)
+    table = tmp_path / "found.tsv"
+    assert main(["doctor", f"train={train}", f"test={test}", "--workers=0", "--list", str(table)]) == 1
+    printed = capsys.readouterr().out
+    assert "FIX   leakage" in printed
+    assert printed.splitlines()[-1] == "1 to fix, 0 to know"
+    assert table.read_text().splitlines() == [
+        "level\ttopic\twhere\twhat",
+        "FIX\tleakage\ttest: test-000000.tar 00000000\t= train: train-000000.tar 00000005",
+    ]
+
+
+def changed() -> dict[str, Image.Image]:
+    whole = scene(1, 320, 240)
+    return {
+        "coded again": Image.open(io.BytesIO(file_of(whole, quality=20))),
+        "halved": whole.resize((160, 120), Image.Resampling.BILINEAR),
+        "squeezed": whole.resize((224, 224)),
+        "brighter": ImageEnhance.Brightness(whole).enhance(1.15),
+        "trimmed": whole.crop((2, 2, 318, 238)),
+    }
+
+
+def prints(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+    made = [fingerprint(np.asarray(image)) for image in images]
+    return np.array([code for code, _ in made], dtype=np.uint64), np.stack([thumb for _, thumb in made])
+
+
+@pytest.mark.parametrize("change", changed())
+def test_what_is_nearly_the_same(change):
+    others = [scene(seed, 320, 240) for seed in range(2, 40)]
+    codes, thumbs = prints([scene(1, 320, 240), *others, changed()[change]])
+    found = find_near_duplicates(codes, thumbs, np.zeros(len(codes), int), np.arange(len(codes)))
+    assert found.group.tolist() == [*range(len(codes) - 1), 0]
+    assert (found.partner == -1).all()
+
+
+def test_colour_and_day_and_night_are_told_apart():
+    whole = scene(1, 320, 240)
+    red, green, blue = whole.split()
+    night = ImageEnhance.Brightness(whole).enhance(0.4)
+    gray = Image.fromarray(np.asarray(whole.convert("L"))).convert("RGB")
+    codes, thumbs = prints([whole, Image.merge("RGB", (blue, green, red)), night, gray])
+    found = find_near_duplicates(codes, thumbs, np.arange(4), np.arange(4))
+    assert found.partner.tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("max_bits", [0, 3, 6])
+def test_pairs_as_the_slow_twin_finds_them(max_bits, monkeypatch):
+    """Hashes near one another, thumbnails that agree or not, tiles that cut through the buckets."""
+    monkeypatch.setattr("glsd.data.near_duplicates.TILE", 7)
+    monkeypatch.setattr("glsd.data.near_duplicates.PAIRS_AT_ONCE", 5)
+    rng = np.random.default_rng(max_bits)
+    made: list[tuple[int, np.ndarray]] = []
+    for _ in range(25):
+        centre, picture = int(rng.integers(0, 2**63)), rng.integers(0, 256, 432).astype(float)
+        for _ in range(6):
+            flips = rng.choice(64, rng.integers(0, max_bits // 2 + 2), replace=False)
+            code = centre ^ sum(1 << int(bit) for bit in flips)
+            made.append((code, picture + rng.normal(0, rng.choice([2, 14, 40]), 432)))
+    codes = np.array([code for code, _ in made], dtype=np.uint64)
+    thumbs = np.stack([thumb for _, thumb in made]).clip(0, 255).astype(np.uint8)
+    splits, contents = rng.integers(0, 3, len(codes)), rng.integers(0, 100, len(codes))
+    group = list(range(len(codes)))
+    partners: list[set[int]] = [set() for _ in codes]
+    for a, b in itertools.combinations(range(len(codes)), 2):
+        one, other = thumbs[a].astype(float), thumbs[b].astype(float)
+        near = bin(int(codes[a]) ^ int(codes[b])).count("1") <= max_bits
+        same = (
+            np.corrcoef(one, other)[0, 1] >= MIN_CORRELATION
+            and np.sqrt(((one - other) ** 2).mean()) <= MAX_DIFFERENCE
+        )
+        if near and same:
+            group = [min(group[a], group[b]) if g in (group[a], group[b]) else g for g in group]
+            if splits[a] != splits[b] and contents[a] != contents[b]:
+                partners[a].add(b)
+                partners[b].add(a)
+    found = find_near_duplicates(codes, thumbs, splits, contents, max_bits=max_bits)
+    assert found.group.tolist() == group
+    assert 0 < sum(map(bool, partners)) < len(codes)
+    for row, partner in enumerate(found.partner.tolist()):
+        assert partner in partners[row] if partners[row] else partner == -1
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_are_compared_in_seconds():
+    rng = np.random.default_rng(0)
+    n = 100_000
+    codes = rng.integers(0, 2**63, n, dtype=np.uint64)
+    thumbs = rng.integers(0, 256, (n, 432), dtype=np.uint8)
+    codes[n // 2 : n // 2 + 50] = codes[:50] ^ np.uint64(0b1010001)
+    thumbs[n // 2 : n // 2 + 50] = thumbs[:50]
+    codes[-2000:], thumbs[-2000:] = codes[-1], thumbs[-1]  # frames of a camera that saw nothing
+    found = find_near_duplicates(codes, thumbs, np.zeros(n, int), np.arange(n))
+    assert (found.group[n // 2 : n // 2 + 50] == np.arange(50)).all()
+    assert (found.group != np.arange(n)).sum() == 50 + 1999
+
+
+@pytest.mark.photos
+@pytest.mark.slow
+def test_photographs_coded_again_and_halved(photos):
+    """All of them are found again, each as itself; of 400 photographs of 99 classes, almost none is taken for another."""
+    shards = open_shards(str(photos / "pretrain_caltech101" / "val-*.tar"))
+    images = [Image.open(io.BytesIO(shards.read(index))).convert("RGB") for index in range(400)]
+    again = [
+        image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC) for image in images
+    ]
+    again = [Image.open(io.BytesIO(file_of(image, quality=40))) for image in again]
+    codes, thumbs = prints(images + again)
+    found = find_near_duplicates(codes, thumbs, np.repeat([0, 1], 400), np.arange(800))
+    assert (found.partner[:400] >= 400).all()
+    assert (found.group[400:] == found.group[:400]).all()
+    assert len(set(found.group)) >= 398
+
+
+def test_nothing_and_one_image():
+    empty = find_near_duplicates(
+        np.zeros(0, np.uint64), np.zeros((0, 432), np.uint8), np.zeros(0, int), np.zeros(0, int)
+    )
+    assert empty.group.tolist() == []
+    raw = np.asarray(Image.open(io.BytesIO(noise_image(0))))
+    code, thumb = fingerprint(raw[:1, :1])
+    assert bin(code).count("1") <= 32
+    assert thumb.reshape(-1, 3).std(0).max() == 0
