@@ -15,7 +15,7 @@ class DataConfig:
     """What is read and how it is cropped.
 
     Args:
-        shards: Brace pattern or glob of tar shards, local or http(s)://, s3://, gs://, hf://, or a list, e.g. 's/train-{000..146}.tar'.
+        shards: Brace pattern or glob of shards, local or http(s)://, s3://, gs://, hf://, e.g. 'train-{000..146}.tar', or a list.
         weights: How often an epoch reads the shards of each entry of that list, e.g. [1, 0.25, 3]; unset = once.
         num_workers: Loader processes per rank; 0 reads in the training process. The result does not depend on it.
         global_size: Side of a global crop in pixels.

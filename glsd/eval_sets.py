@@ -111,7 +111,9 @@ def embed_set(
     if found + len(broken) != expected:
         raise RuntimeError(f"{name}: {found} features and {len(broken)} unreadable of {expected} images")
     if broken and dist.is_main():
-        print(f"warning: {len(broken)} {name} images cannot be read, as {broken[0].key}: {broken[0].reason}")
+        print(
+            f"warning: {len(broken)} {name} images cannot be read, as {broken[0].key!a}: {broken[0].reason}"
+        )
     if not found:
         raise UserError(f"{name} set: none of the {expected} images can be read")
     return embedded

@@ -89,9 +89,8 @@ def finetune(cfg: FinetuneConfig) -> Path:
                 error = check_samples(cfg, plan.num_samples, state, run, since_check)
                 since_check.clear()
             if flushing:
-                meters.flush(
-                    state.step, epoch=rates.epoch, lr=cfg.optim.lr * rates.scale, sd_weight=rates.sd_weight
-                )
+                shown = {"epoch": rates.epoch, "lr": cfg.optim.lr * rates.scale, "sd_weight": rates.sd_weight}
+                meters.flush(state.step, num_broken=state.num_broken, **shown)
             if saving or error:
                 with meters.aside():
                     save(cfg, state, meters, run, sets)

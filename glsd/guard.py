@@ -50,7 +50,9 @@ def check_gradients(state: Watched, run: Run, reports: list[StepReport]) -> None
     if bad_step >= 0:
         mine = reports[bad_step - state.step].keys if bool(state.bad_loss) else ()
         blamed = {rank: keys for rank, keys in enumerate(dist.gather_objects(mine)) if keys}
-        where = "; ".join(f"rank {rank}, samples {' '.join(keys)}" for rank, keys in blamed.items())
+        where = "; ".join(
+            f"rank {rank}, samples {' '.join(map(ascii, keys))}" for rank, keys in blamed.items()
+        )
         raise UserError(
             f"step {bad_step + 1}: the {'loss' if blamed else 'gradient'} is not finite ({where or 'on every rank'}); nothing was "
             f"updated from it on and {run.checkpoints} keeps the last good checkpoint: lower optim.lr "

@@ -91,7 +91,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
                 error = check_samples(cfg, plan.num_samples, state, run, since_check)
                 since_check.clear()
             if flushing:
-                look(meters.flush(state.step, **rates.shown()))
+                look(meters.flush(state.step, num_broken=state.num_broken, **rates.shown()))
             if saving or error:
                 with meters.aside():
                     save(cfg, state, meters, run, shards)

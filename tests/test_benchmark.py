@@ -13,9 +13,11 @@ import benchmark_tools
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_data import jpeg
 from benchmark_plain import plain_global_loss, plain_local_loss
 
 from glsd.contracts import UserError
+from glsd.data.pack import pack_samples
 from glsd.losses.distill import global_loss, local_loss
 
 SIZES = {
@@ -206,7 +208,7 @@ def test_the_cut_loss_has_the_gradients_of_the_loss():
 
 
 @pytest.mark.slow
-def test_data_measures_both_pipelines_for_every_number_of_workers(capsys):
+def test_data_measures_both_pipelines_on_every_set(capsys, tmp_path):
     argv = [
         "--images=8",
         "--batch_size=2",
@@ -215,10 +217,20 @@ def test_data_measures_both_pipelines_for_every_number_of_workers(capsys):
         "--global_size=32",
         "--local_size=16",
     ]
-    line, _ = run(capsys, "data", *argv, "--workers", "0", "1", "--threads=1", "--json")
-    assert line["workers"].keys() == {"0", "1"}
-    for found in line["workers"].values():
-        assert_numbers(found, "time_ratio", "images_per_s")
+    pack_samples(((jpeg(number), "jpg", None) for number in range(4)), tmp_path, prefix="mine")
+    argv += ["--shards", str(tmp_path / "mine-*.tar"), "--workers", "0", "1", "--json"]
+    line, _ = run(capsys, "data", *argv)
+    names = {"made", "given"}
+    for ratio in ("worker_ratio", "pipeline_ratio", "decode_only_ratio"):
+        assert line[ratio].keys() == names
+        assert_numbers(line, ratio)
+    assert min(line["decode_only_ratio"].values()) > 1  # decoding is a part of a worker's work
+    for found in line["sets"].values():
+        assert found["worker"]["seconds"].keys() == {"plain", "ours", "decode only"}
+        assert found["workers"].keys() == {"0", "1"}
+        for figures in (found["worker"], found["pipeline"], *found["workers"].values()):
+            assert_numbers(figures, "seconds", "images_per_s")
+    assert line["threads"] == 1
     assert line["extra_mib"].keys() == {"plain", "ours"}
 
 

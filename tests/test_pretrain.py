@@ -245,6 +245,7 @@ def test_what_a_run_leaves_behind(tiny_run, digit_shards):
         "global_loss",
         "local_loss",
         "grad_norm",
+        "num_broken",
     }
     expected |= {"global_teacher_entropy", "local_teacher_entropy", "matched_share", "epoch", "step", "loss"}
     assert set(steps[0]) == expected

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,14 @@ from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor
 
 from glsd.contracts import PHOTOMETRIC_FIELDS, UserError
-from glsd.data.decode import decode
+from glsd.data.decode import decode_reduced
+from glsd.data.opencv import single_threaded
+from glsd.data.reduced import choose_reduction
 
 NUM_GLOBAL = 2
 NUM_TRIES = 10  # draws of a box before the centred fallback
 ASPECT = (3 / 4, 4 / 3)  # width / height of a box
+LOG_ASPECT = (math.log(ASPECT[0]), math.log(ASPECT[1]))
 BLUR_SIGMA = (0.1, 2.0)  # pixels of the resized crop
 
 # One uniform number per decision and crop. A decision always reads its own column, so no setting moves the
@@ -96,14 +100,21 @@ class CroppedSample(NamedTuple):
 def crop_sample(raw: bytes, spec: CropSpec, *, seed: int, epoch: int, position: int) -> CroppedSample:
     """Decode one image file and cut its crops; a function of its arguments alone.
 
+    A JPEG that is large for the crops asked for (choose_reduction: from 2.2 megapixels on by default) is decoded at a
+    half, a quarter or an eighth of its size. Its boxes, drawn as ever, move to the nearest edges of reduced pixels:
+    the boxes returned are those that were cut, in pixels of the source image.
     Raises BrokenImage if the bytes are no usable image.
     """
-    image = decode(raw)
-    plan = draw(spec, height=image.shape[1], width=image.shape[2], seed=seed, epoch=epoch, position=position)
+    wanted = [(spec.global_scale[0], spec.global_size)]
+    if spec.num_local:
+        wanted.append((spec.local_scale[0], spec.local_size))
+    image, grid = decode_reduced(raw, lambda height, width: choose_reduction(height, width, wanted, ASPECT))
+    plan = draw(spec, height=grid.height, width=grid.width, seed=seed, epoch=epoch, position=position)
+    boxes, cells = grid.snap(plan.boxes.numpy())
     return CroppedSample(
-        global_crops=cut(image, plan.boxes[:NUM_GLOBAL], spec.global_size),
-        local_crops=cut(image, plan.boxes[NUM_GLOBAL:], spec.local_size),
-        boxes=plan.boxes,
+        global_crops=cut(image, torch.from_numpy(cells[:NUM_GLOBAL]), spec.global_size),
+        local_crops=cut(image, torch.from_numpy(cells[NUM_GLOBAL:]), spec.local_size),
+        boxes=torch.from_numpy(boxes),
         photometric=plan.photometric,
     )
 
@@ -138,10 +149,11 @@ def random_crop(
     Its numbers depend on (seed, stream, epoch, position) alone. Raises BrokenImage if the bytes are no usable
     image.
     """
-    image = decode(raw)
+    wanted = [(scale[0], size)]
+    image, grid = decode_reduced(raw, lambda height, width: choose_reduction(height, width, wanted, ASPECT))
     u = uniforms(1, seed=seed, epoch=epoch, position=position, stream=stream)
-    boxes = _boxes(np.array([scale]), flip_prob, u, height=image.shape[1], width=image.shape[2])
-    return cut(image, torch.from_numpy(boxes), size)[0]
+    boxes = _boxes(np.array([scale]), flip_prob, u, height=grid.height, width=grid.width)
+    return cut(image, torch.from_numpy(grid.snap(boxes)[1]), size)[0]
 
 
 def uniforms(num_crops: int, *, seed: int, epoch: int, position: int, stream: int = STREAM) -> np.ndarray:
@@ -163,50 +175,59 @@ def cut(image: UInt8[Tensor, "3 h w"], boxes: Float[Tensor, "m 4"], size: int) -
 
     Boxes lie on whole pixels inside the image. Channels-last images are fast: decode returns them so.
     """
-    crops = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
-    for crop, (x0, y0, x1, y1) in zip(crops, boxes.long().tolist(), strict=True):
-        region = image[None, :, y0:y1, min(x0, x1) : max(x0, x1)]
-        resized = F.interpolate(region, (size, size), mode="bicubic", antialias=True)[0]
-        crop.copy_(resized.flip(-1) if x0 > x1 else resized)
-    return crops
+    crops = np.empty((len(boxes), 3, size, size), dtype=np.uint8)
+    pixels = image.permute(1, 2, 0).numpy()[None]
+    with single_threaded():
+        for crop, (x0, y0, x1, y1) in zip(crops, boxes.long().tolist(), strict=True):
+            # A copy of the box that is plainly channels last in memory: the resize is twice as slow on a part of it.
+            region = np.ascontiguousarray(pixels[:, y0:y1, min(x0, x1) : max(x0, x1)])
+            rows = torch.from_numpy(region).permute(0, 3, 1, 2)
+            resized = F.interpolate(rows, (size, size), mode="bicubic", antialias=True)
+            square = resized.permute(0, 2, 3, 1).numpy()[0]
+            cv2.split(cv2.flip(square, 1) if x0 > x1 else square, list(crop))
+    return torch.from_numpy(crops)
 
 
 def _boxes(scales: np.ndarray, flip_prob: float, u: np.ndarray, *, height: int, width: int) -> np.ndarray:
     low, high = scales.T[:, :, None]  # one row a crop
     area = height * width * (low + (high - low) * u[:, AREA_DRAWS])
-    aspect = np.exp(math.log(ASPECT[0]) + (math.log(ASPECT[1]) - math.log(ASPECT[0])) * u[:, ASPECT_DRAWS])
+    aspect = np.exp(LOG_ASPECT[0] + (LOG_ASPECT[1] - LOG_ASPECT[0]) * u[:, ASPECT_DRAWS])
     w = np.rint(np.sqrt(area * aspect))
     h = np.rint(np.sqrt(area / aspect))
-    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = (np.arange(len(u)), fits.argmax(axis=1))
-    found = fits.any(axis=1)
-    fallback_w = min(width, max(1, round(height * ASPECT[1])))
-    fallback_h = min(height, max(1, round(width / ASPECT[0])))
-    w = np.where(found, w[first], fallback_w)
-    h = np.where(found, h[first], fallback_h)
-    x = np.where(found, np.floor(u[:, DRAWS["x"]] * (width - w + 1)), (width - fallback_w) // 2)
-    y = np.where(found, np.floor(u[:, DRAWS["y"]] * (height - h + 1)), (height - fallback_h) // 2)
-    flip = u[:, DRAWS["flip"]] < flip_prob
-    return np.stack([np.where(flip, x + w, x), y, np.where(flip, x, x + w), y + h], axis=1)
+    fits = (np.minimum(w, h) >= 1) & (w <= width) & (h <= height)
+    first = fits.argmax(axis=1)  # the first 0 too where none fits
+    rows = np.arange(len(u))
+    w, h = w[rows, first], h[rows, first]
+    x = np.floor(u[:, DRAWS["x"]] * (width - w + 1))
+    y = np.floor(u[:, DRAWS["y"]] * (height - h + 1))
+    for row in np.flatnonzero(~fits[rows, first]):
+        w[row] = min(width, max(1, round(height * ASPECT[1])))
+        h[row] = min(height, max(1, round(width / ASPECT[0])))
+        x[row], y[row] = (width - w[row]) // 2, (height - h[row]) // 2
+    boxes = np.array([x, y, x + w, y + h])
+    flipped = u[:, DRAWS["flip"]] < flip_prob
+    boxes[:, flipped] = boxes[[2, 1, 0, 3]][:, flipped]
+    return boxes.T.copy()
 
 
 def _photometric_parameters(spec: CropSpec, u: np.ndarray) -> np.ndarray:
-    def per_crop(rates: tuple[float, float, float]) -> np.ndarray:
-        return np.array([*rates[:NUM_GLOBAL], *[rates[2]] * spec.num_local])
-
-    columns: dict[str, np.ndarray] = {}
-    jittered = u[:, DRAWS["jitter"]] < spec.jitter_prob
+    parameters = np.zeros((len(u), len(PHOTOMETRIC_FIELDS)))
+    columns = dict(zip(PHOTOMETRIC_FIELDS, parameters.T, strict=True))
+    kinds = np.minimum(np.arange(len(u)), NUM_GLOBAL)
+    unjittered = u[:, DRAWS["jitter"]] >= spec.jitter_prob
     for name, strength in zip(("brightness", "contrast", "saturation"), spec.jitter[:3], strict=True):
         low, high = max(0.0, 1 - strength), 1 + strength
-        columns[name] = np.where(jittered, low + (high - low) * u[:, DRAWS[name]], 1.0)
-    columns["hue"] = np.where(jittered, spec.jitter[3] * (2 * u[:, DRAWS["hue"]] - 1), 0.0)
-    columns["jitter_order"] = np.where(jittered, np.floor(24 * u[:, DRAWS["jitter_order"]]), 0.0)
-    columns["grayscale"] = (u[:, DRAWS["grayscale"]] < spec.grayscale_prob) * 1.0
+        columns[name][:] = low + (high - low) * u[:, DRAWS[name]]
+        columns[name][unjittered] = 1.0
+    columns["hue"][:] = spec.jitter[3] * (2 * u[:, DRAWS["hue"]] - 1)
+    columns["jitter_order"][:] = np.floor(24 * u[:, DRAWS["jitter_order"]])
+    columns["hue"][unjittered] = columns["jitter_order"][unjittered] = 0.0
+    columns["grayscale"][:] = u[:, DRAWS["grayscale"]] < spec.grayscale_prob
     low, high = BLUR_SIGMA
-    blurred = u[:, DRAWS["blur"]] < per_crop(spec.blur_prob)
-    columns["blur_sigma"] = np.where(blurred, low + (high - low) * u[:, DRAWS["blur_sigma"]], 0.0)
-    columns["solarize"] = (u[:, DRAWS["solarize"]] < per_crop(spec.solarize_prob)) * 1.0
-    return np.stack([columns[name] for name in PHOTOMETRIC_FIELDS], axis=1).astype(np.float32)
+    columns["blur_sigma"][:] = low + (high - low) * u[:, DRAWS["blur_sigma"]]
+    columns["blur_sigma"][u[:, DRAWS["blur"]] >= np.take(spec.blur_prob, kinds)] = 0.0
+    columns["solarize"][:] = u[:, DRAWS["solarize"]] < np.take(spec.solarize_prob, kinds)
+    return parameters.astype(np.float32)
 
 
 def require(ok: bool, key: str, value: object, expected: str) -> None:

@@ -5,7 +5,9 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 
+import cv2
 import numpy as np
 import torch
 from jaxtyping import UInt8
@@ -13,9 +15,16 @@ from PIL import Image, ImageOps, JpegImagePlugin
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from glsd.data.opencv import single_threaded
+from glsd.data.reduced import REDUCTIONS, Grid, turned, upright_grid
+
 # Pillow's own hard limit, applied to every format: a few bytes of header may claim any size, and the memory for
 # it would be taken before a single pixel is read.
 MAX_PIXELS = 178_956_970
+# What JPEG can say. Pillow keeps a pointer for every row: one column of MAX_PIXELS took 6 GB.
+MAX_SIDE = 65_535
+# Encoders write about ten. Each makes libjpeg go over the whole image: a megabyte can hold 90,000, for half an hour.
+MAX_SCANS = 100
 
 # Formats we mean to read, as Pillow calls them (JPEG includes its MPO, several in one file). Others it would take from
 # the bytes whatever the file is called, among them EPS, which it hands to Ghostscript: a program that runs programs.
@@ -35,6 +44,7 @@ DECODE_ERRORS = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    cv2.error,
 )
 
 
@@ -43,7 +53,12 @@ END, SCAN = 0xD9, 0xDA
 ALONE = frozenset(
     (0x00, 0x01, *range(0xD0, 0xD9))
 )  # no length follows: restarts, start of image, no marker at all
-START_OR_END = re.compile(rb"\xff[\xd8\xd9]")
+START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
+# Behind coded data too, in which 0x00 and restarts follow a 0xff.
+MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
+# torchvision and OpenCV put their own source file and line before the message.
+OWN_PLACES = re.compile(r"^(decode_jpeg, .*?:[0-9]+, |OpenCV\(.*?\) .*?:[0-9]+: )")
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 class BrokenImage(Exception):
@@ -57,8 +72,21 @@ def decode(raw: bytes) -> UInt8[Tensor, "3 h w"]:
     dropped; gray of more than 8 bits is read as 0..65535 and keeps the high byte of those 16 bits, whatever its values
     are (12 bits in a 16-bit TIFF stay dark); of an animation the first frame is taken.
     Raises BrokenImage for empty, truncated or unreadable files, for float gray or gray beyond 16 bits, and for those
-    whose header claims more than MAX_PIXELS. Damage inside an otherwise complete JPEG stream cannot be told from noise
-    and passes; what follows its end (a film, a depth map) is ignored.
+    whose header claims more than MAX_PIXELS or MAX_SIDE, or a JPEG of more than MAX_SCANS. Damage inside an otherwise
+    complete JPEG stream cannot be told from noise and passes; what follows its end (a film, a depth map) is ignored.
+    """
+    return decode_reduced(raw, lambda height, width: 1)[0]
+
+
+def decode_reduced(
+    raw: bytes, reduction_of: Callable[[int, int], int]
+) -> tuple[UInt8[Tensor, "3 h w"], Grid]:
+    """Return what decode() does, or a reduced image, and where its pixels lie in the whole one.
+
+    reduction_of: from height and width in pixels (of a rotated image perhaps exchanged) to 1, 2, 4 or 8. Only RGB and
+    gray JPEG are reduced, by libjpeg-turbo: from a block of 8 x 8 it makes 8 / reduction pixels a side out of the
+    block's low frequencies, without ever computing the others: see choose_reduction() for what that costs.
+    Raises BrokenImage as decode() does.
     """
     if not raw:
         raise BrokenImage("empty file (0 bytes)")
@@ -67,21 +95,48 @@ def decode(raw: bytes) -> UInt8[Tensor, "3 h w"]:
             warnings.simplefilter(
                 "ignore"
             )  # Pillow warns where it only guesses; here an image is readable or broken
-            return _decode_jpeg(raw) if raw[:3] == b"\xff\xd8\xff" else _decode_other(raw)
+            if raw[:3] == b"\xff\xd8\xff":
+                return _decode_jpeg(raw, reduction_of)
+            return _whole(_decode_other(raw))
     except DECODE_ERRORS as error:
         raise BrokenImage(_reason(error)) from error
 
 
-def _decode_jpeg(raw: bytes) -> UInt8[Tensor, "3 h w"]:
+def _decode_jpeg(raw: bytes, reduction_of: Callable[[int, int], int]) -> tuple[UInt8[Tensor, "3 h w"], Grid]:
     header = JpegImagePlugin.JpegImageFile(io.BytesIO(raw))  # reads the header only
-    _check_size(header)
+    _check_size(*header.size)
     # libjpeg fills up with gray where the data end, so completeness is ours to check.
     if not _has_end(raw):
         raise BrokenImage("truncated JPEG (no end-of-image marker)")
+    # Counted with care only where there may be too many: those bytes also stand in a film behind the image.
+    if raw.count(START_OF_SCAN) > MAX_SCANS and _num_scans(raw) > MAX_SCANS:
+        raise BrokenImage(f"JPEG of more than {MAX_SCANS} scans")
     if header.mode not in ("RGB", "L"):
-        return _to_rgb(header)
+        return _whole(_to_rgb(header))
+    reduction = reduction_of(header.height, header.width)
+    if reduction > 1:
+        return _decode_jpeg_reduced(raw, header, reduction)
     buffer = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    return decode_image(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    return _whole(decode_image(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True))
+
+
+def _decode_jpeg_reduced(
+    raw: bytes, header: Image.Image, reduction: int
+) -> tuple[UInt8[Tensor, "3 h w"], Grid]:
+    flags = REDUCTIONS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+    with single_threaded():
+        pixels = cv2.imdecode(np.frombuffer(raw, dtype=np.uint8), flags)
+        if pixels is None:
+            raise BrokenImage("unreadable: libjpeg-turbo cannot decode it at a reduced size")
+        cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+    orientation = header.getexif().get(ORIENTATION, 1)
+    upright = np.ascontiguousarray(turned(pixels, orientation))
+    grid = upright_grid(header.height, header.width, reduction, orientation)
+    return torch.from_numpy(upright).permute(2, 0, 1), grid
+
+
+def _whole(image: UInt8[Tensor, "3 h w"]) -> tuple[UInt8[Tensor, "3 h w"], Grid]:
+    return image, Grid(height=image.shape[1], width=image.shape[2])
 
 
 def _has_end(raw: bytes) -> bool:
@@ -95,8 +150,8 @@ def _has_end(raw: bytes) -> bool:
     while (place := raw.find(b"\xff", place)) >= 0 and place + 4 <= len(raw):
         marker = raw[place + 1]
         if marker == SCAN:
-            found = START_OR_END.search(raw, place)
-            return found is not None and found[0][1] == END
+            end = raw.find(END_OF_IMAGE, place)
+            return end >= 0 and raw.find(START_OF_IMAGE, place, end) < 0
         if marker == END:
             return False
         if marker == 0xFF:  # any number of them may stand before a marker
@@ -108,20 +163,35 @@ def _has_end(raw: bytes) -> bool:
     return False
 
 
+def _num_scans(raw: bytes) -> int:
+    """Count the scans as libjpeg meets them, segment by segment to the end of the image."""
+    place, scans = 2, 0
+    while (found := MARKER.search(raw, place)) and found[1] != END_OF_IMAGE[1:]:
+        scans += found[1] == START_OF_SCAN[1:]
+        place = found.end()
+        if found[1][0] not in ALONE:
+            place += int.from_bytes(raw[place : place + 2])
+    return scans
+
+
 def _decode_other(raw: bytes) -> UInt8[Tensor, "3 h w"]:
+    # Opening an animated WebP takes memory for its canvas, two or three times.
+    if raw[:4] == b"RIFF" and raw[8:16] == b"WEBPVP8X":
+        _check_size(*(1 + int.from_bytes(raw[place : place + 3], "little") for place in (24, 27)))
     image = Image.open(io.BytesIO(raw), formats=FORMATS)
-    _check_size(image)
+    _check_size(*image.size)
     return _to_rgb(image)
 
 
-def _check_size(image: Image.Image) -> None:
-    width, height = image.size
+def _check_size(width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE:
+        raise BrokenImage(f"{width} x {height} pixels: a side is over the limit of {MAX_SIDE}")
     if width * height > MAX_PIXELS:
         raise BrokenImage(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
 
 
 def _to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)  # a copy otherwise, even of an upright one
     if image.mode.startswith(("I", "F")):
         # convert("RGB") would clip instead of scale, and turn every 16-bit image white.
         gray = np.asarray(image)
@@ -129,7 +199,7 @@ def _to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
             raise BrokenImage(f"pixels of {gray.dtype} outside 0..65535 or not integers")
         pixels = np.repeat((gray >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     else:
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -137,5 +207,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    # torchvision puts its own source file and line before libjpeg's message.
-    return f"unreadable: {re.sub(r'^decode_jpeg, .*?:[0-9]+, ', '', lines[0])[:200]}"
+    return f"unreadable: {OWN_PLACES.sub('', lines[0])[:200]}"

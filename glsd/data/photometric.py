@@ -1,4 +1,7 @@
-"""Jitter, grayscale, blur, solarise, normalise: a whole batch of uint8 crops at once, on its device."""
+"""Jitter, grayscale, blur, solarise, normalise: a whole batch of uint8 crops at once, on its device.
+
+Written twice: here in torch for GPUs, in photometric_cpu.py for the CPU; the tests hold the two together.
+"""
 
 import itertools
 from typing import NamedTuple
@@ -7,21 +10,18 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from glsd.contracts import PHOTOMETRIC_FIELDS
-
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, in 0..1, as the published backbones expect
-STD = (0.229, 0.224, 0.225)
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601: the gray of an RGB pixel
-# What counts as >= 128 after rounding to 0..255: values are not rounded here.
-SOLARIZE_THRESHOLD = 127.5 / 255
-# On the CPU this many values are changed at a time, to stay in its cache from one change to the next.
-CPU_CHUNK_VALUES = 2**18
-
-# The value of a column that leaves the crop as it is.
-NEUTRAL = {
-    name: 1.0 if name in ("brightness", "contrast", "saturation") else 0.0 for name in PHOTOMETRIC_FIELDS
-}
-COLUMN = {name: column for column, name in enumerate(PHOTOMETRIC_FIELDS)}
+from glsd.data.colours import (
+    AFTER_JITTERS,
+    COLUMN,
+    JITTERS,
+    LUMA,
+    MEAN,
+    NEUTRAL,
+    ORDERS,
+    SOLARIZE_THRESHOLD,
+    STD,
+)
+from glsd.data.photometric_cpu import photometric_cpu
 
 
 def photometric(
@@ -29,22 +29,27 @@ def photometric(
 ) -> Float32[Tensor, "m 3 h w"]:
     """Return the crops changed as their parameters say, then normalised with MEAN and STD.
 
-    crops: on any device; parameters: columns PHOTOMETRIC_FIELDS, on the CPU, where the work is planned without
-    waiting for the device: a change is computed only for the crops that need it. Order: the four jitters in the
-    crop's own order, grayscale, blur (sigma in pixels, edges repeated), solarise. Values are kept within 0..1
-    and not rounded in between.
+    crops: on any device; parameters: columns PHOTOMETRIC_FIELDS, on the CPU. Order: the four jitters in the crop's
+    own order, grayscale, blur (sigma in pixels, edges repeated), solarise. Values are kept within 0..1 and not
+    rounded in between. On the CPU OpenCV does it (photometric_cpu.py), elsewhere photometric_torch.
     Source: augmentation of DINO (arXiv 2104.14294).
     """
-    changed = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
-    whole = max(1, len(crops))
-    size = max(1, CPU_CHUNK_VALUES // max(1, crops[:1].numel())) if crops.device.type == "cpu" else whole
+    arrangement = photometric_cpu if crops.device.type == "cpu" else photometric_torch
+    return arrangement(crops, parameters)
+
+
+def photometric_torch(
+    crops: UInt8[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]
+) -> Float32[Tensor, "m 3 h w"]:
+    """Return what photometric() defines by torch operations on whole batches, on the device of the crops.
+
+    The work is planned on the CPU without waiting for the device: a change is computed only for the crops that need it.
+    """
     with torch.autocast(crops.device.type, enabled=False):
-        for start in range(0, len(crops), size):
-            rows = slice(start, start + size)
-            x = torch.div(crops[rows], 255, out=changed[rows])
-            _apply(x, parameters[rows])
-            _standardise(x)
-    return changed
+        changed = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
+        torch.div(crops, 255, out=changed)
+        _apply(changed, parameters)
+        return _standardise(changed)
 
 
 def normalise(images: UInt8[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 3 h w"]:
@@ -171,9 +176,6 @@ CHANGES = {
     "blur_sigma": blur,
     "solarize": solarize,
 }
-JITTERS = ("brightness", "contrast", "saturation", "hue")
-AFTER_JITTERS = ("grayscale", "blur_sigma", "solarize")
-ORDERS = tuple(itertools.permutations(JITTERS))
 
 
 def _standardise(x: Float32[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 3 h w"]:

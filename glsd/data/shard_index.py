@@ -10,35 +10,31 @@ import json
 import os
 import re
 import struct
-import tarfile
 import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 from safetensors.numpy import save
 
 from glsd.contracts import UserError
+from glsd.data.tar_members import BLOCK, TarError
+from glsd.data.tar_samples import IMAGE_EXTENSIONS, scan_samples
 
-VERSION = 2
+VERSION = 3
 SUFFIX = ".index"
-IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif"))
-BLOCK = 512  # a tar file is a sequence of blocks of this many bytes, the last two of them zero
-MAX_TAIL = (
-    1 << 16
-)  # what is looked at behind the last member; writers pad with zeros, usually to 10,240 bytes
 MAX_HEADER = 1 << 20
-MAX_LABEL_BYTES = 32
+MAX_MARKS = 3
+PIECE = 1 << 20  # bytes read at a time
 MARK_BYTES = (
     8 * BLOCK
 )  # what is remembered of a shard at each of a few places; an image starts in the middle of it
+VERSIONS = re.compile("[0-9]{1,9}")
 REBUILD = "write it again with: python launch/pack.py index SHARDS"
-
-# As webdataset groups members: the key ends at the first dot of the last path component, the rest names the
-# member's kind.
-MEMBER_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
-LABEL = re.compile(rb"\s*(-1|[0-9]{1,18})\s*")
 
 DTYPES: dict[str, tuple[str, type]] = {
     "image_offset": ("I64", np.int64),
@@ -79,37 +75,26 @@ def index_path(shard: str | Path) -> Path:
 def build_index(shard: str | Path) -> ShardIndex:
     """Scan the member headers of one uncompressed tar file and return its index; nothing is extracted.
 
-    Samples are consecutive members with the same key. A sample without image member is kept, so that it is
-    reported when it is read instead of vanishing. Links are not followed. Raises UserError if the file cannot
-    be read, is no uncompressed tar, is truncated or damaged, holds no image, or a label (``.cls`` member) is
-    not an integer of at least 0 (or -1 = none).
+    Samples are consecutive members with the same key (tar_samples.py). Links are not followed. Raises UserError if the
+    file cannot be read, is no uncompressed tar, is truncated or damaged, holds no image, a label (``.cls`` member) that
+    is not an integer of at least 0 (or -1 = none), or a sample whose members stand apart.
     """
     try:
         shard_bytes = os.stat(shard).st_size
-        with tarfile.open(shard, mode="r:") as tar:
-            samples = _scan(tar, str(shard))
-            end = tar.offset
         with open(shard, "rb") as file:
-            file.seek(end)
-            tail = file.read(MAX_TAIL)
-    except (tarfile.TarError, ValueError, EOFError) as error:
+            samples = scan_samples(file, str(shard))
+    except TarError as error:
         raise UserError(
             f"shard {shard} is damaged, truncated or not an uncompressed tar file ({error}): restore it"
         ) from error
     except OSError as error:
         raise UserError(f"cannot read shard {shard}: {error.strerror or error}") from error
-    if len(tail) < 2 * BLOCK or any(tail):
-        raise UserError(
-            f"shard {shard} is truncated, damaged or joined from several tar files at byte {end} of {shard_bytes}: "
-            "restore it"
-        )
-    if not any(sample.offset >= 0 for sample in samples):
+    with_image = [offset for offset in samples.offset if offset >= 0]
+    if not with_image:
         raise UserError(
             f"shard {shard} holds no image: expected members such as 00000000.jpg (one dot only; "
             f"{', '.join(sorted(IMAGE_EXTENSIONS))})"
         )
-    keys = [sample.key.encode(errors="surrogateescape") for sample in samples]
-    with_image = [sample.offset for sample in samples if sample.offset >= 0]
     # Before an image stand its headers, and its label or that of the sample before: new labels alone are seen, too.
     chosen = {with_image[0], with_image[len(with_image) // 2], with_image[-1]}
     marks = tuple(sorted(max(0, offset - MARK_BYTES // 2) for offset in chosen))
@@ -117,11 +102,11 @@ def build_index(shard: str | Path) -> ShardIndex:
         shard_bytes=shard_bytes,
         marks=marks,
         digest=marks_digest(shard, marks),
-        image_offset=np.array([sample.offset for sample in samples], dtype=np.int64),
-        image_size=np.array([sample.size for sample in samples], dtype=np.int64),
-        label=np.array([sample.label for sample in samples], dtype=np.int64),
-        key_end=np.cumsum([len(key) for key in keys], dtype=np.int64),
-        key_bytes=np.frombuffer(b"".join(keys), dtype=np.uint8),
+        image_offset=np.array(samples.offset, dtype=np.int64),
+        image_size=np.array(samples.size, dtype=np.int64),
+        label=np.array(samples.label, dtype=np.int64),
+        key_end=np.array(samples.key_end, dtype=np.int64),
+        key_bytes=np.frombuffer(bytes(samples.keys), dtype=np.uint8),
     )
 
 
@@ -140,49 +125,6 @@ def marks_digest(shard: str | Path, marks: tuple[int, ...]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(kw_only=True, slots=True)
-class _Sample:
-    key: str
-    kinds: set[str]
-    offset: int = -1
-    size: int = 0
-    label: int = -1
-
-
-def _scan(tar: tarfile.TarFile, shard: str) -> list[_Sample]:
-    samples: list[_Sample] = []
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # every header would be kept: gigabytes
-        parts = MEMBER_NAME.fullmatch(member.name)
-        if member.isdir() or parts is None or re.fullmatch("__.*__", parts[1]):  # __meta__.json and the like
-            continue
-        key, kind = parts[1], parts[2].lower()
-        if not samples or samples[-1].key != key:
-            samples.append(_Sample(key=key, kinds=set()))
-        sample = samples[-1]
-        if kind in sample.kinds:
-            raise UserError(f"shard {shard}: member {member.name!r} comes twice: pack it again")
-        sample.kinds.add(kind)
-        if not member.isreg() or member.issparse():
-            continue
-        if kind in IMAGE_EXTENSIONS and sample.offset < 0:
-            sample.offset, sample.size = member.offset_data, member.size
-        elif kind == "cls":
-            sample.label = _read_label(tar, member, shard)
-    return samples
-
-
-def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:
-    file = tar.extractfile(member)
-    raw = file.read(MAX_LABEL_BYTES + 1) if file else b""
-    match = LABEL.fullmatch(raw)
-    if match is None or len(raw) > MAX_LABEL_BYTES:
-        raise UserError(
-            f"shard {shard}: label member {member.name!r} holds {raw!r}: expected an integer of at least 0"
-        )
-    return int(match[1])
-
-
 def write_index(index: ShardIndex, path: Path, *, shard_name: str) -> None:
     """Write an index atomically; UserError if the folder cannot be written."""
     arrays = {name: getattr(index, name) for name in DTYPES}
@@ -193,6 +135,7 @@ def write_index(index: ShardIndex, path: Path, *, shard_name: str) -> None:
         "marks": json.dumps(index.marks),
         "digest": index.digest,
         "count": str(len(index)),
+        "checksum": str(_checksum({name: [array.data] for name, array in arrays.items()})),
     }
     temporary = None
     try:
@@ -222,6 +165,7 @@ class IndexHeader:
     shard_bytes: int
     marks: tuple[int, ...]
     digest: str
+    checksum: int  # of the arrays
     data_start: int  # byte of the file where the arrays begin
     spans: dict[str, tuple[int, int]]  # first and past-the-last byte of each array, from data_start
 
@@ -237,25 +181,28 @@ def read_header(path: Path) -> IndexHeader:
             file_bytes = os.fstat(file.fileno()).st_size
         metadata = header["__metadata__"]
         version, count = metadata["version"], int(metadata["count"])
+        if not VERSIONS.fullmatch(version):
+            raise ValueError("no version")
         if version != str(VERSION):
             raise UserError(f"index {path} is of version {version}, expected {VERSION}: {REBUILD}")
         spans = {name: _span(header[name], name, count) for name in DTYPES}
         if max(end for _, end in spans.values()) != file_bytes - 8 - length or count < 1:
             raise ValueError("wrong length")
-        shard_bytes, digest = int(metadata["shard_bytes"]), str(metadata["digest"])
-        marks = tuple(int(mark) for mark in json.loads(metadata["marks"]))
-        if not all(0 <= mark < shard_bytes for mark in marks):
+        shard_bytes, checksum = int(metadata["shard_bytes"]), int(metadata["checksum"])
+        digest, marks = str(metadata["digest"]), tuple(json.loads(metadata["marks"]))
+        if not 1 <= len(marks) <= MAX_MARKS or not all(_within(mark, shard_bytes) for mark in marks):
             raise ValueError("marks outside the shard")
     except OSError as error:
         raise UserError(f"cannot read the index {path}: {error.strerror or error}") from error
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"index {path} is damaged ({error!r}): {REBUILD}") from error
+    except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+        raise UserError(f"index {path} is damaged ({_what(error)}): {REBUILD}") from error
     return IndexHeader(
         path=path,
         count=count,
         shard_bytes=shard_bytes,
         marks=marks,
         digest=digest,
+        checksum=checksum,
         data_start=8 + length,
         spans=spans,
     )
@@ -264,6 +211,8 @@ def read_header(path: Path) -> IndexHeader:
 def _span(entry: dict, name: str, count: int) -> tuple[int, int]:
     label, dtype = DTYPES[name]
     start, end = entry["data_offsets"]
+    if type(start) is not int or type(end) is not int:  # true and 8.0 would pass for numbers
+        raise TypeError(f"array {name}")
     items, rest = divmod(end - start, np.dtype(dtype).itemsize)
     sized = items >= 0 and not rest and (name == "key_bytes" or items == count)
     if start < 0 or not sized or entry["dtype"] != label or entry["shape"] != [items]:
@@ -271,14 +220,52 @@ def _span(entry: dict, name: str, count: int) -> tuple[int, int]:
     return start, end
 
 
+def _what(error: Exception) -> str:
+    return repr(f"{type(error).__name__}: {error}"[:100])  # it may quote the file
+
+
+def _within(mark: object, shard_bytes: int) -> bool:
+    return type(mark) is int and 0 <= mark < shard_bytes
+
+
+def _checksum(pieces: Mapping[str, Iterable[bytes | memoryview]]) -> int:
+    """Return a checksum of the arrays in their order, which tells damage; who means harm can make it, too."""
+    total = 0
+    for name in DTYPES:
+        total = zlib.crc32(name.encode(), total)
+        for piece in pieces[name]:
+            total = zlib.crc32(piece, total)
+    return total
+
+
+def _pieces(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    file.seek(start)
+    while start < end and (piece := file.read(min(PIECE, end - start))):
+        start += len(piece)
+        yield piece
+
+
 def map_index(header: IndexHeader) -> ShardIndex:
-    """Return the index behind a header, its arrays mapped: pages are read when used, shared by processes."""
+    """Return the index behind a header, its arrays mapped: pages are read when used, shared by processes.
+
+    The whole file is read once for its checksum, a piece at a time. Raises UserError if it is damaged or was replaced.
+    """
+    size = max(end for _, end in header.spans.values())
     try:
-        data = np.memmap(header.path, dtype=np.uint8, mode="r", offset=0)[header.data_start :]
+        with open(header.path, "rb") as file:
+            found = _checksum(
+                {
+                    name: _pieces(file, header.data_start + start, header.data_start + end)
+                    for name, (start, end) in header.spans.items()
+                }
+            )
+            data = np.memmap(file, dtype=np.uint8, mode="r")[header.data_start :]
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the index {header.path}: {error}") from error
-    if len(data) != max(end for _, end in header.spans.values()):
+    if len(data) != size:
         raise UserError(f"index {header.path} changed while it was in use: start again")
+    if found != header.checksum:
+        raise UserError(f"index {header.path} is damaged (wrong checksum): {REBUILD}")
     arrays = {
         name: data[start:end].view(DTYPES[name][1]).view(np.ndarray)
         for name, (start, end) in header.spans.items()

@@ -22,6 +22,7 @@ from glsd.data.shard_index import REBUILD, IndexHeader, ShardIndex, map_index
 
 CLASSES_FILE = "classes.json"  # beside labelled shards: the class names, in the order of their labels
 CHECKED_AT_START = 1000  # shards whose content is looked at when they are opened: some 0.1 ms each
+MAX_IMAGE_BYTES = 1 << 30  # 16 bits a colour of the largest image that decode.py takes, uncompressed
 MAX_OPEN_SHARDS = 64  # per process, two files each; a system allows 1,024 open files by default
 
 
@@ -165,6 +166,8 @@ class _OpenShard:
     def read(self, offset: int, size: int) -> bytes:
         if not 0 <= size <= self.index.shard_bytes - offset:
             raise UserError(f"index of shard {self.path} is damaged: {REBUILD}")
+        if size > MAX_IMAGE_BYTES:
+            raise BrokenImage(f"image member of {size} bytes: at most {MAX_IMAGE_BYTES} are read")
         if self._cache is not None:
             return self._cache.read(self.path, self._header, offset, size)
         try:

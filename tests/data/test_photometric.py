@@ -1,10 +1,11 @@
-"""Colours: the batched changes against one crop at a time, torchvision, Pillow, and formulas written out."""
+"""Colours: both arrangements against one crop at a time, torchvision, Pillow, formulas written out, and each other."""
 
 import colorsys
 import itertools
 import math
 import tarfile
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,10 +16,25 @@ from torchvision.transforms.v2 import functional as tvf
 from glsd.contracts import PHOTOMETRIC_FIELDS
 from glsd.data import photometric as module
 from glsd.data.crops import CropSpec, crop_sample, draw
-from glsd.data.photometric import MEAN, STD, gaussian_matrix, photometric, plan
+from glsd.data.photometric import MEAN, STD, gaussian_matrix, photometric, photometric_torch, plan
+from glsd.data.photometric_cpu import photometric_cpu
 
 NEUTRAL = [1.0, 1, 1, 0, 0, 0, 0, 0]
 JITTERS = ("brightness", "contrast", "saturation", "hue")
+
+
+@pytest.fixture(params=["opencv", "torch"], autouse=True)
+def arrangement(request, monkeypatch):
+    """Run every test twice: with what the CPU uses, and with what other devices use."""
+    if request.param == "torch":
+        monkeypatch.setattr(module, "photometric_cpu", photometric_torch)
+
+
+@pytest.fixture
+def _threads_of_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def pictures(count: int, size: int = 32, seed: int = 0) -> torch.Tensor:
@@ -202,13 +218,48 @@ def test_what_a_crop_gets_does_not_depend_on_its_company():
     assert torch.allclose(photometric(crops[shuffle], parameters[shuffle]), together[shuffle], atol=1e-5)
 
 
-def test_chunks_do_not_show(monkeypatch):
-    parameters = drawn(3)
-    crops = pictures(len(parameters))
-    reference = photometric(crops, parameters)
-    for values in (1, 7 * crops[0].numel(), 10**9):
-        monkeypatch.setattr(module, "CPU_CHUNK_VALUES", values)
-        assert torch.allclose(photometric(crops, parameters), reference, atol=1e-5)
+@pytest.mark.parametrize(
+    ("height", "width"), [(32, 32), (33, 47), (1, 1), (1, 40), (40, 1), (2, 3), (96, 96)]
+)
+def test_the_two_arrangements_agree(height, width):
+    """Normalised values; the largest difference is that of the blur, whose tails the CPU leaves out."""
+    parameters = drawn(20)
+    crops = pictures(len(parameters), size=96)[..., :height, :width]
+    ours, theirs = photometric_cpu(crops, parameters), photometric_torch(crops, parameters)
+    assert (ours - theirs).abs().max() < 5e-5
+    # Among them are crops of every kind: the comparison would notice if a change were left out.
+    assert (parameters != torch.tensor(NEUTRAL)).any(0).all()
+
+
+@pytest.mark.parametrize("order", range(24))
+def test_the_two_arrangements_agree_beyond_the_usual_strengths(order):
+    """Factors from 0 to 3 and whole turns of the hue: with clamps that act and clamps that do not, before and after each."""
+    rng = torch.Generator().manual_seed(order)
+    parameters = torch.rand(60, len(PHOTOMETRIC_FIELDS), generator=rng)
+    parameters[:, :3] *= 3
+    parameters[:, 3] -= 0.5
+    parameters[:, 4] = order
+    parameters[:, 5] = (parameters[:, 5] < 0.3).float()
+    parameters[:, 6] = torch.where(parameters[:, 6] < 0.5, 0.0, 3 * parameters[:, 6])
+    parameters[:, 7] = (parameters[:, 7] < 0.5).float()
+    neutral = torch.rand(60, len(PHOTOMETRIC_FIELDS), generator=rng) < 0.25
+    neutral[:, 4] = False
+    parameters = torch.where(neutral, torch.tensor(NEUTRAL), parameters)
+    crops = pictures(60, size=24, seed=order)
+    assert (photometric_cpu(crops, parameters) - photometric_torch(crops, parameters)).abs().max() < 2e-4
+
+
+@pytest.mark.usefixtures("_threads_of_before")
+def test_neither_threads_nor_company_change_a_bit_on_the_cpu():
+    parameters = drawn(4)
+    crops = pictures(len(parameters), size=41)
+    torch.set_num_threads(1)
+    alone = torch.cat([photometric_cpu(crops[i : i + 1], parameters[i : i + 1]) for i in range(len(crops))])
+    before = cv2.getNumThreads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(photometric_cpu(crops, parameters), alone)
+    assert cv2.getNumThreads() == before
 
 
 def test_mirrored_crops_give_mirrored_results():
@@ -330,7 +381,7 @@ def test_the_device_gives_what_the_cpu_gives():
     parameters = drawn(4)
     crops = pictures(len(parameters))
     on_device = photometric(crops.cuda(), parameters).cpu()
-    on_cpu = photometric(crops, parameters)
+    on_cpu = photometric_cpu(crops, parameters)
     assert ((on_device - on_cpu).abs() > 2e-3).float().mean() < 1e-3
     crops = crops.cuda()
     torch.cuda.set_sync_debug_mode("error")

@@ -73,7 +73,9 @@ def test_samples_come_back_bit_exact_and_are_downloaded_once(server, folder):
         size = (folder / name).stat().st_size
         assert server.bytes_sent(name) == size
         assert len(server.gets(name)) == -(-size // PIECE)
-        assert len(server.gets(f"{name}.index")) == 2  # this server tells no version by which to know it again
+        assert (
+            len(server.gets(f"{name}.index")) == 2
+        )  # this server tells no version by which to know it again
 
 
 @pytest.mark.parametrize(
