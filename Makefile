@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-fast check format lock clean
+.PHONY: install demo test test-remote test-fast check format lock clean
 
 install: $(STAMP)
 
@@ -24,10 +24,14 @@ demo: $(STAMP)
 JOBS ?= 2
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not remote"
+
+# Runs that are killed, and servers that fail, on nginx and an S3-compatible server that the tests start.
+test-remote: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/remote -n $(JOBS) --dist worksteal -m remote
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not slow and not photos"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not slow and not photos and not remote"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from glsd.evals.embed import Embedded
 from glsd.evals.knn import knn_accuracy
 from glsd.evals.linear import check_settings, linear_probe
 from glsd.evals.record import append_record, cannot_write
-from glsd.runtime import dist
+from glsd.runtime import dist, ending
 
 
 def evaluate(cfg: EvalConfig) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
     dist.check_world(processes.num_processes, "launch/evaluate.py")
-    dist.watch_others()
+    ending.watch_others()
     device = processes.device
     sets = dist.together(lambda: OPENERS[cfg.protocol](cfg))
     measured = dist.together(lambda: load_model(cfg))
@@ -54,7 +54,7 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     }
     main = dist.is_main()
     # The rest may take long or fail on rank 0 alone: nobody is left waiting for it.
-    dist.finish()
+    ending.finish()
     if not main:
         return {}
     record: dict[str, Any] = {

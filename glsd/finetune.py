@@ -30,7 +30,7 @@ from glsd.guard import StepReport, check_gradients, check_samples, note_bad_grad
 from glsd.losses.mdr import MdrStatistics
 from glsd.optim.clip import clip_global
 from glsd.pretrain_plan import step_seed
-from glsd.runtime import checkpoint, dist
+from glsd.runtime import checkpoint, dist, ending
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.launch import start
 from glsd.runtime.meters import Meters
@@ -47,6 +47,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
     data, the weights or the checkpoint cannot work, before the first step where that can be known.
     """
     accelerator = start(cfg.optim.precision, "launch/finetune_dml.py")
+    ending.watch_others()
     run = Run(Path(cfg.out))
     cfg, source = dist.together(lambda: resolve(cfg))
     sets = dist.together(lambda: open_sets(cfg))

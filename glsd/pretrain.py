@@ -23,7 +23,7 @@ from glsd.optim.clip import CLIPPERS
 from glsd.optim.ema import ema_update
 from glsd.pretrain_build import State, build
 from glsd.pretrain_plan import Plan, Rates, make_plan, rates_at, step_seed
-from glsd.runtime import checkpoint, dist
+from glsd.runtime import checkpoint, dist, ending
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.launch import start
 from glsd.runtime.meters import Meters
@@ -44,6 +44,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
         static_graph=cfg.optim.accumulate_steps == 1,
         grad_compression=cfg.optim.grad_compression,
     )
+    ending.watch_others()
     shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
     plan = make_plan(cfg, shards.epoch_samples)
     state = build(cfg, accelerator)

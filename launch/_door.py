@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 from glsd.contracts import UserError
-from glsd.runtime import dist
+from glsd.runtime import ending
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -15,10 +15,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     try:
         code = main(sys.argv[1:])
     except UserError as problem:
-        if dist.end_others(2):
+        if ending.end_others(2):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Exception:
-        dist.end_others(1)
+        ending.end_others(1)
         raise
     sys.exit(code or 0)

@@ -5,13 +5,13 @@ import _door
 from glsd.command_line import load
 from glsd.config import EvalConfig
 from glsd.evaluate import evaluate
-from glsd.runtime import dist
+from glsd.runtime import ending
 
 
 def main(argv: list[str]) -> None:
     """Parse, call the story, leave the process group."""
     evaluate(load(EvalConfig, argv))
-    dist.finish()
+    ending.finish()
 
 
 if __name__ == "__main__":

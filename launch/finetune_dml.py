@@ -5,12 +5,12 @@ import _door
 from glsd.command_line import load
 from glsd.finetune import finetune
 from glsd.finetune_config import FinetuneConfig
-from glsd.runtime import dist
+from glsd.runtime import ending
 
 
 def main(argv: list[str]) -> None:
     finetune(load(FinetuneConfig, argv))
-    dist.finish()
+    ending.finish()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from glsd.command_line import load
 from glsd.config import PretrainConfig
 from glsd.forecast import forecast
 from glsd.pretrain import pretrain
-from glsd.runtime import dist
+from glsd.runtime import ending
 
 DRY_RUN = "--dry_run"
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
         forecast(cfg)
     else:
         pretrain(cfg)
-    dist.finish()
+    ending.finish()
 
 
 if __name__ == "__main__":

@@ -249,10 +249,10 @@ def test_one_rank_that_fails_keeps_no_other_waiting(cfg, tmp_path):
         def main(argv):
             from glsd.command_line import load
             from glsd.config import EvalConfig
-            from glsd.runtime import dist
+            from glsd.runtime import ending
             story.evaluate(load(EvalConfig, argv))
             left.touch()
-            dist.finish()
+            ending.finish()
 
         _door.run(main)
     """

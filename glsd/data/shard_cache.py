@@ -21,7 +21,7 @@ from glsd.data.shard_index import IndexHeader, marks_digest
 
 FOLDER_VARIABLE, SIZE_VARIABLE = "GLSD_CACHE", "GLSD_CACHE_GB"
 DEFAULT_GIGABYTES = 100.0
-WHOLE, PART = ".tar", ".part"
+WHOLE, PART, FAILED = ".tar", ".part", ".failed"
 TOUCH_EVERY = 10.0  # seconds between two notes that a copy is in use
 POLL = 0.05  # seconds between two looks at a download of another process
 
@@ -77,12 +77,13 @@ class ShardCache:
         part = path.with_suffix(PART)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(part, wait=wait, unless=path) as file:
+            with _locked(part, shown(address), wait=wait, unless=path) as file:
                 if file is not None and path.exists():
                     part.unlink()  # made by us while another process finished
                 elif file is not None:
                     self._download(address, header, file, part)
                     os.replace(part, path)
+                    part.with_suffix(FAILED).unlink(missing_ok=True)
         except OSError as error:
             raise _cannot_use(part, error) from error
 
@@ -107,7 +108,11 @@ class ShardCache:
             file.flush()
             os.fsync(file.fileno())
             check_digest(address, part, header)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, UserError):  # those who wait for this file read it
+                note = part.with_suffix(f"{FAILED}.new")
+                note.write_text(str(error))
+                os.replace(note, part.with_suffix(FAILED))
             part.unlink(missing_ok=True)  # it holds room; bytes that were refused are of no use
             raise
 
@@ -189,13 +194,17 @@ def _abandoned(part: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(part: Path, *, wait: bool, unless: Path) -> Iterator[BinaryIO | None]:
+def _locked(part: Path, address: str, *, wait: bool, unless: Path) -> Iterator[BinaryIO | None]:
     """Give the file ``part``, locked by us, or None: as soon as ``unless`` exists, or it is locked and ``wait`` is False.
 
     The lock goes with the file, also when it is renamed, and with the process when that dies.
     """
-    inode, blocks, last_progress = -1, 0, time.monotonic()
+    inode, blocks, last_progress, began = -1, 0, time.monotonic(), time.time()
+    failed = part.with_suffix(FAILED)
     while True:
+        with contextlib.suppress(FileNotFoundError):
+            if wait and failed.stat().st_mtime > began:
+                raise UserError(failed.read_text())  # it has failed for us too
         with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -215,10 +224,11 @@ def _locked(part: Path, *, wait: bool, unless: Path) -> Iterator[BinaryIO | None
         if status.st_ino == inode and status.st_blocks > blocks:
             last_progress = time.monotonic()
         inode, blocks = status.st_ino, status.st_blocks
-        if time.monotonic() - last_progress > patience():
+        # Who downloads gives up before, and says why.
+        if time.monotonic() - last_progress > 2 * patience():
             raise UserError(
-                f"{part} is being downloaded by another process, without progress for {patience():.0f} s "
-                f"({TIMEOUT_VARIABLE}): check the server, or end that process"
+                f"cannot read {address}: another process holds {part}, without progress for {2 * patience():.0f} s "
+                f"({TIMEOUT_VARIABLE}): end that process"
             )
         time.sleep(POLL)
 

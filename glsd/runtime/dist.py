@@ -7,9 +7,6 @@ every rank makes it.
 import atexit
 import functools
 import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,12 +25,6 @@ CPU_LAUNCH_LINE = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} --num_machines 1 "
     "--mixed_precision no --dynamo_backend no {script} ..."
 )
-
-
-WATCH_EVERY = 0.5  # seconds between two looks whether another rank has ended the run
-WAIT_FOR_OTHERS = 10.0  # seconds
-
-_done = threading.Event()  # this process needs no watching any more
 
 
 def _running() -> bool:
@@ -201,63 +192,17 @@ def check_world(num_processes: int, script: str = "launch/pretrain.py") -> None:
         )
 
 
-def watch_others() -> None:
-    """From now on end this process, quietly, soon after another rank has said ``end_others``; until ``finish``.
-
-    A rank that stops on its own leaves the others in a collective that nobody answers, for half an hour by default.
-    """
-    if world_size() > 1:
-        threading.Thread(target=_end_with_others, args=(_notes(),), daemon=True, name="watch_others").start()
+def notes(name: str) -> torch_dist.Store:
+    """Return what all ranks can write small notes into, at any time and without waiting for each other; not alone."""
+    return torch_dist.PrefixStore(name, torch_dist.distributed_c10d._get_default_store())
 
 
-def end_others(code: int) -> bool:
-    """Have all other ranks end with this exit code; return whether this rank is the first to say so, and should say why.
-
-    Returns when they have ended, or after a few seconds. A launcher that wants this rank to end, because others have, must
-    wait: SIGTERM is ignored from here on.
-    """
-    if world_size() == 1 or _done.is_set():
-        return True
-    _done.set()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    notes = _notes()
-    try:
-        first = notes.add("speakers", 1) == 1
-        notes.set("end", str(code))
-        notes.add("ended", 1)
-        deadline = time.monotonic() + WAIT_FOR_OTHERS
-        while notes.add("ended", 0) < world_size() and time.monotonic() < deadline:
-            time.sleep(0.05)
-    except RuntimeError:  # the store went with the rank that kept it
-        return True
-    return first
-
-
-def _end_with_others(notes: torch_dist.Store) -> None:
-    while not _done.wait(WATCH_EVERY):
-        try:
-            if not notes.check(["end"]) or _done.is_set():
-                continue
-            code = int(notes.get("end"))
-            notes.add("ended", 1)
-        except RuntimeError:
-            return
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # the main thread may wait for ever in a collective
-
-
-def _notes() -> torch_dist.Store:
-    return torch_dist.PrefixStore("glsd_end", torch_dist.distributed_c10d._get_default_store())
-
-
-def finish() -> None:
-    """End a run that went well: wait for all ranks, then leave the process group."""
+def leave() -> None:
+    """Wait for all ranks, then leave the process group, if there is one."""
     if not _running():
         return
     _soften_exit()
     barrier()
-    _done.set()
     torch_dist.destroy_process_group()
 
 

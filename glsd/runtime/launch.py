@@ -29,5 +29,4 @@ def start(
         cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[ddp]
     )
     dist.check_world(accelerator.num_processes, script)
-    dist.watch_others()
     return accelerator

@@ -69,4 +69,4 @@ def gradients(options: dict, num_micro: int, compiled: bool) -> list[torch.Tenso
 results = {name: gradients(*way) for name, way in WAYS.items()}
 if dist.is_main():
     torch.save({"world": dist.world_size(), **results}, sys.argv[1])
-dist.finish()
+dist.leave()

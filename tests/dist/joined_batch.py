@@ -61,4 +61,4 @@ if dist.is_main():
         "teacher": state.teacher.state_dict(),
     }
     torch.save(result, out)
-dist.finish()
+dist.leave()

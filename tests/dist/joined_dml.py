@@ -68,4 +68,4 @@ for loss, reg in CASES:
     }
 if dist.is_main():
     torch.save({"world": dist.world_size(), "cases": results}, out)
-dist.finish()
+dist.leave()

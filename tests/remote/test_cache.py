@@ -20,7 +20,6 @@ from glsd.data.shard_cache import PART, WHOLE, ShardCache, cache_bytes
 from glsd.data.shard_files import find_shards, index_remote, shard_headers
 from glsd.data.shards import open_shards
 
-pytestmark = pytest.mark.remote
 PIECE = 40_000
 COUNT = 6  # shards of one sample, of SIZE bytes each
 SIZE = 120_000

@@ -27,7 +27,7 @@ def run_ranks(body: str, folder: Path, *, world: int = 2) -> list[str]:
     The body sees torch, dist, UserError, folder, rank and world.
     """
     script = folder / "ranks_body.py"
-    script.write_text(PROLOGUE + textwrap.dedent(body) + "\ndist.finish()\n")
+    script.write_text(PROLOGUE + textwrap.dedent(body) + "\ndist.leave()\n")
     command = [sys.executable, str(script), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     (folder / "rendezvous").unlink(missing_ok=True)

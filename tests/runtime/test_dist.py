@@ -16,7 +16,7 @@ def test_alone_everything_is_the_identity():
     assert dist.gather_objects("a") == ["a"]
     assert dist.broadcast_object("a") == "a"
     dist.barrier()
-    dist.finish()
+    dist.leave()
     dist.raise_together(None)
     with pytest.raises(UserError, match="mistake"):
         dist.raise_together(UserError("mistake"))

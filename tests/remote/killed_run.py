@@ -1,0 +1,168 @@
+"""Runs on a few uneven shards, how to kill one at random moments, and what is compared afterwards."""
+
+import io
+import itertools
+import json
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from warm import Started, Warm
+
+from glsd.data.order import EpochOrder, epoch_length
+from glsd.data.shard_index import build_index, index_path, write_index
+from glsd.data.shards import open_shards
+
+SIZES = (5, 13, 2, 9, 17, 1, 7, 3, 11, 4)  # samples a shard: 72, 12 batches of 6, 1.6 MB
+NAMES = "train-{000000..000009}.tar"
+CACHE_BYTES = 1_100_000  # the largest two windows fit, all shards do not
+ROOMY = 100_000_000
+
+
+def noise(number: int) -> bytes:
+    """A PNG file of about 19 KB."""
+    pixels = np.random.default_rng(number).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def pack_uneven(folder: Path) -> None:
+    """Write SIZES[i] images into ``folder/train-<i>.tar``, with an index each; keys are 0000, 0001, ... over all shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = iter(range(sum(SIZES)))
+    for shard, size in enumerate(SIZES):
+        path = folder / f"train-{shard:06d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for number in itertools.islice(numbers, size):
+                raw = noise(number)
+                member = tarfile.TarInfo(f"{number:04d}.png")
+                member.size = len(raw)
+                tar.addfile(member, io.BytesIO(raw))
+        write_index(build_index(path), index_path(path), shard_name=path.name)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.tar"))
+
+
+def argv_of(out: Path, shards: str, **changes: object) -> list[str]:
+    """The command line of a run that goes on if there is something to go on with; ``changes`` have __ for the dot."""
+    values: dict[str, object] = {
+        "out": out,
+        "resume": "auto",
+        "data.shards": shards,
+        "data.num_workers": 1,
+        "data.window_shards": 2,
+        "data.global_size": 32,
+        "data.local_size": 16,
+        "data.num_local": 2,
+        "model.backbone": "vit_tiny_patch16_224",
+        "model.timm_args": "{patch_size: 8, depth: 2, embed_dim: 32, num_heads: 2}",
+        "model.drop_path": 0.2,
+        "head.num_prototypes": 64,
+        "head.hidden_dim": 32,
+        "head.bottleneck_dim": 16,
+        "optim.epochs": 11,
+        "optim.batch_size": 6,
+        "optim.warmup_epochs": 1,
+        "watch.log_every": 3,
+        "watch.checkpoint_every": 4,
+        "watch.sample_log": "true",
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def cache_environment(cache: Path, *, num_bytes: int = CACHE_BYTES, timeout: float = 60) -> dict[str, str]:
+    """What bounds the cache and the patience of a run."""
+    gigabytes, seconds = f"{num_bytes / 1e9:.6f}", str(timeout)
+    return {"GLSD_CACHE": str(cache), "GLSD_CACHE_GB": gigabytes, "GLSD_REMOTE_TIMEOUT": seconds}
+
+
+def samples(run: Path) -> list[tuple[int, str]]:
+    """All (epoch, key) that a run has used, in order; its steps are numbered without a gap."""
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [(epoch, key) for line in lines for epoch, key in line["samples"]]
+
+
+def expected_samples(
+    shards: str, *, steps: int, batch_size: int = 6, window_shards: int = 2
+) -> list[tuple[int, str]]:
+    """The first ``steps`` batches as the order of the (local) shards has them, without any run."""
+    opened = open_shards(shards)
+    length = epoch_length(len(opened), batch_size)
+    found: list[tuple[int, str]] = []
+    epoch = 0
+    while len(found) < steps * batch_size:
+        order = EpochOrder(opened.shard_sizes, seed=0, epoch=epoch, window_shards=window_shards)
+        found += [(epoch, opened.key(order[position])) for position in range(length)]
+        epoch += 1
+    return found[: steps * batch_size]
+
+
+def steps_written(run: Path) -> int:
+    """How far a run has come by its log of samples, which may end in half a line."""
+    file = run / "samples.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # it is being written
+    return 0
+
+
+def wait_for_step(run: Path, step: int, started: list[Started], seconds: float = 60) -> None:
+    """Wait until a running run has come to a step; AssertionError if it ends before or takes too long."""
+    deadline = time.monotonic() + seconds
+    while steps_written(run) < step:
+        for process in started:
+            assert process.poll() is None, f"ended with {process.code} before step {step}: {process.said()}"
+        assert time.monotonic() < deadline, f"step {step} was not reached: {started[0].said()}"
+        time.sleep(0.005)
+
+
+def run_with_kills(
+    warm: Warm, argv: list[str], run: Path, environment: dict[str, str], *, moments: list[tuple[int, float]]
+) -> list[dict[str, int]]:
+    """Start a run and kill -9 it (loader processes too) at each moment, then let it end; return what each kill left.
+
+    A moment (step, seconds): so long after the log of samples has come to the step. After a kill the log still has
+    the steps after the last checkpoint, so that the same step again means: so long after the start.
+    """
+    left = []
+    cache = Path(environment["GLSD_CACHE"])
+    for number, (step, seconds) in enumerate(moments):
+        started, begun = warm.start(argv, run.with_suffix(f".{number}.log"), environment), time.time()
+        wait_for_step(run, step, [started])
+        time.sleep(seconds)
+        assert started.poll() is None, f"ended with {started.code} before kill {number}: {started.said()}"
+        started.kill()
+        partial = sum(path.stat().st_mtime > begun for path in partial_files(cache))
+        left.append({"step": steps_written(run), "partial": partial, "bytes": bytes_in(cache)})
+    last = warm.start(argv, run.with_suffix(".last.log"), environment)
+    assert last.wait(120) == 0, last.said()
+    return left
+
+
+def partial_files(cache: Path) -> list[Path]:
+    """What downloads in progress have in a cache, or killed ones have left."""
+    return list(cache.rglob("*.part"))
+
+
+def bytes_in(cache: Path) -> int:
+    """Bytes of all files of a cache but the indices."""
+    return sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path.suffix != ".index")
+
+
+def assert_copies(cache: Path, folder: Path) -> None:
+    """Every copy in a cache is one of the shards of the folder, and there are some."""
+    shards = {path.read_bytes() for path in shard_files(folder)}
+    copies = list(cache.rglob("*.tar"))
+    assert copies
+    for path in copies:
+        assert path.read_bytes() in shards, f"{path} is no shard"
