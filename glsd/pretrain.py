@@ -230,7 +230,7 @@ def restore(cfg: PretrainConfig, state: State, run: Run, shards: ShardSet) -> Ch
     if saved is None:
         return None
     for key, value in order_of(cfg, shards).items():
-        if saved.state["order"][key] != value:
+        if saved.state["order"].get(key, value) != value:  # data.weights is younger than some checkpoints
             raise UserError(
                 f"{key} is not what {saved.path} was made with: the order of samples would change; "
                 "use the same, or another --out"
@@ -254,6 +254,7 @@ def order_of(cfg: PretrainConfig, shards: ShardSet) -> dict[str, str | int]:
     """Return everything that decides which sample comes when, by the key to blame."""
     return {
         "data.shards": shards.fingerprint(),
+        "data.weights": " ".join(map(str, cfg.data.weights)),
         "data.window_shards": cfg.data.window_shards,
         "optim.batch_size": cfg.optim.batch_size,
         "seed": cfg.seed,

@@ -19,7 +19,7 @@ import functools
 import sys
 from collections.abc import Callable
 
-from _door import run
+from _door import printable, run
 from pack_doctor import doctor
 from pack_sources import add_output, folder, listed, report_unreadable, torchvision
 
@@ -114,7 +114,7 @@ def report_roles(summaries: dict[str, RoleSummary]) -> None:
         first, last = summary.shards[0], summary.shards[-1]
         print(
             f"{role}: packed {summary.num_images} images of {summary.num_classes} classes into "
-            f"{len(summary.shards)} shards: {first} .. {last.name}"
+            f"{len(summary.shards)} shards: {printable(first)} .. {printable(last.name)}"
         )
         report_unreadable(summary.unreadable)
 

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from _door import printable
 from pack_sources import add_workers
 
 from glsd.contracts import UserError
@@ -51,13 +52,10 @@ def report(found: Examination) -> None:
         print_split(split)
     width = max(len(finding.topic) for finding in found.findings)
     for finding in found.findings:
-        print(f"{finding.level:4}  {finding.topic:{width}}  {finding.text}")
+        print(f"{finding.level:4}  {finding.topic:{width}}  {printable(finding.text)}")
         for where, what in finding.items[:SHOWN]:
-            print(
-                f"      {'':{width}}  - {where}: {what}"
-                if what[0] not in "=~"
-                else f"      {'':{width}}  - {where} {what}"
-            )
+            between = "" if what[0] in "=~" else ":"
+            print(f"      {'':{width}}  - {printable(where)}{between} {printable(what)}")
         if len(finding.items) > SHOWN:
             print(f"      {'':{width}}  - and {len(finding.items) - SHOWN:,} more (--list FILE)")
     fixes, notes = (sum(f.level == level for f in found.findings) for level in ("FIX", "note"))
@@ -80,9 +78,7 @@ def print_split(split: SplitSummary) -> None:
 
 def write_list(found: Examination, file: Path) -> None:
     rows = [
-        "\t".join(
-            cell.replace("\t", " ").replace("\n", " ") for cell in (finding.level, finding.topic, where, what)
-        )
+        "\t".join(map(printable, (finding.level, finding.topic, where, what)))
         for finding in found.findings
         for where, what in finding.items
     ]

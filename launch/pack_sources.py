@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from _door import printable
+
 from glsd.data.pack import PackSummary, pack_folder
 from glsd.data.pack_list import pack_list
 from glsd.data.pack_torchvision import TORCHVISION_SETS, pack_torchvision
@@ -100,16 +102,18 @@ def report(summary: PackSummary) -> None:
         print(f"went on after {summary.resumed} shards that were finished")
     print(
         f"packed {summary.num_images} images, {classes}, into {len(summary.shards)} shards: "
-        f"{first} .. {last.name}"
+        f"{printable(first)} .. {printable(last.name)}"
     )
     if summary.resized:
         print(f"resized {summary.resized} of them; the table of sources says which")
     if summary.stray:
         print(
-            f"no labels because {summary.stray} lies outside the subfolders: move such images and pack again"
+            f"no labels because {printable(summary.stray)} lies outside the subfolders: move such images and pack again"
         )
     if summary.skipped:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in list(summary.skipped.items())[:SHOWN])
+        kinds = ", ".join(
+            f"{count} {printable(suffix)}" for suffix, count in list(summary.skipped.items())[:SHOWN]
+        )
         print(f"skipped {sum(summary.skipped.values())} files that are no images: {kinds}")
     report_unreadable(summary.unreadable)
 
@@ -118,4 +122,4 @@ def report_unreadable(unreadable: tuple[tuple[str, str], ...]) -> None:
     if unreadable:
         print(f"left out {len(unreadable)} unreadable images:")
         for path, reason in unreadable[:SHOWN]:
-            print(f"  {path}: {reason}")
+            print(f"  {printable(path)}: {printable(reason)}")

@@ -113,26 +113,38 @@ def _decode_jpeg(raw: bytes, reduction_of: Callable[[int, int], int]) -> tuple[U
         raise BrokenImage(f"JPEG of more than {MAX_SCANS} scans")
     if header.mode not in ("RGB", "L"):
         return _whole(_to_rgb(header))
+    orientation = _orientation(header)
     reduction = reduction_of(header.height, header.width)
     if reduction > 1:
-        return _decode_jpeg_reduced(raw, header, reduction)
+        grid = upright_grid(header.height, header.width, reduction, orientation)
+        return turned(_decode_jpeg_reduced(raw, reduction), orientation), grid
     buffer = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    return _whole(decode_image(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True))
+    return _whole(turned(decode_image(buffer, mode=ImageReadMode.RGB), orientation))
 
 
-def _decode_jpeg_reduced(
-    raw: bytes, header: Image.Image, reduction: int
-) -> tuple[UInt8[Tensor, "3 h w"], Grid]:
+def _orientation(header: Image.Image) -> int:
+    """The orientation that the EXIF data of a JPEG ask for; 1 without EXIF or where they are damaged.
+
+    One reader for whole and reduced images: torchvision's own takes the first segment of the kind, whatever it holds, and
+    Pillow's getexif() obeys XMP too, so the same photograph would be upright or not.
+    """
+    exif = Image.Exif()
+    try:
+        exif.load(header.info.get("exif", b""))
+        orientation = exif.get(ORIENTATION, 1)
+    except DECODE_ERRORS:
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _decode_jpeg_reduced(raw: bytes, reduction: int) -> UInt8[Tensor, "3 h w"]:
     flags = REDUCTIONS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
     with single_threaded():
         pixels = cv2.imdecode(np.frombuffer(raw, dtype=np.uint8), flags)
         if pixels is None:
             raise BrokenImage("unreadable: libjpeg-turbo cannot decode it at a reduced size")
         cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-    orientation = header.getexif().get(ORIENTATION, 1)
-    upright = np.ascontiguousarray(turned(pixels, orientation))
-    grid = upright_grid(header.height, header.width, reduction, orientation)
-    return torch.from_numpy(upright).permute(2, 0, 1), grid
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _whole(image: UInt8[Tensor, "3 h w"]) -> tuple[UInt8[Tensor, "3 h w"], Grid]:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from glsd.contracts import UserError
+from glsd.data.addresses import is_remote, shown
 from glsd.data.doctor_duplicates import contents_of, exact_duplicates, near_duplicates
 from glsd.data.doctor_finding import Finding, some
 from glsd.data.doctor_scan import UNNAMED, Census, take_census
 from glsd.data.near_duplicates import BITS, FLAT, MAX_BITS, contrast
-from glsd.data.remote import is_remote
 from glsd.data.shard_index import index_path
 from glsd.data.shards import CLASSES_FILE, read_classes
 
@@ -99,7 +99,7 @@ def _summary(census: Census, name: str) -> SplitSummary:
 def _shards(census: Census) -> Iterator[Finding]:
     count = len({*census.shards, *(path for _, path, _ in census.faults)})
     if census.faults:
-        items = tuple((path, reason) for _, path, reason in census.faults)
+        items = tuple((shown(path), reason) for _, path, reason in census.faults)
         yield Finding("FIX", "shards", f"{len(items):,} of {some(count, 'shard')} cannot be used", items)
     bare = [path for path in census.shards if not is_remote(path) and not index_path(path).exists()]
     if bare:
@@ -111,7 +111,7 @@ def _shards(census: Census) -> Iterator[Finding]:
         )
     elif not census.faults:
         yield Finding("ok", "shards", f"{some(count, 'shard')}, each with its index")
-    names = {os.path.basename(path).rpartition("-")[0] for path in census.shards} - {""}
+    names = {os.path.basename(shown(path)).rpartition("-")[0] for path in census.shards} - {""}
     if census.splits == (UNNAMED,) and len(names) > 1:
         example = " ".join(f"{name}='.../{name}-*.tar'" for name in sorted(names)[:2])
         yield Finding(
@@ -122,13 +122,12 @@ def _shards(census: Census) -> Iterator[Finding]:
 
 
 def _unreadable(census: Census) -> Iterator[Finding]:
+    seen = int(census.readable().sum()) + len(census.reasons)  # those of faulty shards are told of as shards
     if census.reasons:
         items = tuple((census.place(number), reason) for number, reason in sorted(census.reasons.items()))
-        yield Finding(
-            "FIX", "unreadable", f"{len(items):,} of {some(len(census), 'image')} cannot be read", items
-        )
-    elif len(census):
-        yield Finding("ok", "unreadable", f"all {some(len(census), 'image')} can be read")
+        yield Finding("FIX", "unreadable", f"{len(items):,} of {some(seen, 'image')} cannot be read", items)
+    elif seen:
+        yield Finding("ok", "unreadable", f"all {some(seen, 'image')} can be read")
 
 
 def _sizes(census: Census) -> Iterator[Finding]:

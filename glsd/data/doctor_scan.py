@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int64, UInt8, UInt64
 from tqdm import tqdm
 
 from glsd.contracts import UserError
+from glsd.data.addresses import shown
 from glsd.data.decode import BrokenImage, decode
 from glsd.data.near_duplicates import THUMB_SIDE, fingerprint
 from glsd.data.pack_source import in_workers
@@ -48,14 +49,14 @@ class Census:
     split: Int64[np.ndarray, " n"]
     shard: Int64[np.ndarray, " n"]
     label: Int64[np.ndarray, " n"]  # -1 = none
-    width: Int64[np.ndarray, " n"]  # pixels; 0 where it could not be read
+    width: Int64[np.ndarray, " n"]  # pixels; 0 where it could not be read, and in all of a faulty shard
     height: Int64[np.ndarray, " n"]
     size: Int64[np.ndarray, " n"]  # bytes of the image file; 0 where there is none
     file_digest: np.ndarray  # n times DIGEST_BYTES
     pixel_digest: np.ndarray
     code: UInt64[np.ndarray, " n"]
     thumb: UInt8[np.ndarray, "n t"]
-    reasons: dict[int, str] = field(default_factory=dict)  # of what could not be read
+    reasons: dict[int, str] = field(default_factory=dict)  # of what cannot be read, but in faulty shards
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,7 +71,7 @@ class Census:
 
     def place(self, number: int | np.integer) -> str:
         """Return where an image is: its shard and key."""
-        return f"{os.path.basename(self.shards[self.shard[number]])} {self.keys[number]}"
+        return f"{os.path.basename(shown(self.shards[self.shard[number]]))} {self.keys[number]}"
 
 
 def parse_splits(given: Sequence[str]) -> dict[str, list[str]]:
@@ -89,7 +90,8 @@ def parse_splits(given: Sequence[str]) -> dict[str, list[str]]:
 def take_census(splits: Mapping[str, Sequence[str]], *, workers: int) -> Census:
     """Read all images of the splits' shards; UserError if a pattern names none.
 
-    A shard that is damaged, or not what its index says, is a fault of the census and is left out.
+    A shard that is damaged, or not what its index says, is a fault of the census and is left out; of one that fails while
+    it is read, only keys and labels are kept.
     """
     if workers < 0:
         raise UserError(f"workers is {workers}: expected 0 (read in this process) or more")
@@ -143,15 +145,15 @@ def _empty(splits: tuple[str, ...], sets: list[tuple[str, ShardSet]], faults: li
 
 
 def _read(census: Census, start: int, name: str, shards: ShardSet, workers: int, bar: tqdm) -> None:
-    faulty: set[int] = set()
+    faulty: dict[int, str] = {}
     results = in_workers(_Examiner(shards), np.arange(len(shards)), workers=workers, at_once=IMAGES_AT_ONCE)
     for number, one in enumerate(results, start):
         bar.update()
+        if one.shard_fault:
+            faulty.setdefault(int(census.shard[number]), one.reason)
+            continue
         census.size[number] = one.size
         census.file_digest[number] = one.file_digest
-        if one.shard_fault and census.shard[number] not in faulty:
-            faulty.add(int(census.shard[number]))
-            census.faults.append((name, census.shards[census.shard[number]], one.reason))
         if one.reason:
             census.reasons[number] = one.reason
             continue
@@ -159,19 +161,38 @@ def _read(census: Census, start: int, name: str, shards: ShardSet, workers: int,
         census.pixel_digest[number] = one.pixel_digest
         census.code[number] = one.code
         census.thumb[number] = one.thumb
+    for shard, reason in faulty.items():
+        census.faults.append((name, census.shards[shard], reason))
+        _forget(census, shard)
+
+
+def _forget(census: Census, shard: int) -> None:
+    """Leave out what could be read of a faulty shard, which depends on who read first."""
+    rows = np.flatnonzero(census.shard == shard)
+    census.width[rows] = census.height[rows] = census.size[rows] = 0
+    for number in rows.tolist():
+        census.reasons.pop(number, None)
 
 
 class _Examiner:
+    """Examines images by number; a shard that failed is not tried again, for that may take as long as a server's silence."""
+
     def __init__(self, shards: ShardSet):
         self._shards = shards
+        self._ends = np.cumsum(shards.shard_sizes)
+        self._faults: dict[int, _Examined] = {}
 
     def __getitem__(self, number: int) -> _Examined:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        if shard in self._faults:
+            return self._faults[shard]
         try:
             raw = self._shards.read(number)
         except BrokenImage as error:
             return _Examined(reason=str(error))
         except UserError as error:
-            return _Examined(reason=str(error), shard_fault=True)
+            self._faults[shard] = _Examined(reason=str(error), shard_fault=True)
+            return self._faults[shard]
         broken = _Examined(size=len(raw), file_digest=hashlib.sha256(raw).digest()[:DIGEST_BYTES])
         try:
             pixels = np.ascontiguousarray(decode(raw).permute(1, 2, 0).numpy())

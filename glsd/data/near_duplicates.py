@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8, UInt64
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
 
 HASH_SIDE = 32  # gray pixels per side of what is hashed
 THUMB_SIDE = 12  # coloured ones of what is compared
@@ -69,13 +70,16 @@ def find_near_duplicates(
     """Find the pairs whose hashes differ in at most ``max_bits`` bits and whose thumbnails agree.
 
     Two such hashes agree in one of max_bits + 1 bands of their bits, so only pictures that share a band are compared.
+    Where hashes are spread evenly, that is some n^2 / 160 pairs: 7 s for 400,000 pictures, minutes for a few million, days for
+    a hundred million.
     Pictures of one flat colour are left alone. ``splits``: the split of each; ``contents``: equal numbers = the same pixels,
     which are never partners.
     """
     found = NearDuplicates(np.arange(len(hashes)), np.full(len(hashes), -1))
     usable = np.flatnonzero(contrast(thumbs) >= FLAT)
     edges = np.linspace(0, BITS, max_bits + 2).astype(int)
-    for low, high in pairwise(edges):
+    bands = tqdm(pairwise(edges), "comparing hashes", max_bits + 1, unit=" bands", disable=None)
+    for low, high in bands:
         mask = np.uint64((1 << int(high - low)) - 1)
         band = (hashes[usable] >> np.uint64(low)) & mask
         for bucket in _buckets(band):

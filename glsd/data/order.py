@@ -55,8 +55,7 @@ class EpochOrder:
 
     def __getitem__(self, position: int) -> int:
         window = self.window_of(position)
-        start = int(self._window_ends[window - 1]) if window else 0
-        return int(self._indices(window)[position - start])
+        return int(self._indices(window)[position - self.bounds(window).start])
 
     @property
     def num_windows(self) -> int:
@@ -68,6 +67,10 @@ class EpochOrder:
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of {len(self)}")
         return int(np.searchsorted(self._window_ends, position, side="right"))
+
+    def bounds(self, window: int) -> range:
+        """Return the positions of a window."""
+        return range(int(self._window_ends[window - 1]) if window else 0, int(self._window_ends[window]))
 
     def shards_of(self, window: int) -> list[int]:
         """Return the numbers of the shards that a window reads from."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from glsd.contracts import UserError
 from glsd.data.decode import BrokenImage
+from glsd.data.pack_source import first_line
 
 
 class RowGroup(NamedTuple):
@@ -56,7 +57,7 @@ def read_parquet(
                 labels = opened.read([label_column]).column(0).to_pylist()
             paths = None if holds_images else opened.read([path_column]).column(0).to_pylist()
     except (arrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read list {file}: {_first_line(error)}") from error
+        raise UserError(f"cannot read list {file}: {first_line(error)}") from error
     texts = [None if label in (None, "", "-1", -1) else str(label) for label in labels]
     if paths is not None:
         if empty := [row for row, path in enumerate(paths) if not path]:
@@ -99,7 +100,7 @@ class ParquetReader:
             with parquet.ParquetFile(group.file) as opened:
                 return opened.read_row_group(group.place, columns=[self._column], use_threads=False).column(0)
         except (arrow.ArrowException, OSError) as error:
-            raise UserError(f"cannot read list {group.file}: {_first_line(error)}") from error
+            raise UserError(f"cannot read list {group.file}: {first_line(error)}") from error
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -141,7 +142,3 @@ def _class_names(metadata: dict[bytes, bytes], column: str) -> list[str]:
         return []
     fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names if fine and len(set(names)) == len(names) else []
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -52,7 +52,7 @@ def shorten(raw: bytes, short_side: int) -> tuple[bytes, str, str] | None:
     file = io.BytesIO()
     keep = {"icc_profile": profile} if profile and profile[16:20] == b"RGB " and image.mode == "RGB" else {}
     if kind in LOSSY:
-        image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0, optimize=True, **keep)
+        image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0, **keep)
     else:
         image.save(file, "PNG", **keep)
     return file.getvalue(), "jpg" if kind in LOSSY else "png", f"{width}x{height}"

@@ -98,7 +98,7 @@ def in_workers(task: Any, numbers: Int64[np.ndarray, " n"], *, workers: int, at_
 
 
 def _from_processes(task: Any, numbers: Int64[np.ndarray, " n"], workers: int, at_once: int) -> Iterator:
-    batches = _batches(numbers, at_once)
+    batches = _Batches(numbers, at_once)
     loader = make_loader(task, batches, collate=list, num_workers=workers, pin_memory=False)
     rounds = iter(loader)
     while True:
@@ -115,7 +115,7 @@ def _from_processes(task: Any, numbers: Int64[np.ndarray, " n"], workers: int, a
         yield from batch
 
 
-class _batches:
+class _Batches:
     """Lists of at most ``size`` numbers; an object, because the loader asks for an iterator once."""
 
     def __init__(self, numbers: Int64[np.ndarray, " n"], size: int):
@@ -124,6 +124,11 @@ class _batches:
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, len(self._numbers), self._size):
             yield self._numbers[start : start + self._size].tolist()
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of a library says, short enough for a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from glsd.contracts import UserError, pick
 from glsd.data.decode import BrokenImage
 from glsd.data.pack import FileReader, PackSummary, number_classes, pack_source
-from glsd.data.pack_source import Source
+from glsd.data.pack_source import Source, first_line
 from glsd.data.shards import CLASSES_FILE
 
 
@@ -77,7 +77,7 @@ def pack_torchvision(
         count = len(data)
     except LIBRARY_ERRORS as error:
         hint = "" if download else "; check the folder, or add --download"
-        raise UserError(f"torchvision cannot open {name} in {root}: {_first_line(error)}{hint}") from error
+        raise UserError(f"torchvision cannot open {name} in {root}: {first_line(error)}{hint}") from error
     rows = list(getattr(data, layout.files, ())) if layout.files else []
     paths = [os.path.relpath(row[0] if isinstance(row, tuple) else row, root) for row in rows]
     found = getattr(data, layout.labels, ()) if layout.labels else [row[1] for row in rows]
@@ -149,7 +149,3 @@ class PixelReader:
         file = io.BytesIO()
         image.save(file, "PNG")
         return file.getvalue()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -13,16 +13,17 @@ class Prefetcher:
     def __init__(self, fetch: Callable[[int], None]):
         self._fetch = fetch
         self._process = -1
+        self._thread: threading.Thread | None = None
 
     def want(self, numbers: Sequence[int]) -> None:
         """Fetch these, in this order, instead of what is still left of the list before."""
-        if (
-            self._process != os.getpid()
-        ):  # after a fork there is no thread, and its lock may be locked for ever
+        # After a fork there is no thread, and its lock may be locked for ever; an error that is a bug ends it, too.
+        if self._process != os.getpid() or self._thread is None or not self._thread.is_alive():
             self._process = os.getpid()
             self._left: list[int] = []
             self._changed = threading.Condition()
-            threading.Thread(target=self._work, daemon=True, name="prefetch").start()
+            self._thread = threading.Thread(target=self._work, daemon=True, name="prefetch")
+            self._thread.start()
         with self._changed:
             self._left = list(reversed(numbers))
             self._changed.notify()
@@ -39,4 +40,4 @@ class Prefetcher:
                     self._left = []  # the server is in trouble: no more requests than the reader makes
 
     def __getstate__(self) -> dict:
-        return {"_fetch": self._fetch, "_process": -1}
+        return {"_fetch": self._fetch, "_process": -1, "_thread": None}

@@ -102,11 +102,16 @@ class PretrainDataset(Dataset):
         self.shards.prefetch([*now[first:], *now[:first], *after])
 
     def _candidates(self, epoch: int, position: int) -> Iterator[int]:
-        yield self._order(epoch)[position]
+        order = self._order(epoch)
+        yield order[position]
         words = random_words(
             MAX_STAND_INS, seed=self.seed, stream=STAND_IN_STREAM, epoch=epoch, part=position
         )
-        yield from (int(word) % len(self.shards) for word in words)
+        # Of the window's own shards, which are at hand; if these are hopeless, of the whole epoch.
+        window, whole = order.bounds(order.window_of(position)), range(len(order))
+        for number, word in enumerate(words):
+            places = window if number < MAX_STAND_INS // 2 else whole
+            yield order[places[int(word) % len(places)]]
 
 
 def pretrain_loader(

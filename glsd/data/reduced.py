@@ -7,6 +7,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from jaxtyping import Float64, UInt8
+from torch import Tensor
 
 # Side of an image over side of the reduced one -> how OpenCV calls it.
 REDUCTIONS = {
@@ -79,11 +80,12 @@ def choose_reduction(
     return max((reduction for reduction in REDUCTIONS if room >= MARGIN * reduction), default=1)
 
 
-def turned(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Return the upright view of pixels stored in an EXIF orientation (1..8; anything else counts as upright)."""
+def turned(image: UInt8[Tensor, "3 h w"], orientation: int) -> UInt8[Tensor, "3 h2 w2"]:
+    """Return pixels stored in an EXIF orientation (1..8; anything else counts as upright) the right way up."""
     exchanged, columns, rows = TURNS.get(orientation, TURNS[1])
-    upright = pixels.swapaxes(0, 1) if exchanged else pixels
-    return upright[:: -1 if rows else 1, :: -1 if columns else 1]
+    upright = image.transpose(1, 2) if exchanged else image
+    backwards = [axis for axis, is_reversed in ((1, rows), (2, columns)) if is_reversed]
+    return upright.flip(backwards) if backwards else upright
 
 
 def upright_grid(height: int, width: int, reduction: int, orientation: int) -> Grid:

@@ -3,38 +3,31 @@
 fsspec's backends do the transport; how long to try, and what the user reads in the end, is decided here.
 """
 
-import importlib
 import os
-import re
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
-import aiohttp
 import fsspec
 
 from glsd.contracts import UserError
+from glsd.data.addresses import check_scheme, shown
+from glsd.data.remote_errors import CLIENTS, error_types, is_wrong, reason_of, status_of
 
 Result = TypeVar("Result")
 
-# What to install for a scheme, and the error types of its client that are no OSError.
-SCHEMES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "http": ("fsspec[http]", ()),
-    "https": ("fsspec[http]", ()),
-    "s3": ("glsd[s3]", ("botocore.exceptions:BotoCoreError", "botocore.exceptions:ClientError")),
-    "gs": ("glsd[gs]", ("gcsfs.retry:HttpError", "google.auth.exceptions:GoogleAuthError")),
-    "hf": (
-        "huggingface_hub",
-        ("huggingface_hub.errors:HfHubHTTPError", "httpx:HTTPError", "httpx2:HTTPError"),
-    ),
-}
 PIECE = 4 << 20  # bytes of one request: what is lost when a connection breaks
 MAX_CONNECTIONS = 16  # for many small questions at the start
+WARN_AFTER = 5.0  # seconds of trying
 FIRST_PAUSE, MAX_PAUSE = 0.2, 10.0  # seconds between attempts; each pause is twice the one before
 TIMEOUT_VARIABLE = "GLSD_REMOTE_TIMEOUT"
 DEFAULT_TIMEOUT = 120.0
+FEW = 8  # files of a folder: asking for each costs less than a list of the whole folder
+MISSING = frozenset((404,))
 TRY_LATER = frozenset((408, 425, 429))  # of the 4xx answers, those that may be others next time
 
 
@@ -50,20 +43,6 @@ class _ShortAnswer(OSError):
     """Fewer bytes came than were asked for."""
 
 
-def is_remote(address: str) -> bool:
-    """Tell whether an address names a file on a server: ``scheme://...``."""
-    return "://" in address
-
-
-def check_scheme(address: str) -> str:
-    """Return the scheme of an address; UserError if it is none that can be read."""
-    scheme = address.split("://")[0]
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise UserError(f"{shown(address)}: expected a local path or an address that begins with {known}")
-    return scheme
-
-
 def patience() -> float:
     """Return the seconds without success after which a server is given up: ``$GLSD_REMOTE_TIMEOUT``, by default 120."""
     raw = os.environ.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT
@@ -76,11 +55,6 @@ def patience() -> float:
     return seconds
 
 
-def shown(address: str) -> str:
-    """Return an address as it may stand in a log: without the password and the signature it may carry."""
-    return re.sub(r"(?<=://)[^/@]*@", "", re.sub(r"\?.*", "", address))
-
-
 def glob_remote(pattern: str) -> list[str]:
     """Return the addresses that a pattern with ``*`` matches, sorted; UserError if the server cannot list them."""
     fs, path = _locate(pattern)
@@ -88,27 +62,28 @@ def glob_remote(pattern: str) -> list[str]:
     return sorted(str(fs.unstrip_protocol(name)) for name in found)
 
 
-def look_up(addresses: Sequence[str]) -> list[RemoteFile | None]:
+def look_up(addresses: Sequence[str], missing: frozenset[int] = MISSING) -> list[RemoteFile | None]:
     """Return what the servers say of each file, None where there is none; many are asked at a time.
 
-    Object stores are asked for whole folders. Raises UserError for a server that does not answer.
+    Object stores are asked for whole folders where there are more than FEW. missing: the statuses that mean that there is
+    none: stores that may not be listed say 403 of what they do not have. Raises UserError for a server that does not answer.
     """
     listings: dict[str, dict[str, Any]] = {}
 
     def folder_of(address: str) -> str:
-        return address.rsplit("/", 1)[0]
+        return address.partition("?")[0].rsplit("/", 1)[0]
 
     def list_folder(folder: str) -> None:
         fs, path = _locate(folder)
-        rows = _attempt(folder, "list", lambda: fs.ls(path, detail=True), missing=[])
+        rows = _attempt(folder, "list", lambda: fs.ls(path, detail=True), instead=[])
         listings[folder] = {str(fs.unstrip_protocol(row["name"])): row for row in rows}
 
     def one(address: str) -> RemoteFile | None:
         fs, path = _locate(address)
-        if address.startswith("http"):
-            info = _attempt(address, "find", lambda: fs.info(path), missing=None)
-        else:
+        if folder_of(address) in listings:
             info = listings[folder_of(address)].get(str(fs.unstrip_protocol(path)))
+        else:
+            info = _attempt(address, "find", lambda: fs.info(path), instead=None, missing=missing)
         if info is None or info.get("type") == "directory":
             return None
         if info.get("size") is None:
@@ -117,8 +92,8 @@ def look_up(addresses: Sequence[str]) -> list[RemoteFile | None]:
         return RemoteFile(int(info["size"]), next((str(info[m]) for m in marks if info.get(m)), ""))
 
     with ThreadPoolExecutor(MAX_CONNECTIONS) as pool:
-        folders = dict.fromkeys(folder_of(a) for a in addresses if not a.startswith("http"))
-        list(pool.map(list_folder, folders))
+        folders = Counter(folder_of(a) for a in addresses if not a.startswith("http"))
+        list(pool.map(list_folder, [folder for folder, count in folders.items() if count > FEW]))
         return list(pool.map(one, addresses))
 
 
@@ -166,6 +141,8 @@ def _locate(address: str) -> tuple[Any, str]:
     silence = min(30.0, patience() / 2)
     options: dict[str, Any] = {}
     if scheme.startswith("http"):
+        import aiohttp  # late: nobody needs it for local shards
+
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=silence, sock_read=silence)
         options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     elif scheme == "s3":
@@ -176,81 +153,47 @@ def _locate(address: str) -> tuple[Any, str]:
         return fsspec.url_to_fs(address, use_listings_cache=False, **options)
     except ImportError as error:
         raise UserError(
-            f"{shown(address)}: reading {scheme}:// needs one more package: pip install '{SCHEMES[scheme][0]}'"
+            f"{shown(address)}: reading {scheme}:// needs one more package: pip install '{CLIENTS[scheme][0]}'"
         ) from error
     except ValueError as error:
         raise UserError(f"{shown(address)} is no address that can be read: {error}") from error
 
 
 _REQUIRED = object()
+_warned = False  # that a server makes us wait; once a process
 
 
-def _attempt(address: str, verb: str, work: Callable[[], Result], missing: Any = _REQUIRED) -> Result:
-    """Return what ``work`` returns, tried again while it may help; ``missing`` instead, where given, if there is no file."""
+def _attempt(
+    address: str,
+    verb: str,
+    work: Callable[[], Result],
+    instead: Any = _REQUIRED,
+    missing: frozenset[int] = MISSING,
+) -> Result:
+    """Return what ``work`` returns, tried again while it may help; ``instead``, where given, if there is no file."""
+    global _warned
     started, pause, attempts = time.monotonic(), FIRST_PAUSE, 0
     while True:
         attempts += 1
         try:
             return work()
-        except _error_types(address.split("://")[0]) as error:
-            status, reason = _status(error), _reason(error)
-            if status == 404 and missing is not _REQUIRED:
-                return missing
+        except error_types(address.split("://")[0]) as error:
+            status, reason = status_of(error), reason_of(error)
+            if status in missing and instead is not _REQUIRED:
+                return instead
             waited = time.monotonic() - started
-            final = status is not None and 400 <= status < 500 and status not in TRY_LATER
+            final = is_wrong(error) or (
+                status is not None and 400 <= status < 500 and status not in TRY_LATER
+            )
             if final or waited >= patience():
                 tries = "" if final else f", {attempts} attempts in {waited:.0f} s ({TIMEOUT_VARIABLE})"
                 raise UserError(
                     f"cannot {verb} {shown(address)}: {f'HTTP status {status}, ' if status else ''}{reason}{tries}: "
                     "check the address, the access rights and the server"
                 ) from error
+        if waited > WARN_AFTER and not _warned:
+            _warned = True
+            text = f"warning: cannot {verb} {shown(address)} ({reason}): trying for {patience():.0f} s"
+            print(text, file=sys.stderr, flush=True)
         time.sleep(min(pause, patience() - waited))
         pause = min(2 * pause, MAX_PAUSE)
-
-
-def _error_types(scheme: str) -> tuple[type[Exception], ...]:
-    """Return what the client of a scheme raises for what is not our bug."""
-    types: list[type[Exception]] = [OSError, TimeoutError, aiohttp.ClientError]
-    for name in SCHEMES[scheme][1]:
-        module, _, attribute = name.partition(":")
-        try:
-            types.append(getattr(importlib.import_module(module), attribute))
-        except ImportError:
-            continue  # then it cannot be raised either
-    return tuple(types)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _status(error: Exception) -> int | None:
-    """Return the HTTP status behind an error; backends hide it in what they raise from, or in the type."""
-    for link in _chain(error):
-        answer = getattr(link, "response", None)
-        if isinstance(answer, dict):  # botocore
-            answer = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        # Elsewhere ``code`` is something else: aiohttp's is 400 for an answer that was cut.
-        code = getattr(link, "code", None) if type(link).__module__.startswith("gcsfs") else answer
-        status = getattr(link, "status", code)
-        number = getattr(status, "status_code", status)
-        if isinstance(number, int) and 100 <= number < 600:
-            return number
-    # A backend calls a file missing whatever went wrong: believe it only where nothing else is behind it.
-    if isinstance(error, FileNotFoundError) and error.__cause__ is None:
-        return 404
-    if any(
-        isinstance(link, PermissionError) or "Credentials" in type(link).__name__ for link in _chain(error)
-    ):
-        return 403
-    return None
-
-
-def _reason(error: Exception) -> str:
-    last = list(_chain(error))[-1]
-    text = str(last).strip().splitlines() or [""]
-    # Some clients quote the whole address, signature included.
-    first = re.sub(r"\S+://\S+", lambda found: shown(found[0]), text[0])[:200]
-    return f"{type(last).__name__}: {first}" if first else type(last).__name__

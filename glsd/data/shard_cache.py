@@ -7,23 +7,25 @@ outlives its process: the folder belongs on a local disk.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from glsd.contracts import UserError
-from glsd.data.remote import TIMEOUT_VARIABLE, copy_to, look_up, patience, shown
+from glsd.data.addresses import identity, shown
+from glsd.data.file_locks import FAILED, POLL, exclusive, locked, noted, removed_if_abandoned
+from glsd.data.remote import copy_to, look_up, patience
 from glsd.data.shard_index import IndexHeader, marks_digest
 
 FOLDER_VARIABLE, SIZE_VARIABLE = "GLSD_CACHE", "GLSD_CACHE_GB"
 DEFAULT_GIGABYTES = 100.0
-WHOLE, PART, FAILED = ".tar", ".part", ".failed"
+WHOLE, PART = ".shard", ".part"
+OURS = re.compile(rf"[0-9a-f]{{32}}({WHOLE}|{PART})".replace(".", r"\."))
 TOUCH_EVERY = 10.0  # seconds between two notes that a copy is in use
-POLL = 0.05  # seconds between two looks at a download of another process
 
 
 def cache_folder(kind: str) -> Path:
@@ -52,8 +54,9 @@ class ShardCache:
         self._touched: dict[Path, float] = {}
 
     def read(self, address: str, header: IndexHeader, offset: int, size: int) -> bytes:
-        """Return bytes of a shard, downloaded first if need be; UserError if it cannot be had or ends too early."""
+        """Return bytes of a shard, downloaded first if need be, and anew if its copy ends too early; UserError as fetch."""
         path = self._path(address, header)
+        damaged = False
         while True:
             try:
                 # Opened for each read: a file that was removed meanwhile would go on taking its room otherwise.
@@ -64,24 +67,31 @@ class ShardCache:
                 continue
             except OSError as error:
                 raise _cannot_use(path, error) from error
-            self._touch(path)
-            return raw
+            if len(raw) == size:
+                self._touch(path, every=TOUCH_EVERY)
+                return raw
+            if damaged:
+                raise UserError(f"shard {shown(address)} ends before byte {offset + size}: restore it")
+            damaged = True
+            path.unlink(missing_ok=True)
 
     def fetch(self, address: str, header: IndexHeader, *, wait: bool = True) -> None:
-        """Make sure that a shard is here; with ``wait`` False leave one alone that another process is downloading.
+        """Make sure that a shard is here, as one just used; without ``wait`` only if nobody and nothing is in the way.
 
         Raises UserError when the server cannot be read, has another file than the index says, the shard is larger than
-        the cache, the disk is full, or another process has downloaded nothing for ``patience()`` seconds.
+        the cache, the disk is full, or others have downloaded nothing for some time (``patience()``).
         """
         path = self._path(address, header)
         part = path.with_suffix(PART)
+        if path.exists():
+            self._touch(path)
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(part, shown(address), wait=wait, unless=path) as file:
+            with locked(part, shown(address), wait=wait, unless=path) as file:
                 if file is not None and path.exists():
                     part.unlink()  # made by us while another process finished
-                elif file is not None:
-                    self._download(address, header, file, part)
+                elif file is not None and self._download(address, header, file, part, wait=wait):
                     os.replace(part, path)
                     part.with_suffix(FAILED).unlink(missing_ok=True)
         except OSError as error:
@@ -95,65 +105,92 @@ class ShardCache:
                 f"{needed / 1e9:.3g} GB: every one would be downloaded again and again; raise {SIZE_VARIABLE}"
             )
 
-    def _download(self, address: str, header: IndexHeader, file: BinaryIO, part: Path) -> None:
+    def _download(self, address: str, header: IndexHeader, file: BinaryIO, part: Path, *, wait: bool) -> bool:
+        """Fill a file and return True, or False where there is no room for it now and ``wait`` is False."""
+        done = False
         try:
-            (found,) = look_up([address])
-            if found is None:
-                raise UserError(
-                    f"cannot read {shown(address)}: HTTP status 404, it is no longer there: restore it"
-                )
-            check_size(address, found.size, header)
-            self._make_room(file, header.shard_bytes)
-            copy_to(file, address, header.shard_bytes)
-            file.flush()
-            os.fsync(file.fileno())
-            check_digest(address, part, header)
-        except BaseException as error:
-            if isinstance(error, UserError):  # those who wait for this file read it
-                note = part.with_suffix(f"{FAILED}.new")
-                note.write_text(str(error))
-                os.replace(note, part.with_suffix(FAILED))
-            part.unlink(missing_ok=True)  # it holds room; bytes that were refused are of no use
-            raise
+            with noted(part):
+                (found,) = look_up([address])
+                if found is None:
+                    raise UserError(
+                        f"cannot read {shown(address)}: HTTP status 404, it is no longer there: restore it"
+                    )
+                check_size(address, found.size, header)
+            if self._make_room(file, header.shard_bytes, wait=wait):
+                with noted(part):
+                    copy_to(file, address, header.shard_bytes)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    check_digest(address, part, header)
+                done = True
+        finally:
+            if not done:
+                part.unlink(missing_ok=True)  # it holds room; bytes that were refused are of no use
+        return done
 
-    def _make_room(self, file: BinaryIO, size: int) -> None:
+    def _make_room(self, file: BinaryIO, size: int, *, wait: bool) -> bool:
         """Give ``file`` its full size, so that others count it, after removing what was not used for longest."""
-        with open(self.folder / ".lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            os.ftruncate(file.fileno(), 0)
-            others = sorted(self._entries(), key=lambda entry: entry[1])
-            free = self.max_bytes - sum(bytes for _, _, bytes in others)
-            for path, _, bytes in others:
-                if free >= size:
-                    break
-                if path.suffix == WHOLE or _abandoned(path):
-                    path.unlink(missing_ok=True)
-                    free += bytes
-            if free < size:
+        if size > self.max_bytes:
+            raise UserError(
+                f"a shard of {size / 1e9:.3g} GB does not fit into {self.folder}: raise {SIZE_VARIABLE} "
+                f"({self.max_bytes / 1e9:.3g})"
+            )
+        seen, last_change = None, time.monotonic()
+        while True:
+            with exclusive(self.folder / ".lock"):
+                os.ftruncate(file.fileno(), 0)
+                if self._free(size) >= size:
+                    os.ftruncate(file.fileno(), size)
+                    return True
+                downloads = [(e.path, e.stat.st_blocks) for e in self._entries() if e.path.suffix == PART]
+            if not wait:
+                return False
+            if downloads != seen:
+                seen, last_change = downloads, time.monotonic()
+            if time.monotonic() - last_change > patience():
                 raise UserError(
-                    f"a shard of {size / 1e9:.3g} GB does not fit into {self.folder} beside what is being downloaded: "
-                    f"raise {SIZE_VARIABLE} ({self.max_bytes / 1e9:.3g})"
+                    f"no room in {self.folder} for a shard of {size / 1e9:.3g} GB beside what is being downloaded, which does "
+                    f"not come on: raise {SIZE_VARIABLE} ({self.max_bytes / 1e9:.3g})"
                 )
-            os.ftruncate(file.fileno(), size)
+            time.sleep(POLL)
 
-    def _entries(self) -> Iterator[tuple[Path, float, int]]:
+    def _free(self, wanted: int) -> int:
+        """Return the bytes that are free, after removing what was not used for longest while they are too few."""
+        entries = sorted(self._entries(), key=lambda entry: entry.stat.st_mtime)
+        free = self.max_bytes - sum(entry.stat.st_size for entry in entries)
+        for entry in entries:
+            if free >= wanted:
+                break
+            if entry.path.suffix == WHOLE:
+                entry.path.unlink(missing_ok=True)
+                free += entry.stat.st_size
+            elif removed_if_abandoned(entry.path):
+                free += entry.stat.st_size
+        return free
+
+    def _entries(self) -> Iterator["_Entry"]:
+        """Return our own files, and no others that a user may keep in the same folder."""
         for entry in os.scandir(self.folder):
-            if entry.name.endswith((WHOLE, PART)):
+            if OURS.fullmatch(entry.name):
                 with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat()
-                    yield Path(entry.path), status.st_mtime, status.st_size
+                    yield _Entry(Path(entry.path), os.stat(entry.path))
 
     def _path(self, address: str, header: IndexHeader) -> Path:
         # The content is part of the name: what was replaced on the server is another file here.
-        name = hashlib.sha256(f"{address}\0{header.shard_bytes}\0{header.digest}".encode()).hexdigest()[:32]
-        return self.folder / f"{name}{WHOLE}"
+        content = f"{identity(address)}\0{header.shard_bytes}\0{header.digest}"
+        return self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}{WHOLE}"
 
-    def _touch(self, path: Path) -> None:
+    def _touch(self, path: Path, *, every: float = 0.0) -> None:
         now = time.monotonic()
-        if now - self._touched.get(path, -TOUCH_EVERY) >= TOUCH_EVERY:
+        if now - self._touched.get(path, -every) >= every:
             self._touched[path] = now
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # removed meanwhile, or another user's
                 os.utime(path)
+
+
+class _Entry(NamedTuple):
+    path: Path
+    stat: os.stat_result
 
 
 def check_size(address: str, size: int, header: IndexHeader) -> None:
@@ -179,62 +216,3 @@ def _cannot_use(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot use the shard cache: {path}: {error.strerror or error}: {hint}name another folder in {FOLDER_VARIABLE}"
     )
-
-
-def _abandoned(part: Path) -> bool:
-    """Tell whether nobody is downloading into a file."""
-    try:
-        with open(part, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return True
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _locked(part: Path, address: str, *, wait: bool, unless: Path) -> Iterator[BinaryIO | None]:
-    """Give the file ``part``, locked by us, or None: as soon as ``unless`` exists, or it is locked and ``wait`` is False.
-
-    The lock goes with the file, also when it is renamed, and with the process when that dies.
-    """
-    inode, blocks, last_progress, began = -1, 0, time.monotonic(), time.time()
-    failed = part.with_suffix(FAILED)
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            if wait and failed.stat().st_mtime > began:
-                raise UserError(failed.read_text())  # it has failed for us too
-        with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pass
-            else:
-                # Renamed or removed by the one that had the lock: then this is no longer the file of that name.
-                if _same(file, part):
-                    yield file
-                    return
-                continue
-            status = os.fstat(file.fileno())
-        if unless.exists() or not wait:
-            yield None
-            return
-        # Bytes that arrive are progress; another process that starts from nothing is not.
-        if status.st_ino == inode and status.st_blocks > blocks:
-            last_progress = time.monotonic()
-        inode, blocks = status.st_ino, status.st_blocks
-        # Who downloads gives up before, and says why.
-        if time.monotonic() - last_progress > 2 * patience():
-            raise UserError(
-                f"cannot read {address}: another process holds {part}, without progress for {2 * patience():.0f} s "
-                f"({TIMEOUT_VARIABLE}): end that process"
-            )
-        time.sleep(POLL)
-
-
-def _same(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False

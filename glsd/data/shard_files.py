@@ -1,9 +1,11 @@
 """From patterns to shards and their indices: what is there, here or on a server, and that its size is the one expected."""
 
+import fcntl
 import glob
 import hashlib
 import os
 import tempfile
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,19 +14,9 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from glsd.contracts import UserError
-from glsd.data.remote import (
-    MAX_CONNECTIONS,
-    RemoteFile,
-    check_scheme,
-    copy_to,
-    glob_remote,
-    is_remote,
-    look_up,
-    read_all,
-    shown,
-    write_all,
-)
-from glsd.data.shard_cache import FOLDER_VARIABLE, ShardCache, cache_bytes, cache_folder, check_size
+from glsd.data.addresses import beside, check_scheme, identity, is_remote, shown
+from glsd.data.remote import MAX_CONNECTIONS, RemoteFile, copy_to, glob_remote, look_up, write_all
+from glsd.data.shard_cache import FOLDER_VARIABLE, PART, ShardCache, cache_bytes, cache_folder, check_size
 from glsd.data.shard_index import (
     REBUILD,
     SUFFIX,
@@ -32,10 +24,12 @@ from glsd.data.shard_index import (
     IndexHeader,
     build_index,
     index_path,
+    map_index,
     read_header,
     write_index,
 )
 
+HIDDEN = frozenset((403, 404))  # what a store that may not be listed says of a file that is not there
 SOURCES_SUFFIX = "-files.tsv"  # beside packed shards: which file a key comes from
 
 
@@ -65,7 +59,7 @@ def find_sources(patterns: str | Sequence[str]) -> list[list[str]]:
 
 def _identity(path: str) -> object:
     if is_remote(path):
-        return path
+        return identity(path)
     status = _stat(path)
     return status.st_dev, status.st_ino
 
@@ -148,9 +142,8 @@ def _cached(folder: Path, where: str, size: int, version: str) -> Path:
 def _remote_headers(addresses: Sequence[str], folder: Path) -> list[IndexHeader]:
     if not addresses:
         return []
-    sidecars = [f"{address}{SUFFIX}" for address in addresses]
-    found = look_up([*addresses, *sidecars])
-    shards, indices = found[: len(addresses)], found[len(addresses) :]
+    sidecars = [beside(address, SUFFIX) for address in addresses]
+    shards, indices = look_up(addresses), look_up(sidecars, missing=HIDDEN)
 
     def header(number: int) -> IndexHeader:
         address, shard, index = addresses[number], shards[number], indices[number]
@@ -158,8 +151,7 @@ def _remote_headers(addresses: Sequence[str], folder: Path) -> list[IndexHeader]
             raise UserError(
                 f"no shard at {shown(address)} (HTTP status 404): check the address and the range"
             )
-        local = _index_here(address, sidecars[number], shard, index, folder)
-        result = read_header(local)
+        result = _index_here(address, sidecars[number], shard, index, folder)
         check_size(address, shard.size, result)
         return result
 
@@ -170,37 +162,39 @@ def _remote_headers(addresses: Sequence[str], folder: Path) -> list[IndexHeader]
 
 def _index_here(
     address: str, sidecar: str, shard: RemoteFile, index: RemoteFile | None, folder: Path
-) -> Path:
+) -> IndexHeader:
+    """Return the header of a remote shard's index: of the file beside it, copied first, or of one that was made here."""
     if index is None:
-        made = _cached(folder, address, shard.size, shard.version)
+        made = _cached(folder, identity(address), shard.size, shard.version)
         if not made.exists():
             raise UserError(
-                f"shard {shown(address)} has no index beside it ({shown(sidecar)}): make it once with "
+                f"shard {shown(address)} has no index beside it that can be read ({shown(sidecar)}): make it once with "
                 f"'python launch/pack.py index {shown(address)}' and upload it"
             )
-        return made
-    local = _cached(folder, sidecar, index.size, index.version)
-    if (
-        not local.exists() or not index.version
-    ):  # without a version another one of the same size looks the same
-        _write(read_all(sidecar), local)
-    return local
-
-
-def _write(raw: bytes, path: Path) -> None:
-    temporary = None
+        return read_header(made)
+    local = _cached(folder, identity(sidecar), index.size, index.version)
+    if local.exists() and index.version:  # without a version another one of the same size looks the same
+        try:
+            return read_header(local)
+        except UserError:
+            local.unlink(missing_ok=True)  # our copy is damaged, which says nothing of theirs
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            temporary = file.name
-            file.write(raw)
-        os.replace(temporary, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part") as file:
+            copy_to(file.file, sidecar, index.size)
+            file.flush()
+            try:
+                map_index(read_header(Path(file.name)))
+            except UserError as error:
+                raise UserError(str(error).replace(file.name, shown(sidecar))) from error
+            os.fsync(file.fileno())
+            os.link(file.name, f"{file.name}.whole")
+            os.replace(f"{file.name}.whole", local)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}: name another folder in {FOLDER_VARIABLE}"
+            f"cannot write {local}: {error.strerror or error}: name another folder in {FOLDER_VARIABLE}"
         ) from error
+    return read_header(local)
 
 
 def index_remote(address: str, *, upload: bool) -> int:
@@ -214,19 +208,26 @@ def index_remote(address: str, *, upload: bool) -> int:
     scratch = cache_folder("shards")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=scratch, suffix=".scan") as file:
-            copy_to(file.file, address, shard.size)
-            file.flush()
-            index = build_index(file.name)
+        # Of the cache's own names, and locked: what a kill leaves there goes with the next download.
+        with open(scratch / f"{uuid.uuid4().hex}{PART}", "w+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                copy_to(file, address, shard.size)
+                file.flush()
+                index = build_index(file.name)
+            except UserError as error:
+                raise UserError(str(error).replace(file.name, shown(address))) from error
+            finally:
+                os.unlink(file.name)
     except OSError as error:
         raise UserError(
             f"cannot download {shown(address)} to {scratch}: {error.strerror or error}: name another folder in "
             f"{FOLDER_VARIABLE}"
         ) from error
-    made = _cached(cache_folder("index"), address, shard.size, shard.version)
-    write_index(index, made, shard_name=address.rsplit("/", 1)[-1])
+    made = _cached(cache_folder("index"), identity(address), shard.size, shard.version)
+    write_index(index, made, shard_name=shown(address).rpartition("/")[2])
     if upload:
-        write_all(str(made), f"{address}{SUFFIX}")
+        write_all(str(made), beside(address, SUFFIX))
     return len(index)
 
 

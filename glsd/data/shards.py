@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from glsd.contracts import UserError
+from glsd.data.addresses import identity, is_remote, shown
 from glsd.data.decode import BrokenImage
 from glsd.data.order import epoch_samples
 from glsd.data.prefetch import Prefetcher
-from glsd.data.remote import is_remote, look_up, read_all, shown
+from glsd.data.remote import look_up, read_all
 from glsd.data.shard_cache import ShardCache, check_digest
-from glsd.data.shard_files import find_sources, shard_cache, shard_headers
+from glsd.data.shard_files import HIDDEN, find_sources, shard_cache, shard_headers
 from glsd.data.shard_index import REBUILD, IndexHeader, ShardIndex, map_index
 
 CLASSES_FILE = "classes.json"  # beside labelled shards: the class names, in the order of their labels
@@ -90,8 +91,8 @@ class ShardSet:
         return np.concatenate([map_index(header).label.copy() for header in self._headers])
 
     def shard_of(self, index: int) -> str:
-        """Return the path of the shard that holds a sample."""
-        return self.paths[self._shard_number(index)]
+        """Return the path of the shard that holds a sample, as it may be shown."""
+        return shown(self.paths[self._shard_number(index)])
 
     def fingerprint(self) -> str:
         """Return a hash of the shards' names, sample counts and sizes, in order.
@@ -101,9 +102,9 @@ class ShardSet:
         """
         digest = hashlib.sha256()
         for path, header in zip(self.paths, self._headers, strict=True):
-            digest.update(f"{os.path.basename(path)}\0{header.count}\0{header.shard_bytes}\n".encode())
-        if self.shard_weights is not None:
-            digest.update(self.shard_weights.tobytes())
+            digest.update(
+                f"{os.path.basename(identity(path))}\0{header.count}\0{header.shard_bytes}\n".encode()
+            )
         return digest.hexdigest()
 
     def prefetch(self, numbers: Sequence[int]) -> None:
@@ -165,7 +166,7 @@ class _OpenShard:
 
     def read(self, offset: int, size: int) -> bytes:
         if not 0 <= size <= self.index.shard_bytes - offset:
-            raise UserError(f"index of shard {self.path} is damaged: {REBUILD}")
+            raise UserError(f"index of shard {shown(self.path)} is damaged: {REBUILD}")
         if size > MAX_IMAGE_BYTES:
             raise BrokenImage(f"image member of {size} bytes: at most {MAX_IMAGE_BYTES} are read")
         if self._cache is not None:
@@ -229,13 +230,17 @@ def open_shards(
 
 def check_disjoint(one: ShardSet, other: ShardSet, *, names: tuple[str, str]) -> None:
     """Raise UserError if a shard is in both sets, also under another name; ``names``: what to call the sets."""
-    real = {os.path.realpath(path): path for path in one.paths}
-    shared = [path for path in other.paths if os.path.realpath(path) in real]
+    real = {_place(path) for path in one.paths}
+    shared = [path for path in other.paths if _place(path) in real]
     if shared:
         raise UserError(
-            f"{names[0]} and {names[1]} have {len(shared)} shards in common, as {shared[0]}: an image would be measured "
+            f"{names[0]} and {names[1]} have {len(shared)} shards in common, as {shown(shared[0])}: an image would be measured "
             "against itself; name different shards"
         )
+
+
+def _place(path: str) -> str:
+    return identity(path) if is_remote(path) else os.path.realpath(path)
 
 
 def check_same_classes(one: ShardSet, other: ShardSet) -> None:
@@ -251,7 +256,7 @@ def check_same_classes(one: ShardSet, other: ShardSet) -> None:
 
 
 def _is_file(path: str) -> bool:
-    return look_up([path])[0] is not None if is_remote(path) else os.path.isfile(path)
+    return look_up([path], HIDDEN)[0] is not None if is_remote(path) else os.path.isfile(path)
 
 
 def read_classes(file: str | Path) -> list[str]:
@@ -259,9 +264,13 @@ def read_classes(file: str | Path) -> list[str]:
     try:
         names = json.loads(read_all(str(file)) if is_remote(str(file)) else Path(file).read_bytes())
     except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested deeply
-        raise UserError(f"cannot read {file} ({error}): expected a JSON list of class names") from error
+        raise UserError(
+            f"cannot read {shown(str(file))} ({error}): expected a JSON list of class names"
+        ) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{file} is no list of class names: expected JSON such as ["cat", "dog"]')
+        raise UserError(f'{shown(str(file))} is no list of class names: expected JSON such as ["cat", "dog"]')
     if len(set(names)) < len(names):
-        raise UserError(f"{file} names a class twice: expected each name once, in the order of the labels")
+        raise UserError(
+            f"{shown(str(file))} names a class twice: expected each name once, in the order of the labels"
+        )
     return names

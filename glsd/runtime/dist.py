@@ -194,7 +194,8 @@ def check_world(num_processes: int, script: str = "launch/pretrain.py") -> None:
 
 def notes(name: str) -> torch_dist.Store:
     """Return what all ranks can write small notes into, at any time and without waiting for each other; not alone."""
-    return torch_dist.PrefixStore(name, torch_dist.distributed_c10d._get_default_store())
+    # A client of its own: one client answers one thread at a time, and the main thread may wait in it for another rank.
+    return torch_dist.PrefixStore(name, torch_dist.distributed_c10d._get_default_store()).clone()
 
 
 def leave() -> None:

@@ -61,7 +61,7 @@ def _stop_watching() -> None:
     """Come back when the thread no longer uses the notes: it would abort the process if they went in the meantime."""
     _done.set()
     while _watching:
-        _watching.pop().join()
+        _watching.pop().join(WAIT_FOR_OTHERS)
 
 
 def _end_with_others(notes: Any) -> None:
@@ -89,5 +89,6 @@ def _wait(notes: Any, num_left: int) -> None:
 
 def finish() -> None:
     """End a run that went well: wait for all ranks, then leave the process group."""
+    dist.barrier()  # until here another rank may fail, and have this one end
     _stop_watching()
     dist.leave()

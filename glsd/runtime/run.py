@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -109,8 +110,14 @@ def _write_config(path: Path, text: str) -> None:
             print(
                 f"warning: the configuration is not that of the earlier start, kept as config.{number}.yaml:"
             )
-            print("\n".join(f"  {line}" for line in changes), flush=True)
-    _replace(path, text)
+            print("\n".join(f"  {redact(line)}" for line in changes), flush=True)
+    _replace(path, [text])
+
+
+def redact(text: str) -> str:
+    """Return a text as it may stand in a log: its addresses without passwords (``user:pw@``) and signatures (``?...``)."""
+    text = re.sub(r"(?<=://)[^/\s]*@", "", text)
+    return re.sub(r"(://[^\s'\"?]*)\?[^\s'\",()\[\]{}]*", r"\1", text)
 
 
 def environment() -> str:
@@ -118,7 +125,7 @@ def environment() -> str:
     runs."""
     lines = [
         f"started: {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
-        f"command: {shlex.join(sys.orig_argv)}",
+        f"command: {redact(shlex.join(sys.orig_argv))}",
         f"commit: {_commit()}",
         f"host: {platform.node()} ({platform.platform()}, {os.cpu_count()} CPUs)",
         f"processes: {dist.world_size()}, {torch.get_num_threads()} torch threads each",
@@ -165,16 +172,18 @@ def rewind(folder: Path, step: int) -> None:
     for path in (Run(folder).metrics, Run(folder).quarantine, Run(folder).samples):
         if not path.exists():
             continue
-        kept = []
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-            row = _row(line)
-            if row is None:
-                print(
-                    f"warning: {path} line {number} is not a whole row: dropped", file=sys.stderr, flush=True
-                )
-            elif row["step"] < step or (row["step"] == step and "probe" not in row):
-                kept.append(line)
-        _replace(path, "".join(f"{line}\n" for line in kept))
+        with path.open(errors="replace") as lines:
+            _replace(path, _rows_until(step, lines, path))
+
+
+def _rows_until(step: int, lines: Iterable[str], path: Path) -> Iterator[str]:
+    """The rows to keep, one after the other: a long run's samples.jsonl may be larger than the memory."""
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is None:
+            print(f"warning: {path} line {number} is not a whole row: dropped", file=sys.stderr, flush=True)
+        elif row["step"] < step or (row["step"] == step and "probe" not in row):
+            yield line if line.endswith("\n") else f"{line}\n"
 
 
 def _row(line: str) -> dict[str, Any] | None:
@@ -199,10 +208,10 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         ) from problem
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, parts: Iterable[str]) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with temporary.open("w") as file:
-        file.write(text)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

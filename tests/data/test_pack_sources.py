@@ -318,6 +318,14 @@ def test_a_checkerboard_becomes_gray():
     assert np.abs(np.asarray(Image.open(io.BytesIO(small))).astype(int) - 127).max() <= 2
 
 
+def test_noise_becomes_a_jpeg_too():
+    """Pillow gives libjpeg too little room for such a file when it is to optimize its tables."""
+    noise = 255 * np.random.default_rng(0).integers(0, 2, (400, 400, 3), dtype=np.uint8)
+    raw = saved(Image.fromarray(noise), "JPEG", quality=100, subsampling=0)
+    small, _, _ = shortened(raw, 399)
+    assert Image.open(io.BytesIO(small)).size == (399, 399)
+
+
 def test_what_becomes_of_the_format():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()

@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -117,9 +118,51 @@ def test_turning_is_pillows(orientation):
     buffer = io.BytesIO()
     Image.fromarray(stored).save(buffer, "PNG", exif=exif.tobytes())
     theirs = np.asarray(ImageOps.exif_transpose(Image.open(buffer)))
-    assert np.array_equal(turned(stored, orientation), theirs)
+    upright = turned(torch.from_numpy(stored).permute(2, 0, 1), orientation)
+    assert np.array_equal(upright.permute(1, 2, 0), theirs)
     grid = upright_grid(12, 17, 4, orientation)
     assert (grid.height, grid.width) == theirs.shape[:2]
+
+
+def segment(content: bytes) -> bytes:
+    return b"\xff\xe1" + (len(content) + 2).to_bytes(2) + content
+
+
+def exif_6(*, kind: int = 3, mark: int = 42, offset: int = 8) -> bytes:
+    """EXIF data that ask for a quarter turn."""
+    entry = struct.pack("<HHHII", 1, 0x0112, kind, 1, 6)
+    return segment(b"Exif\0\0II" + struct.pack("<HI", mark, offset) + entry + bytes(4))
+
+
+XMP_6 = segment(
+    b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "is_turned"),
+    [
+        (b"", False),
+        (exif_6(), True),
+        (XMP_6, False),
+        (XMP_6 + exif_6(), True),
+        (exif_6() + XMP_6, True),
+        (exif_6(kind=4), True),
+        (exif_6(mark=43), False),
+        (exif_6(offset=5000), False),
+        (exif_6()[:12] + exif_6()[14:], False),
+        (segment(b"Exif\0\0" + bytes(range(60))), False),
+    ],
+)
+def test_an_image_is_as_upright_whole_as_reduced(metadata, is_turned):
+    plain = jpeg(photograph(60, 90), exif=b"")
+    raw = plain[:2] + metadata + plain[2:]
+    whole = decode(raw)
+    assert torch.equal(whole, decode(plain).transpose(1, 2).flip(2) if is_turned else decode(plain))
+    for reduction in (2, 4):
+        pixels, grid = decode_reduced(raw, always(reduction))
+        assert (grid.height, grid.width) == whole.shape[1:]
+        assert pixels.shape[1:] == tuple(math.ceil(side / reduction) for side in whole.shape[1:])
 
 
 def test_snapping_finds_the_nearest_edge_inside():

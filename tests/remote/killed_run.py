@@ -162,7 +162,7 @@ def bytes_in(cache: Path) -> int:
 def assert_copies(cache: Path, folder: Path) -> None:
     """Every copy in a cache is one of the shards of the folder, and there are some."""
     shards = {path.read_bytes() for path in shard_files(folder)}
-    copies = list(cache.rglob("*.tar"))
+    copies = list(cache.rglob("*.shard"))
     assert copies
     for path in copies:
         assert path.read_bytes() in shards, f"{path} is no shard"

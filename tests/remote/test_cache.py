@@ -13,9 +13,10 @@ from servers import nginx
 
 from glsd.contracts import UserError
 from glsd.data import remote
+from glsd.data.addresses import beside, identity, shown
 from glsd.data.pack import pack_samples
 from glsd.data.prefetch import Prefetcher
-from glsd.data.remote import copy_to, look_up, patience, read_all, shown
+from glsd.data.remote import copy_to, look_up, patience, read_all
 from glsd.data.shard_cache import PART, WHOLE, ShardCache, cache_bytes
 from glsd.data.shard_files import find_shards, index_remote, shard_headers
 from glsd.data.shards import open_shards
@@ -149,6 +150,16 @@ def test_what_does_not_pass_ends_in_one_line_in_bounded_time(
 def test_a_log_shows_no_secrets():
     assert shown("https://me:word@host/a.tar?X-Signature=abc") == "https://host/a.tar"
     assert shown("s3://bucket/a@b.tar") == "s3://bucket/a@b.tar"
+    assert shown("local/what-?.tar") == "local/what-?.tar"
+
+
+def test_a_new_signature_makes_no_other_file():
+    signed = "https://host/get?file=a.tar&X-Amz-Expires=9&X-Amz-Signature={}&sig=b&se=c"
+    assert identity(signed.format(1)) == identity(signed.format(2)) == "https://host/get?file=a.tar"
+    assert identity("https://host/get?file=a.tar") != identity("https://host/get?file=b.tar")
+    assert identity("https://me:word@host/a.tar?Signature=x") == "https://host/a.tar"
+    assert beside("https://host/a.tar?Signature=x", ".index") == "https://host/a.tar.index?Signature=x"
+    assert beside("/data/a?.tar", ".index") == "/data/a?.tar.index"
 
 
 def test_a_server_that_is_not_there(server):
@@ -251,6 +262,117 @@ def test_a_shard_larger_than_the_cache(server, tmp_path):
     assert list(cache.folder.glob(f"*{PART}")) == []
 
 
+def test_files_of_the_user_in_the_same_folder_stay(server, tmp_path):
+    addresses = names(server)
+    headers = shard_headers(addresses)
+    cache = cache_of(tmp_path, shards=1.5)
+    cache.folder.mkdir()
+    theirs = [cache.folder / name for name in ("train-000000.tar", "x.part", "notes.shard")]
+    for path in theirs:
+        path.write_bytes(bytes(SIZE))
+        os.utime(path, (1, 1))
+    for number in range(3):
+        cache.fetch(addresses[number], headers[number])
+    assert all(path.exists() for path in theirs)
+    assert len(copies(cache)) == 2  # one of ours, and notes.shard
+
+
+def test_what_is_asked_for_ahead_stays_when_room_is_made(server, tmp_path):
+    addresses = names(server)
+    headers = shard_headers(addresses)
+    cache = cache_of(tmp_path, shards=4.5)
+    for number in (2, 3, 0, 1):  # 2 and 3 came ahead, 0 and 1 are read
+        cache.fetch(addresses[number], headers[number])
+        time.sleep(0.02)
+    for number in (2, 3, 4, 5):  # the window after that, and the one behind it
+        cache.fetch(addresses[number], headers[number], wait=False)
+        time.sleep(0.02)
+    here = [number for number in range(COUNT) if cache._path(addresses[number], headers[number]).exists()]
+    assert here == [2, 3, 4, 5]
+
+
+def test_room_is_waited_for_while_others_download(server, tmp_path):
+    addresses = names(server)
+    headers = shard_headers(addresses)
+    server.plan("s0-000000.tar", "slow", rate=250_000)
+    cache = cache_of(tmp_path, shards=1.5)
+    other = threading.Thread(target=cache.fetch, args=(addresses[0], headers[0]))
+    other.start()
+    deadline = time.monotonic() + 20
+    while not server.bytes_sent("s0-000000.tar") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    cache.fetch(addresses[1], headers[1], wait=False)
+    assert not cache._path(addresses[1], headers[1]).exists()
+    cache.fetch(addresses[1], headers[1])
+    assert cache._path(addresses[1], headers[1]).exists()
+    other.join(20)
+
+
+def test_a_copy_that_was_cut_is_downloaded_again(server, folder):
+    shards = open_shards(names(server)[0])
+    whole = shards.read(0)
+    (copy,) = (Path(os.environ["GLSD_CACHE"]) / "shards").glob(f"*{WHOLE}")
+    os.truncate(copy, 1000)
+    assert shards.read(0) == whole
+    assert server.bytes_sent("s0-000000.tar") == 2 * (folder / "s0-000000.tar").stat().st_size
+
+
+def test_an_index_that_came_damaged_is_not_kept(server, folder):
+    address = names(server)[1]
+    server.plan("s1-000000.tar.index", "cut", times=1, after=100)  # passes
+    server.plan("s1-000000.tar.index", "short", size=100)  # HEAD and GET agree: the file is short
+    with pytest.raises(UserError, match=rf"index {address}\.index is damaged"):
+        open_shards(address)
+    server.mend()
+    assert open_shards(address).label(0) == 1
+
+
+def test_our_copy_of_an_index_that_is_damaged_is_fetched_again(folder, tmp_path):
+    with nginx(tmp_path / "web", folder=folder) as web:  # it tells versions, so that the copy is used again
+        address = f"{web.url}/s1-000000.tar"
+        open_shards(address)
+        (copy,) = (Path(os.environ["GLSD_CACHE"]) / "index").glob("*.index")
+        copy.write_bytes(copy.read_bytes()[:-9])
+        assert open_shards(address).label(0) == 1
+
+
+def test_an_index_that_may_not_be_asked_for_is_made_here(server):
+    address = names(server)[2]
+    server.plan("s2-000000.tar.index", "status", status=403)
+    with pytest.raises(UserError, match="has no index beside it that can be read"):
+        open_shards(address)
+    assert index_remote(address, upload=False) == 1
+    assert open_shards(address).label(0) == 2
+
+
+def test_an_index_of_a_damaged_shard_names_its_address(server, folder):
+    with open(folder / "s0-000000.tar", "r+b") as file:
+        file.write(b"x" * 2000)
+    with pytest.raises(UserError, match=rf"shard {names(server)[0]} is damaged"):
+        index_remote(names(server)[0], upload=False)
+    assert list((Path(os.environ["GLSD_CACHE"]) / "shards").iterdir()) == []
+
+
+def test_a_fork_leaves_no_lock_behind(server, tmp_path):
+    addresses = names(server)
+    headers = shard_headers(addresses)
+    cache = cache_of(tmp_path, shards=9)
+    server.plan("s0-000000.tar", "slow", rate=250_000)
+    other = threading.Thread(target=cache.fetch, args=(addresses[0], headers[0]))
+    other.start()
+    deadline = time.monotonic() + 20
+    while not server.bytes_sent("s0-000000.tar") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    child.start()
+    other.join(20)
+    cache.fetch(addresses[1], headers[1])
+    os.unlink(cache._path(addresses[0], headers[0]))
+    cache.fetch(addresses[0], headers[0])
+    child.kill()
+    child.join()
+
+
 def test_a_folder_that_cannot_be_written(server, tmp_path):
     (tmp_path / "file").write_text("in the way")
     (header,) = shard_headers(names(server)[:1])
@@ -305,7 +427,9 @@ def test_a_crash_in_mid_download_is_taken_over(server, folder, tmp_path):
     cache.fetch(address, other)
     assert len(list(cache.folder.glob(f"*{PART}"))) == 0
     cache.fetch(names(server)[0], header)
-    assert cache.read(names(server)[0], header, 0, 10**9) == (folder / "s0-000000.tar").read_bytes()
+    assert (
+        cache.read(names(server)[0], header, 0, header.shard_bytes) == (folder / "s0-000000.tar").read_bytes()
+    )
 
 
 def test_one_waits_for_another_no_longer_than_for_a_server(server, tmp_path):

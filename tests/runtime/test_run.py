@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 from ranks import run_ranks
 
 from glsd.contracts import UserError
-from glsd.runtime.run import Run, append_rows, catch_signals, open_run, rewind
+from glsd.runtime.run import Run, append_rows, catch_signals, open_run, redact, rewind
 
 
 def test_a_new_run_has_its_papers(tmp_path):
@@ -49,6 +50,34 @@ def test_a_changed_configuration_is_shown_and_the_old_one_kept(tmp_path, capsys)
     assert (tmp_path / "config.yaml").read_text() == "resume: auto\nlr: 2\nseed: 1\n"
     open_run(tmp_path, resolved_config="lr: 3\n", resume=True)
     assert (tmp_path / "config.2.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("shards: [https://user:pw@host/a.tar?Sig=x%2F]", "shards: [https://host/a.tar]"),
+        ("'s3://b/a-{0..9}.tar?X=1&Y=2' k=v?", "'s3://b/a-{0..9}.tar' k=v?"),
+        (
+            '["http://h/a,b.tar?s=1","hf://d/x@main/c.tar", 7]',
+            '["http://h/a,b.tar","hf://d/x@main/c.tar", 7]',
+        ),
+        ("https://h/a.tar?s=1,https://me:p@ss@h/b.tar?s=2", "https://h/a.tar,https://h/b.tar"),
+        ("/data/what?/a@b-*.tar", "/data/what?/a@b-*.tar"),
+    ],
+)
+def test_addresses_are_logged_without_their_secrets(text, expected):
+    assert redact(text) == expected
+
+
+def test_no_secret_reaches_the_log_or_the_papers(tmp_path, capsys, monkeypatch):
+    secret = "data.shards=https://me:{0}@host/a.tar?Signature={0}"
+    for word in ("hidden1", "hidden2"):
+        monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", secret.format(word)])
+        open_run(tmp_path, resolved_config=f"a: 1\n{secret.format(word)}\n", resume=True)
+    assert "\n  + data.shards=https://host/a.tar\n" in capsys.readouterr().out
+    text = (tmp_path / "env.txt").read_text()
+    assert "hidden" not in text
+    assert text.count("command: python train.py") == 2
 
 
 def test_a_run_without_checkpoints_starts_over(tmp_path):
@@ -94,6 +123,19 @@ def test_rewind_drops_later_rows_and_half_rows(tmp_path, capsys):
     assert [json.loads(line)["key"] for line in run.quarantine.read_text().splitlines()] == ["a"]
     assert capsys.readouterr().err == f"warning: {run.metrics} line 5 is not a whole row: dropped\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "quarantine.jsonl"]
+
+
+def test_rewind_holds_no_whole_file_in_memory(tmp_path):
+    run = Run(tmp_path)
+    with run.samples.open("w") as file:
+        file.writelines(json.dumps({"step": step, "key": "k" * 1000}) + "\n" for step in range(8000))
+    tracemalloc.start()
+    rewind(tmp_path, 6000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500_000
+    steps = [json.loads(line)["step"] for line in run.samples.read_text().splitlines()]
+    assert steps == list(range(6001))
 
 
 def test_rewind_without_files_does_nothing(tmp_path):
