@@ -13,7 +13,6 @@ import _door
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
-from remote.faulty import FaultyServer
 from small_shards import noise_image
 
 from glsd.contracts import UserError
@@ -194,27 +193,6 @@ def test_damaged_shards(tmp_path):
     found = examine({"a": [good]})
     assert levels(found)["index"] == "note"
     assert not found.sick
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_its_server_does_not_give_is_asked_for_once(tmp_path, monkeypatch, workers):
-    """It is one line about a shard, not a line and a long wait for each of its images."""
-    monkeypatch.setenv("GLSD_REMOTE_TIMEOUT", "0.5")
-    made = tmp_path / "served"
-    pack(made, "a", [*scenes(0, 4), b""])
-    pack(made, "b", [b"", *scenes(10, 40)])
-    with FaultyServer(made) as server:
-        url = server.url.replace("//", "//user:secret@")
-        server.plan("b-000000.tar", "cut", after=100)
-        found = examine({"all": [f"{url}/{name}-000000.tar" for name in "ab"]}, workers=workers)
-        assert len(server.gets("b-000000.tar")) < 20 * max(1, workers)  # attempts of half a second
-    (shard,) = items(found, "shards")
-    assert shard.startswith(f"{server.url}/b-000000.tar cannot read {server.url}/b-000000.tar: ")
-    assert items(found, "unreadable") == ["a-000000.tar 00000004 empty image member (0 bytes)"]
-    (text,) = (finding.text for finding in found.findings if finding.topic == "unreadable")
-    assert text == "1 of 5 images cannot be read"
-    assert (found.splits[0].images, found.splits[0].total_bytes) == (46, sum(map(len, scenes(0, 4))))
-    assert "secret" not in str(found)
 
 
 def test_names_that_no_terminal_shows(tmp_path, monkeypatch):
