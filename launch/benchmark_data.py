@@ -93,10 +93,9 @@ def benchmark(args: argparse.Namespace) -> None:
             kind: in_own_process(__file__, {"kind": kind, "shards": patterns, **sizes})["mib"]
             for kind in KINDS
         }
-    ratios = {
-        key: {name: figure[key] for name, figure in found.items()}
-        for key in ("worker_ratio", "pipeline_ratio", "decode_only_ratio")
-    }
+    # Of several data sets the worst figure stands for all; each has its own under ``sets``.
+    worst = {"worker_ratio": min, "pipeline_ratio": min, "decode_only_ratio": max}
+    ratios = {key: choose(figure[key] for figure in found.values()) for key, choose in worst.items()}
     print(f"\nmemory of one batch, extra MiB: {', '.join(f'{k} {v:.1f}' for k, v in memory.items())}")
     finish(args, "data", CPU, extra_mib=memory, **ratios, sets=found)
 

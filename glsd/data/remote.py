@@ -45,14 +45,19 @@ class _ShortAnswer(OSError):
 
 def patience() -> float:
     """Return the seconds without success after which a server is given up: ``$GLSD_REMOTE_TIMEOUT``, by default 120."""
-    raw = os.environ.get(TIMEOUT_VARIABLE) or DEFAULT_TIMEOUT
+    return from_environment(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT, "seconds")
+
+
+def from_environment(variable: str, default: float, unit: str) -> float:
+    """Return the number above 0 that an environment variable holds; UserError for anything else."""
+    raw = os.environ.get(variable) or default
     try:
-        seconds = float(raw)
+        number = float(raw)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise UserError(f"{TIMEOUT_VARIABLE} is {raw!r}: expected seconds above 0")
-    return seconds
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise UserError(f"{variable} is {raw!r}: expected {unit} above 0")
+    return number
 
 
 def glob_remote(pattern: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 from glsd.contracts import UserError
 from glsd.data.addresses import identity, shown
 from glsd.data.file_locks import FAILED, POLL, exclusive, locked, noted, removed_if_abandoned
-from glsd.data.remote import copy_to, look_up, patience
+from glsd.data.remote import copy_to, from_environment, look_up, patience
 from glsd.data.shard_index import IndexHeader, marks_digest
 
 FOLDER_VARIABLE, SIZE_VARIABLE = "GLSD_CACHE", "GLSD_CACHE_GB"
@@ -35,14 +35,7 @@ def cache_folder(kind: str) -> Path:
 
 def cache_bytes() -> int:
     """Return how much all copies may take: ``$GLSD_CACHE_GB`` (10^9 bytes), by default 100."""
-    raw = os.environ.get(SIZE_VARIABLE) or DEFAULT_GIGABYTES
-    try:
-        gigabytes = float(raw)
-    except ValueError:
-        gigabytes = 0.0
-    if not 0 < gigabytes < float("inf"):
-        raise UserError(f"{SIZE_VARIABLE} is {raw!r}: expected gigabytes above 0")
-    return int(gigabytes * 1e9)
+    return int(from_environment(SIZE_VARIABLE, DEFAULT_GIGABYTES, "gigabytes") * 1e9)
 
 
 class ShardCache:
