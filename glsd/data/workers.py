@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from glsd.contracts import UserError
 
+LOOK_EVERY = 2.0  # seconds between two looks whether the training process is still there
+
 
 def make_loader(
     dataset: Any,
@@ -52,14 +54,17 @@ def obey_only_the_parent(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, which has no schedulers either
+    if hasattr(signal, "sigtimedwait"):  # not on macOS, which has no schedulers either
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told, daemon=True).start()
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
-def _end_when_told() -> None:
+def _end_with_the_parent() -> None:
+    """End when the parent says so, or is no longer there: who writes into a pipe that nobody reads would wait for ever."""
     parent = multiprocessing.parent_process()
-    while True:
-        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
-        if parent is None or sender == parent.pid:
+    while parent is not None:
+        told = signal.sigtimedwait({signal.SIGTERM}, LOOK_EVERY)
+        if told is None and os.getppid() != parent.pid:
+            os._exit(1)
+        if told is not None and told.si_pid == parent.pid:
             os._exit(0)  # as torch does: anything else is reported as a crash

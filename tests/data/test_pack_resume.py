@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from small_shards import noise_image
@@ -304,8 +305,10 @@ def test_the_command_killed_and_given_again(photos_folder, tmp_path, whole):
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
         assert time.monotonic() < deadline
         time.sleep(0.002)
+    workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.kill()
     process.wait(60)
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
     finished = journal.read_bytes().count(b"\n") - 1 if journal.exists() else None
     done = subprocess.run([*command, "--workers=1"], capture_output=True, text=True, timeout=300, check=False)
     if finished is None:  # it was faster than we: all is there, and nothing is overwritten
