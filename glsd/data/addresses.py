@@ -7,7 +7,8 @@ from glsd.contracts import UserError
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 # Parameters of a query that say who may read, not what: of Amazon, Google, Microsoft, CloudFront.
 SIGNATURE = re.compile(
-    "x-(amz|goog|ms)-.*|.*signature|.*token|sig|s[a-z]{1,2}|expires|policy|key-pair-id|awsaccesskeyid|googleaccessid",
+    "x-(amz|goog|ms)-.*|.*signature|.*token|expires|policy|key-pair-id|awsaccesskeyid|googleaccessid"
+    "|s[vsprtieg]|sig|srt|spr|sk(oid|tid|t|e|s|v)|sdd",
     re.IGNORECASE,
 )
 
