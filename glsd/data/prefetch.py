@@ -38,6 +38,10 @@ class Prefetcher:
             except UserError:
                 with self._changed:
                     self._left = []  # the server is in trouble: no more requests than the reader makes
+            except RuntimeError as error:
+                if "shutdown" not in str(error):
+                    raise
+                return  # the process is ending, and takes no more work from anybody
 
     def __getstate__(self) -> dict:
         return {"_fetch": self._fetch, "_process": -1, "_thread": None}

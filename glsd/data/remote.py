@@ -39,7 +39,7 @@ class RemoteFile:
     version: str  # changes when the content does, as far as the server tells (its ETag or time stamp)
 
 
-class _ShortAnswer(OSError):
+class ShortAnswer(OSError):
     """Fewer bytes came than were asked for."""
 
 
@@ -96,6 +96,8 @@ def look_up(addresses: Sequence[str], missing: frozenset[int] = MISSING) -> list
         marks = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "mtime", "updated")
         return RemoteFile(int(info["size"]), next((str(info[m]) for m in marks if info.get(m)), ""))
 
+    if len(addresses) == 1:
+        return [one(addresses[0])]
     with ThreadPoolExecutor(MAX_CONNECTIONS) as pool:
         folders = Counter(folder_of(a) for a in addresses if not a.startswith("http"))
         list(pool.map(list_folder, [folder for folder, count in folders.items() if count > FEW]))
@@ -128,7 +130,13 @@ def copy_to(file: IO[bytes], address: str, size: int) -> None:
         def piece(start: int = start, end: int = end) -> bytes:
             raw = fs.cat_file(path, start=start, end=end)
             if len(raw) not in (end - start, size):
-                raise _ShortAnswer(f"{len(raw)} bytes instead of {end - start} from byte {start} on")
+                (now,) = look_up([address])
+                if now is not None and now.size != size:
+                    raise UserError(
+                        f"{shown(address)} has {now.size} bytes, and had {size} when its download began: restore it, or "
+                        "start again where it was meant to change"
+                    )
+                raise ShortAnswer(f"{len(raw)} bytes instead of {end - start} from byte {start} on")
             return raw
 
         raw = _attempt(address, "read", piece)

@@ -105,11 +105,21 @@ def test_what_passes_is_survived_and_costs_one_piece(server, folder, tmp_path, k
 
 def test_a_short_piece_is_asked_for_again(server, folder, tmp_path):
     raw = (folder / "s1-000000.tar").read_bytes()
-    server.plan("s1-000000.tar", "short", times=2, size=100)
+    server.plan("s1-000000.tar", "short", times=1, size=100)
     with open(tmp_path / "copy", "w+b") as file:
         copy_to(file, names(server)[1], len(raw))
     assert (tmp_path / "copy").read_bytes() == raw
-    assert len(server.gets("s1-000000.tar")) == -(-len(raw) // PIECE) + 2
+    assert len(server.gets("s1-000000.tar")) == -(-len(raw) // PIECE) + 1
+
+
+def test_a_file_that_has_become_short_is_no_longer_asked_for(server, tmp_path):
+    server.plan("s1-000000.tar", "short", size=100)
+    with (
+        open(tmp_path / "copy", "w+b") as file,
+        pytest.raises(UserError, match="has 100 bytes, and had 120001"),
+    ):
+        copy_to(file, names(server)[1], SIZE + 1)
+    assert len(server.gets("s1-000000.tar")) == 1
 
 
 def test_a_server_without_ranges_sends_everything_at_once(server, folder, tmp_path):
