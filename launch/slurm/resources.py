@@ -10,6 +10,7 @@ from glsd.contracts import UserError
 WARN_SECONDS = 120  # as in the batch scripts
 # minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
 TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(\d+)(?::(\d+))?(?::(\d+))?)")
+TEXTS = ("--extra", "--pretrain", "--finetune", "--evaluate")  # whose value looks like flags itself
 PLAIN = {"partition": "partition", "account": "account", "qos": "qos", "name": "job-name"}
 
 
@@ -18,6 +19,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"submit.py {command}", description=description, allow_abbrev=False)
+
+    def parse_args(self, args, namespace=None):  # type: ignore[override]
+        words = list(args)
+        for place in reversed(range(len(words) - 1)):
+            if words[place] in TEXTS:  # argparse would take the text for another flag
+                words[place : place + 2] = [f"{words[place]}={words[place + 1]}"]
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (all options: {self.prog} --help)")
@@ -51,7 +59,7 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OPTIONS",
-        help="more options of sbatch, in quotes after =",
+        help="more options of sbatch, in quotes",
     )
     add("--dry_run", action="store_true", help="only print what would be submitted")
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import time
 import zlib
@@ -19,7 +20,7 @@ from pathlib import Path
 
 PORT = 27817  # of slurmctld; slurmd of node i listens on PORT + i, in its own namespace
 CONTROLLER = "ctld"
-CPUS = 8  # that each node claims to have
+CPUS, GPUS = 16, 2  # that each node claims to have
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
 # States that a job does not leave by itself.
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
@@ -202,6 +203,12 @@ def write_configuration(cluster: Cluster) -> None:
     os.close(key)
     # Found by itself, it would want /sys/fs/cgroup to be a mount.
     (state / "cgroup.conf").write_text("CgroupAutomount=no\nCgroupPlugin=cgroup/v1\n")
+    # SLURM wants to see a device for each GPU; /dev/null by another name will do.
+    for number in range(GPUS):
+        os.mknod(state / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    (state / "gres.conf").write_text(
+        f"NodeName={','.join(cluster.nodes)} Name=gpu File={state}/gpu[0-{GPUS - 1}]\n"
+    )
     lines = [
         "ClusterName=glsd",
         f"SlurmctldHost={CONTROLLER}({cluster.subnet}.{count + 1})",
@@ -222,6 +229,7 @@ def write_configuration(cluster: Cluster) -> None:
         "JobAcctGatherType=jobacct_gather/none",
         "AccountingStorageType=accounting_storage/none",
         "MpiDefault=none",
+        "GresTypes=gpu",
         "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_Core",
         "SlurmdParameters=config_overrides",  # nodes may claim more cores than there are
