@@ -10,8 +10,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import _door
 
 from glsd.command_line import load
-from glsd.config import EvalConfig, PretrainConfig
+from glsd.config import PretrainConfig
 from glsd.contracts import UserError, pick
+from glsd.eval_config import EvalConfig
 from glsd.finetune_config import FinetuneConfig
 
 CONFIGS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "evaluate": EvalConfig}

@@ -17,6 +17,15 @@ sys.path.insert(0, str(ROOT / "launch" / "slurm"))
 NEEDS = {"slurm": functools.cache(slurm_cluster.why_not), "multinode": hosts.why_not}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "slurm: jobs on a SLURM cluster that the tests bring up; run by make test-cluster"
+    )
+    config.addinivalue_line(
+        "markers", "multinode: hosts made of network namespaces; run by make test-cluster"
+    )
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test that needs what is not here; with GLSD_REQUIRE_CLUSTER=1 it fails instead."""
     for marker, why_not in NEEDS.items():
