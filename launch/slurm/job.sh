@@ -76,7 +76,8 @@ run_ranks() { # run_ranks SECONDS SCRIPT FLAGS...: sets step, and code to the hi
     # A rank that says why it ends must not kill those that still save.
     options+=(--kill-on-bad-exit=0 --wait="$patience")
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun does not inherit it
-    [ -z "$gpus" ] || options+=(--gpu-bind=none) # every rank sees all GPUs of its node, LOCAL_RANK says which is its own
+    # Every rank sees all GPUs of its node, LOCAL_RANK says which is its own. (--gpu-bind=none would hide them all.)
+    unset SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_TRES_BIND SLURM_TRES_PER_TASK
     [ -z "$asked" ] || return 0 # no rank has started: code is still 75
     # shellcheck disable=SC2016  # the variables are those of the task
     srun "${options[@]}" bash -c '

@@ -248,7 +248,7 @@ def write_configuration(cluster: Cluster) -> None:
     for number, node in enumerate(cluster.nodes, start=1):
         where = f"NodeAddr={cluster.subnet}.{number} Port={PORT + number}"
         lines.append(
-            f"NodeName={node} NodeHostname={node} {where} Sockets=1 CoresPerSocket={CPUS} RealMemory=16000 State=UNKNOWN"
+            f"NodeName={node} NodeHostname={node} {where} Sockets=1 CoresPerSocket={CPUS} RealMemory=16000 Gres=gpu:{GPUS} State=UNKNOWN"
         )
     everyone = "Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP"
     lines += [
