@@ -57,6 +57,9 @@ describe_world() { # sets nodes, hosts, ranks, gpus, ends (seconds since 1970) a
     if [ -n "$gpus" ] && [ "$gpus" -ne "$per_node" ]; then
         refuse "$gpus GPUs a node, but $per_node ranks: one rank drives one GPU, give sbatch --ntasks-per-node=$gpus"
     fi
+    if [ -z "${SLURM_NTASKS_PER_NODE:-}" ] && [ "${SLURM_NTASKS:-$nodes}" -ne "$nodes" ]; then
+        refuse "--ntasks=$SLURM_NTASKS does not say how many ranks a node has: give sbatch --nodes and --ntasks-per-node"
+    fi
     # SLURM_NTASKS would be that of the smallest number of nodes where a job takes what it gets (--nodes=1-4).
     ranks=$((nodes * per_node)) first=${hosts[0]}
     unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT

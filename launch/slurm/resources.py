@@ -87,7 +87,8 @@ def sbatch_options(args: argparse.Namespace, *, training: bool) -> list[str]:
         )
     if args.gpus_per_node:
         options.append(f"--gpus-per-node={args.gpus_per_node}")
-    if ranks := args.gpus_per_node or args.ranks_per_node:
+    # One is what SLURM does unasked; asked for it, SLURM 22.05 takes the least of a range of nodes even if all are free.
+    if (ranks := args.gpus_per_node or args.ranks_per_node or 1) > 1:
         options.append(f"--ntasks-per-node={ranks}")
     if args.cpus_per_rank is not None:
         options.append(f"--cpus-per-task={args.cpus_per_rank}")

@@ -247,9 +247,8 @@ def write_configuration(cluster: Cluster) -> None:
     ]
     for number, node in enumerate(cluster.nodes, start=1):
         where = f"NodeAddr={cluster.subnet}.{number} Port={PORT + number}"
-        lines.append(
-            f"NodeName={node} NodeHostname={node} {where} Sockets=1 CoresPerSocket={CPUS} RealMemory=16000 Gres=gpu:{GPUS} State=UNKNOWN"
-        )
+        has = f"Sockets=1 CoresPerSocket={CPUS} RealMemory=16000 Gres=gpu:{GPUS}"
+        lines.append(f"NodeName={node} NodeHostname={node} {where} {has} State=UNKNOWN")
     everyone = "Nodes=ALL MaxTime=INFINITE DefaultTime=10 State=UP"
     lines += [
         f"PartitionName=main {everyone} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=30",
@@ -267,8 +266,13 @@ def down(cluster: Cluster) -> None:
             _ip("netns", "del", space)
     for daemon in cluster.daemons:
         daemon.wait(10)
-    if Path(f"/sys/class/net/{cluster.tag}").exists():
-        _ip("link", "del", cluster.tag)
+    # Cables go with their namespaces, but some time later: a cluster of the same name may come up before.
+    for link in [
+        *Path(f"/sys/class/net/{cluster.tag}/brif").glob("*"),
+        Path(f"/sys/class/net/{cluster.tag}"),
+    ]:
+        _ip("link", "del", link.name, check=False)
+    assert not Path(f"/sys/class/net/{cluster.tag}").exists(), f"the bridge {cluster.tag} is still there"
 
 
 def kill_all(space: str, seconds: float = 10) -> None:

@@ -171,7 +171,9 @@ def test_ranks_of_one_node_and_of_two_see_the_same_samples(cluster, folder, subm
     assert one == two
 
 
-def test_a_chain_and_a_pipeline_run_through(cluster, folder, submitted, uneven_shards, class_shards):
+def test_a_chain_and_a_pipeline_run_through(
+    cluster, folder, submitted, uneven_shards, class_shards, digit_shards
+):
     first, second = folder / "chain", folder / "fine"
     network = [f"--data.train_shards={class_shards}/train-*.tar", f"--out={second}", "--data.num_workers=0"]
     network += ["--data.crop=32", "--data.images_per_class=4", "--optim.epochs=1", "--optim.batch_size=16"]
@@ -180,7 +182,10 @@ def test_a_chain_and_a_pipeline_run_through(cluster, folder, submitted, uneven_s
         "--model.embed_dim=16",
         "--watch.recall_at=[1,2]",
     ]
-    measure = [f"--data.{role}_shards={class_shards}/test-*.tar" for role in ("train", "val")]
+    measure = [
+        f"--data.train_shards={class_shards}/train-*.tar",
+        f"--data.val_shards={class_shards}/test-*.tar",
+    ]
     jobs = submitted(
         *["pipeline", "--name", "way"],
         *["--pretrain", shlex.join(["--chain=2", "--", *argv_of(first, uneven_shards, **SHORT)])],
