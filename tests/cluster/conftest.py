@@ -12,7 +12,9 @@ import slurm_cluster
 import tiny_run
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "launch" / "slurm"))
+sys.path.insert(0, str(ROOT / "launch" / "slurm"))  # for submit.py
+import slurm_jobs  # noqa: E402
+
 # What the tests of a marker need: a function that returns why they cannot run, or nothing.
 NEEDS = {"slurm": functools.cache(slurm_cluster.why_not), "multinode": hosts.why_not}
 
@@ -41,6 +43,38 @@ def cluster(tmp_path_factory) -> Iterator[slurm_cluster.Cluster]:
     made = slurm_cluster.up(tmp_path_factory.mktemp("slurm") / "state")
     yield made
     slurm_cluster.down(made)
+
+
+@pytest.fixture(scope="session")
+def jobs(cluster, tmp_path_factory) -> "slurm_jobs.Jobs":
+    """Submits jobs to the cluster and waits for them."""
+    return slurm_jobs.Jobs(cluster, tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture(scope="session")
+def stand_ins(jobs) -> dict[str, str]:
+    """Jobs whose ranks only end as they are told, by name; they wait for SLURM while other tests compute."""
+    plans = {
+        "mistake": ("2", []),
+        "bug": ("1", []),
+        "killed": ("KILL 0", []),
+        "stuck": ("75+ 75 75 75 0", []),
+        "limited": ("75+ 75+ 0", ["GLSD_MAX_REQUEUES=1"]),
+        "chained": ("75 0", ["GLSD_REQUEUE=0"]),
+        "cancelled": ("wait 0", []),
+        "batch_usr1": ("wait 0", []),
+        "batch_term": ("wait 0", []),
+        "time_limit": ("wait 0", []),
+    }
+    ids = {}
+    for name, (words, variables) in plans.items():
+        (jobs.folder / name / "checkpoints").mkdir(parents=True)
+        options = ["--time=1", "--signal=USR1@30"] if name == "time_limit" else []
+        export = ["ALL", f"GLSD_ROOT={ROOT}", slurm_jobs.STAND_IN, f"STAND_IN={words}", *variables]
+        # The other node loses its power in a test.
+        options += ["--nodelist=node1", f"--job-name={name}", f"--export={','.join(export)}"]
+        ids[name] = jobs.sbatch(*options, f"{ROOT}/launch/slurm/pretrain.sbatch", f"--out={name}")
+    return ids
 
 
 @pytest.fixture(scope="session")

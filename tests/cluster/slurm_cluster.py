@@ -78,7 +78,7 @@ class Cluster:
             text=True,
             cwd=cwd,
             timeout=60,
-            env={**os.environ, **self.environment, **(env or {})},
+            env={**(os.environ if env is None else env), **self.environment},
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -94,7 +94,7 @@ class Cluster:
             if time.monotonic() > deadline:
                 queue = self.call("squeue", "--format=%i %j %T %r %S %N")
                 raise AssertionError(f"waited {seconds} s for {what}\n{queue}{self.said()}")
-            time.sleep(0.05)
+            time.sleep(0.2)  # to look means to start a program, mostly
 
     def wait_for_end(self, job: str, seconds: float = 60) -> dict[str, str]:
         """Wait until a job has ended for good and return its fields."""
@@ -244,6 +244,7 @@ def write_configuration(cluster: Cluster) -> None:
         "MessageTimeout=10",
         "CompleteWait=0",
         "JobRequeue=1",
+        "MinJobAge=3600",  # seconds that an ended job can be asked for
     ]
     for number, node in enumerate(cluster.nodes, start=1):
         where = f"NodeAddr={cluster.subnet}.{number} Port={PORT + number}"

@@ -14,7 +14,7 @@ echo "rank ${RANK:-none} of ${WORLD_SIZE:-none}, local ${LOCAL_RANK:-none} of ${
     "at ${MASTER_ADDR:-none}, cpu ${ACCELERATE_USE_CPU:-no}, gpus ${CUDA_VISIBLE_DEVICES:-none}, threads $OMP_NUM_THREADS"
 read -ra words <<<"$STAND_IN"
 word=${words[${SLURM_RESTART_COUNT:-0}]}
-for _ in {1..1200}; do
+for _ in {1..9000}; do
     [[ $word == wait && -z $asked ]] || break
     sleep 0.1 & wait $! || true
 done
