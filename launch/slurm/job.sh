@@ -23,13 +23,13 @@ if [ -z "${GLSD_PYTHON:-}" ]; then
     [ -x "$GLSD_PYTHON" ] || GLSD_PYTHON=$(command -v python || command -v python3) || refuse "no python: set GLSD_PYTHON"
 fi
 
-run_stage() { # run_stage pretrain|finetune|evaluate FLAGS...
-    local stage=$1 folder before code=75 step='' asked=''
+run_stage() { # run_stage pretrain|finetune|evaluate|doctor FLAGS...
+    local stage=$1 folder='' before code=75 step='' asked=''
     shift
     # What reaches only this shell (--signal=B:..., scancel --batch) is passed on, as USR1: of TERM srun kills the ranks.
     trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 TERM
-    # Flags that are wrong end here, before any rank starts.
-    folder=$("$GLSD_PYTHON" "$GLSD_ROOT/launch/slurm/flags.py" "$stage" "$@") || exit $?
+    # Flags that are wrong end here, before any rank starts. The doctor has its own.
+    [ "$stage" = doctor ] || folder=$("$GLSD_PYTHON" "$GLSD_ROOT/launch/slurm/flags.py" "$stage" "$@") || exit $?
     before=$(last_checkpoint "$folder")
     describe_world
     say "start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID ($stage): $nodes nodes ($(IFS=' '; echo "${hosts[*]}")), $ranks ranks," \
@@ -39,6 +39,7 @@ run_stage() { # run_stage pretrain|finetune|evaluate FLAGS...
         pretrain) run_ranks 120 pretrain.py "$@" --resume auto ;;
         finetune) run_ranks 120 finetune_dml.py "$@" --resume auto ;;
         evaluate) run_ranks 0 evaluate.py "$@" ;; # rank 0 measures on its own, for as long as it takes
+        doctor) run_ranks 0 doctor.py "$@" ;;
     esac
     if [ "$code" -eq 0 ]; then
         exit 0
@@ -129,7 +130,7 @@ start_again() { # start_again FOLDER CHECKPOINT_BEFORE: requeue the job, unless 
 }
 
 last_checkpoint() { # the name of the last checkpoint in a run folder, or "none"
-    readlink "$1/checkpoints/latest" || echo none
+    { [ -n "$1" ] && readlink "$1/checkpoints/latest"; } || echo none
 }
 
 job_state() {
