@@ -1,5 +1,6 @@
 """The story of the doctor: before the first run on a new machine or cluster, look at all that would make it fail."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -47,7 +48,8 @@ def examine(
         details = all_checks(panel, packages, shards, out, wait, clock)
     except Lost:
         if panel.store is not None and rank not in panel.alive:
-            part(panel)  # a launcher that loses one rank would end its neighbours
+            with contextlib.suppress(RuntimeError):  # rank 0 may be gone as well
+                part(panel)  # a launcher that loses one rank would end its neighbours
         raise
     code = panel.tell("code", lambda: int(any(line.verdict == "FIX" for line in panel.lines)))
     part(panel)
@@ -89,6 +91,7 @@ def all_checks(
 
 
 def devices_of(panel: Panel) -> dict[int, Any]:
+    """Return what each rank computes on, on rank 0; a driver that hangs does so here."""
     answers = panel.ask("device", doctor_devices.facts, DEVICE_SECONDS)
     return panel.sort_out("device", answers, "see whether nvidia-smi answers there; else restart that host")
 
@@ -203,7 +206,8 @@ def share(panel: Panel, folder: Path, token: str, out: str) -> None:
             panel.lines += doctor_files.judge_sharing(seen, missing, out, panel.hosts)
 
         def take_turns() -> dict[str, Any] | None:
-            return doctor_files.turns(folder, panel.rank) if panel.rank in alike else None
+            mine = panel.rank in alike and len(alike) > 1
+            return doctor_files.turns(folder, panel.rank) if mine else None
 
         turned = panel.sort_out("rename", panel.ask("turns", take_turns, bound), fix)
         panel.lines += doctor_files.judge_turns({r: here for r, here in turned.items() if here}, panel.hosts)

@@ -21,8 +21,8 @@ def read_shards(panel: Panel, patterns: Sequence[str]) -> None:
     """Whether every rank opens the shards, sees the same ones and can read them."""
     os.environ.setdefault(TIMEOUT_VARIABLE, REMOTE_PATIENCE)
     answers = panel.ask("shards", lambda: read_some(patterns, panel.rank), SECONDS)
-    found = panel.sort_out("shards", answers, "python launch/pack.py doctor SHARDS says more")
-    if panel.rank == 0 and found:
+    values = panel.sort_out("shards", answers, "python launch/pack.py doctor SHARDS says more")
+    if found := {rank: value for rank, value in values.items() if value}:  # None: its packages are broken
         panel.lines.append(judge_shards(found, panel.hosts))
 
 

@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
     except Lost as problem:
         print(f"error: {plain(problem)}", file=sys.stderr, flush=True)
         return 1
-    if panel.rank == 0:
+    # Tasks of srun that do not know of each other are rank 0 each.
+    if panel.rank == 0 and (panel.world > 1 or os.environ.get("SLURM_PROCID", "0") == "0"):
         print("\n".join(details["ranks"]))
         report(panel.lines, args.json, **details)
     return code
@@ -78,6 +79,7 @@ def report_packages(packages: dict, as_json: bool) -> int:
 
 
 def report(lines: list[Line], as_json: bool, **details: object) -> None:
+    """Print the table, and with ``as_json`` one more line for machines."""
     print("\n".join([*table(lines), summary(lines)]))
     if as_json:
         print(json.dumps({"lines": [vars(line) for line in lines], **details}))

@@ -190,7 +190,9 @@ def _limits(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) ->
     shares = {rank: ranks_of[hosts.get(rank, "")] for rank in found}
     lines: list[Line] = []
 
-    def look(name: str, values: dict[int, float], needed: float, wished: float, said: str, fix: str) -> None:
+    def look(
+        name: str, values: dict[int, Any], needed: int | float, wished: int | float, said: str, fix: str
+    ) -> None:
         for verdict, bound in (("FIX", needed), ("note", wished)):
             low = [rank for rank, value in values.items() if 0 <= value < bound]
             if low:

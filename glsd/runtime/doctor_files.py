@@ -239,7 +239,7 @@ def judge_disks(found: Mapping[int, Mapping[str, Mapping[str, Any]]], hosts: Map
             )
             lines.append(Line("FIX", f"{what} disk", said, "make it writable, or " + move.split(", or ")[1]))
         elif few:
-            said = f"{at}: {disks[few[0]]['inodes']} files can still be made"
+            said = f"{here['folder']}{f' on {who(few, hosts)}' if hosts else ''}: only {disks[few[0]]['inodes']} more files fit"
             lines.append(Line("FIX", f"{what} disk", said, move))
         else:
             verdict = "FIX" if here["free"] < NEEDED else "note" if here["free"] < LITTLE else "ok"

@@ -30,19 +30,19 @@ def silent_mistakes() -> list[Line]:
     if world is not None and (not world.isdigit() or world == "0"):
         return [Line("FIX", "launch", f"WORLD_SIZE is {world!r}, no number of ranks", f"start with '{line}'")]
     if world is not None and int(world) > 1:
+        numbers = ("RANK", "LOCAL_RANK", "MASTER_PORT")
         missing = [name for name in ANNOUNCED if not os.environ.get(name)]
+        missing += [name for name in numbers if name not in missing and not os.environ[name].isdigit()]
         if missing:
-            found = f"WORLD_SIZE={world} is announced, but without {', '.join(missing)}: each rank would train alone"
+            found = f"WORLD_SIZE={world} is announced, but not (or not as a number) {', '.join(missing)}"
             return [Line("FIX", "launch", found, "let accelerate launch, torchrun or launch/slurm set them")]
     if world is None and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         found = "accelerate was asked for several processes but started one (it does so with --cpu)"
         return [Line("FIX", "launch", found, f"N ranks on CPUs: '{line}'; one: --num_processes 1")]
-    tasks = int(os.environ.get("SLURM_NTASKS") or 1)
-    if world is None and tasks > 1 and "SLURM_PROCID" in os.environ:
-        found = f"srun started {tasks} tasks, but none knows of the others (no WORLD_SIZE): each would train alone"
-        return [
-            Line("FIX", "launch", found, "start with launch/slurm/*.sbatch, or accelerate launch in each")
-        ]
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if world is None and tasks > 1:
+        found = f"srun started {tasks} tasks that do not know of each other (no WORLD_SIZE): each would train alone"
+        return [Line("FIX", "launch", found, "start with launch/slurm/*.sbatch, or accelerate launch in each")]
     return []
 
 
@@ -50,8 +50,8 @@ def facts() -> dict[str, Any]:
     """Return where this rank is: JSON, for judge."""
     host = os.uname().nodename
     master = os.environ.get("MASTER_ADDR", "")
-    address = _own_address(master)
     addresses = _interfaces()
+    address = _own_address(master, addresses)
     return {
         "host": host,
         # A name may be there twice, a kernel or a network of its own says so.
@@ -79,14 +79,18 @@ def _resolve(name: str) -> str:
         return ""
 
 
-def _own_address(master: str) -> str:
+def _own_address(master: str, addresses: Mapping[str, str]) -> str:
     """The address from which this host reaches another: nothing is sent for it."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((master or "127.0.0.1", 9))
-            return probe.getsockname()[0]
+            address = str(probe.getsockname()[0])
     except OSError:
-        return ""
+        address = ""
+    outer = [own for own in addresses.values() if not own.startswith("127.")]
+    # On its own host, MASTER_ADDR may be a name that means 127.0.1.1.
+    by_name = master and not master.startswith("127.") and master != "localhost"
+    return outer[0] if by_name and address not in outer and len(outer) == 1 else address
 
 
 def _interfaces() -> dict[str, str]:
@@ -157,10 +161,13 @@ def _ranks(
         return [Line("ok", "launch", "one process, no other ranks")]
     missing = sorted(set(range(world)) - set(found))
     if missing:
+        master = found[min(found)]["master"]
+        if len(places) == 1 and found[min(found)]["master_resolved"].startswith("127."):
+            master += f" ({found[min(found)]['master_resolved']}: no other host can reach that)"
         said = f"WORLD_SIZE={world} is announced, {len(found)} came: {who(missing, hosts)} missing"
         fix = (
             f"compare --num_processes, --num_machines and --machine_rank of all hosts (up: {', '.join(places)}), "
-            "and look whether each reaches MASTER_ADDR"
+            f"and look whether each reaches MASTER_ADDR {master}"
         )
         return [Line("FIX", "launch", said, fix)]
     twice = {host: Counter(found[rank]["local_rank"] for rank in ranks) for host, ranks in places.items()}
@@ -188,20 +195,12 @@ def _addresses(
     found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str], *, several: bool
 ) -> list[Line]:
     masters = {here["master"] for here in found.values()}
-    first = found[min(found)]
-    if several and first["master_resolved"].startswith("127."):
-        fix = "give rank 0's address in the network (--main_process_ip, --master_addr), or mend /etc/hosts"
-        said = f"MASTER_ADDR {first['master']} is {first['master_resolved']} on {who([min(found)], hosts)}"
-        return [Line("FIX", "address", f"{said}: only that host itself can reach it", fix)]
     loose = [rank for rank, here in found.items() if here["own_name_resolved"].startswith("127.")]
     unset = [rank for rank in loose if "GLOO_SOCKET_IFNAME" not in found[rank]["named"]]
     used = ", ".join(sorted({here["interface"] or here["address"] for here in found.values()}))
     said = f"MASTER_ADDR {' and '.join(sorted(masters))}, reached over {used}"
     if several and unset:
-        fix = f"nothing for glsd, which names the interface itself; for other programs: export GLOO_SOCKET_IFNAME={used}"
-        return [
-            Line("note", "address", f"{said}; the hostname of {who(unset, hosts)} is a loopback address", fix)
-        ]
+        said += f"; glsd names it to gloo, as the hostname of {who(unset, hosts)} is a loopback address"
     return [Line("ok", "address", said)]
 
 

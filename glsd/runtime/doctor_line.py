@@ -39,7 +39,7 @@ def summary(lines: Iterable[Line]) -> str:
     for line in lines:
         counts[line.verdict] += 1
     said = f"{counts['ok']} ok, {counts['note']} to note, {counts['FIX']} to fix"
-    return f"{said}: {'runs would fail or be wrong here' if counts['FIX'] else 'ready'}"
+    return f"{said}: {'first do what stands behind FIX' if counts['FIX'] else 'ready'}"
 
 
 def plain(text: object) -> str:

@@ -7,6 +7,7 @@ with it, and a program that imports them could no longer tell why.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -56,6 +57,7 @@ def facts(pyproject: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "python": ".".join(map(str, sys.version_info[:3])),
         "executable": sys.executable,
+        "code": _code(),
         "needed": {},
         "versions": {},
         "pins": {},
@@ -74,6 +76,15 @@ def facts(pyproject: Path) -> dict[str, Any]:
     there = [name for name in IMPORTED if name in found["versions"]]
     found["errors"] = try_imports(there)
     return found
+
+
+def _code() -> str:
+    """Where this glsd lies and what is in it."""
+    folder = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"{folder} ({digest.hexdigest()[:8]})"
 
 
 def try_imports(modules: Sequence[str], seconds: float = IMPORT_SECONDS) -> dict[str, str]:
@@ -120,6 +131,12 @@ def judge(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> l
 
 def _same_everywhere(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Line]:
     lines = []
+    codes: dict[str, list[int]] = {}
+    for rank, here in found.items():
+        codes.setdefault(here["code"], []).append(rank)
+    if len({code.rpartition(" ")[2] for code in codes}) > 1:
+        parts = "; ".join(f"{code} on {who(ranks, hosts)}" for code, ranks in codes.items())
+        lines.append(Line("FIX", "code", f"glsd differs: {parts}", "bring all hosts to one commit"))
     names = {name for here in found.values() for name in here["needed"]}
     for name in ("python", *sorted(names)):
         by_version: dict[str, list[int]] = {}
