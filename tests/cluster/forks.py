@@ -6,6 +6,7 @@ process ``inside`` and is answered with its pid; ``{"poll": pid}`` with its exit
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -78,6 +79,7 @@ def serve() -> None:
                 become(order)
                 _door.run(pretrain.main)
         print(json.dumps(answer), flush=True)
+    os._exit(0)  # what is frozen would be reported as leaked
 
 
 def become(order: dict) -> None:
@@ -98,6 +100,7 @@ def import_what_a_run_imports() -> None:
             importlib.import_module(module)
     Image.init()
     assert threading.active_count() == 1, f"started by an import: {threading.enumerate()}"
+    gc.freeze()  # a fork that ends would look at every object, and copy its page, for seconds
 
 
 if __name__ == "__main__":
