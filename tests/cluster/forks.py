@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -59,7 +60,7 @@ class Forks:
 
 def serve() -> None:
     """Be the warm process. A forked run comes out of here and ends as a program does."""
-    sys.path.insert(0, str(ROOT / "launch"))
+    sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
     import _door
     import pretrain
 
@@ -90,6 +91,7 @@ def become(order: dict) -> None:
     for target, source in ((0, nothing), (1, log), (2, log)):
         os.dup2(source, target)
     os.environ.update(order["env"])
+    platform._uname_cache = None  # type: ignore[attr-defined]  # the name of the host where it was warmed
     sys.argv = [str(ROOT / "launch" / "pretrain.py"), *order["argv"]]
 
 
