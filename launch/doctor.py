@@ -43,8 +43,7 @@ def main(argv: list[str]) -> int:
         parser.error(f"--wait is {args.wait:g}: expected seconds above 0")
     packages = doctor_packages.facts(ROOT / "pyproject.toml")
     if not INSTALLED:
-        packages["versions"].pop("glsd", None)
-        packages["errors"]["glsd"] = "not installed"
+        packages["needed"] = {"glsd": "", **packages["needed"]}
     if not doctor_packages.usable(packages):
         return report_packages(packages, args.json)
     from glsd.cluster_doctor import examine

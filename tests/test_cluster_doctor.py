@@ -250,18 +250,18 @@ def test_rank_0_that_dies_is_told_of_by_the_others_in_one_line(ranks):
 
 @pytest.mark.slow
 def test_one_number_for_two_ranks(facts):
-    """Both machines were started with the same --machine_rank."""
+    """Of three ranks the third came with the number of the second, as with a --machine_rank given twice."""
     double = {"RANK": "0", "LOCAL_RANK": "0"}
     command = [sys.executable, RANK, facts, "0", "as it is", "--wait", "4", "--json"]
-    announced = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
+    announced = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
     one = {**environment(**announced), "RANK": "1", "LOCAL_RANK": "1"}
     pipe = subprocess.PIPE
     environments = [environment(**announced, **double), one, one]
     started = [subprocess.Popen(command, env=e, stdout=pipe, stderr=pipe, text=True) for e in environments]
     outputs = [process.communicate(timeout=100) for process in started]
     assert sorted(process.returncode for process in started) == [1, 1, 1]
-    said = lines_of(Done(command, 1, *outputs[0]))["launch"]["found"]
-    assert said.startswith("RANK=1 is there twice: ")
+    assert "RANK=1 is there twice: " in outputs[0][0]
+    assert "rank 2 missing" in outputs[0][0]
     assert sum("RANK=1 is there twice" in err for _, err in outputs) == 1
 
 
