@@ -20,6 +20,7 @@ from glsd.runtime import (
 from glsd.runtime.doctor_arrival import arrive, part, twice
 from glsd.runtime.doctor_line import Line, first_line
 from glsd.runtime.doctor_panel import SLACK, Lost, Panel
+from glsd.runtime.interface import choose_interface
 
 QUICK = 20.0  # seconds for a check that takes none
 DEVICE_SECONDS = 90.0  # the first use of a GPU on a busy host
@@ -113,11 +114,11 @@ def network(panel: Panel, places: dict[int, Any], devices: dict[int, Any]) -> li
         )
         panel.lines.append(skipped)
         return []
-    if len(agreed["leaders"]) > 1:
-        name_interface()
     store, rank, world = panel.store.clone(), panel.rank, panel.world
 
     def work() -> dict[str, Any]:
+        if len(agreed["leaders"]) > 1:
+            choose_interface()  # as a run does
         return doctor_network.measure(
             store, rank=rank, world=world, leaders=agreed["leaders"], gpu=agreed["gpu"]
         )
@@ -128,13 +129,6 @@ def network(panel: Panel, places: dict[int, Any], devices: dict[int, Any]) -> li
     if len(found) == world:
         panel.lines += doctor_network.judge(found, panel.hosts)
     return doctor_network.link_rows(found, panel.hosts)
-
-
-def name_interface() -> None:
-    """Have gloo use the interface that reaches the other hosts, as a run does."""
-    interface = doctor_launch.facts()["interface"]
-    if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def clocks(panel: Panel, clock: Callable[[], float]) -> None:

@@ -14,7 +14,14 @@ sys.path.append(str(Path(__file__).parents[1] / "launch"))
 import doctor
 
 from glsd import cluster_doctor
-from glsd.runtime import doctor_devices, doctor_packages
+from glsd.runtime import doctor_devices, doctor_files, doctor_network, doctor_packages
+
+
+def good_packages() -> dict:
+    """Facts of an environment in which all is well, as this one's may not be."""
+    needed = doctor_packages.requirements(Path(__file__).parents[1] / "pyproject.toml")
+    found = {"python": "3.12.1", "executable": "python", "code": "here (1)", "needed": needed}
+    return found | {"versions": dict.fromkeys(needed, "9999.0"), "pins": {}, "errors": {}}
 
 
 def main(facts: str, ahead: str, what: str, *argv: str) -> None:
@@ -23,6 +30,8 @@ def main(facts: str, ahead: str, what: str, *argv: str) -> None:
     cluster_doctor.examine = lambda *given, **named: examine(
         *given, **named, clock=lambda: time.time() + float(ahead)
     )
+    if what == "impatient":
+        doctor_files.SEE_SECONDS, doctor_network.JOIN_SECONDS = 3.0, 5.0
     if what == "hangs":
         cluster_doctor.DEVICE_SECONDS = 2.0
         doctor_devices.facts = lambda: time.sleep(1000) or {}

@@ -10,8 +10,8 @@ import venv
 from pathlib import Path
 
 import pytest
+from doctor_rank import good_packages
 
-from glsd.runtime import doctor_packages
 from glsd.runtime.dist import CPU_LAUNCH_LINE
 
 ROOT = Path(__file__).parents[1]
@@ -44,10 +44,7 @@ def lines_of(done: Done) -> dict[str, dict[str, str]]:
 def facts(tmp_path_factory) -> str:
     """A file with this environment's packages, every import taken as good."""
     path = tmp_path_factory.mktemp("facts") / "packages.json"
-    needed = doctor_packages.requirements(ROOT / "pyproject.toml")
-    good = {"python": "3.12.1", "executable": "python", "code": "here (1)", "needed": needed}
-    good |= {"versions": dict.fromkeys(needed, "9999.0"), "pins": {}, "errors": {}}
-    path.write_text(json.dumps(good))
+    path.write_text(json.dumps(good_packages()))
     return str(path)
 
 

@@ -42,7 +42,9 @@ def silent_mistakes() -> list[Line]:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if world is None and tasks > 1:
         found = f"srun started {tasks} tasks that do not know of each other (no WORLD_SIZE): each would train alone"
-        return [Line("FIX", "launch", found, "start with launch/slurm/*.sbatch, or accelerate launch in each")]
+        return [
+            Line("FIX", "launch", found, "start with launch/slurm/*.sbatch, or accelerate launch in each")
+        ]
     return []
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from glsd.contracts import UserError
 from glsd.runtime.doctor_line import Line, first_line, who
 
+SILENT = "no answer within"
 SLACK = 5.0  # seconds between the bound of a check and the end of waiting for its answers
 
 
@@ -53,13 +54,14 @@ class Panel:
 
         Raises Lost on a rank that is too late for rank 0, or that rank 0 is lost for.
         """
+        began = time.monotonic()
         own = bounded(work, seconds)
         if self.store is None:
             return {0: own}
         with self._hearing(name, 2 * (seconds + 2 * SLACK)):
             self.store.set(f"{name}/{self.rank}", json.dumps([own.value, own.error]))
             if self.rank == 0:
-                answers = self._collect(name, seconds)
+                answers = self._collect(name, seconds, began + seconds + SLACK)
                 self.store.set(f"{name}/done", json.dumps(self.alive))
                 return answers
             self.alive = json.loads(self._wait(f"{name}/done", 2 * (seconds + SLACK)))
@@ -89,20 +91,23 @@ class Panel:
                 errors.setdefault(answer.error, []).append(rank)
         for error, ranks in errors.items():
             where = f"{self.who(ranks)}: " if self.world > 1 else ""
-            self.lines.append(Line("FIX", name, f"{where}{error}", fix))
+            alive = "see whether that process and its host still run; their own messages may say why"
+            self.lines.append(
+                Line("FIX", name, f"{where}{error}", alive if error.startswith(SILENT) else fix)
+            )
         return {rank: answer.value for rank, answer in sorted(answers.items()) if not answer.error}
 
-    def _collect(self, name: str, seconds: float) -> dict[int, Answer]:
-        deadline, answers = time.monotonic() + seconds + SLACK, {}
+    def _collect(self, name: str, seconds: float, deadline: float) -> dict[int, Answer]:
+        answers = {}
         for rank in self.alive:
             left = max(0.01, deadline - time.monotonic())
             try:
                 self.store.wait([f"{name}/{rank}"], timedelta(seconds=left))
             except RuntimeError:  # that is how the store says that nothing came
-                answers[rank] = Answer(error=f"no answer within {seconds + SLACK:.0f} s")
+                answers[rank] = Answer(error=f"{SILENT} {seconds + SLACK:.0f} s")
             else:
                 answers[rank] = Answer(*json.loads(self.store.get(f"{name}/{rank}")))
-        late = [rank for rank, answer in answers.items() if answer.error.startswith("no answer within")]
+        late = [rank for rank, answer in answers.items() if answer.error.startswith(SILENT)]
         self.alive = [rank for rank in self.alive if rank not in late]
         return answers
 
