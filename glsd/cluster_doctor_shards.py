@@ -21,7 +21,9 @@ def read_shards(panel: Panel, patterns: Sequence[str]) -> None:
     """Whether every rank opens the shards, sees the same ones and can read them."""
     os.environ.setdefault(TIMEOUT_VARIABLE, REMOTE_PATIENCE)
     answers = panel.ask("shards", lambda: read_some(patterns, panel.rank), SECONDS)
-    values = panel.sort_out("shards", answers, "python launch/pack.py doctor SHARDS says more")
+    values = panel.sort_out(
+        "shards", answers, "do what it says; python launch/pack.py doctor SHARDS looks closer"
+    )
     found = {rank: value for rank, value in values.items() if value}  # None: its packages are broken
     if found and len(found) == len(answers):
         panel.lines.append(judge_shards(found, panel.hosts))

@@ -6,6 +6,7 @@ python doctor_rank.py FACTS CLOCK_AHEAD WHAT [arguments of launch/doctor.py]; WH
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main(facts: str, ahead: str, what: str, *argv: str) -> None:
         doctor_files.SEE_SECONDS, doctor_network.JOIN_SECONDS = 3.0, 5.0
     if what == "hangs":
         cluster_doctor.DEVICE_SECONDS = 2.0
-        doctor_devices.facts = lambda: time.sleep(1000) or {}
+        doctor_devices.facts = lambda: {"never": threading.Event().wait()}
     if what == "waits less":
         cluster_doctor.DEVICE_SECONDS = 2.0
     if what == "dies":

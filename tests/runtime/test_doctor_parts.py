@@ -152,7 +152,13 @@ def test_names_of_interfaces(value, there):
 
 def device(cuda: dict | None = None, **changes) -> dict:
     none = {"files": 0, "build": "12.8", "hip": "", "count": 0, "why_not": ""}
-    facts = {"cuda": none | (cuda or {}), "visible": None, "cores": 16, "threads": 2, "open_files": 65536}
+    facts: dict = {
+        "cuda": none | (cuda or {}),
+        "visible": None,
+        "cores": 16,
+        "threads": 2,
+        "open_files": 65536,
+    }
     facts |= {"processes": -1, "memory": 64e9, "shm": 32e9, "infiniband": False, "locked_memory": -1}
     return facts | changes
 
@@ -320,4 +326,4 @@ def test_work_that_hangs_or_fails_is_an_answer():
         free.set()
     assert "No such file" in bounded(lambda: Path("/no/such").read_text(), 5.0).error
     with pytest.raises(KeyError):
-        bounded(lambda: {}["our bug"], 5.0)
+        bounded(lambda: HOSTS[-1], 5.0)
