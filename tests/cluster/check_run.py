@@ -140,13 +140,11 @@ def check_tensorboard(record: Record) -> str:
         str(record.folder / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=True
     )
     board.Reload()
-    expected: dict[str, list[tuple[int, np.float32]]] = {}
+    expected: dict[str, list[tuple[int, str]]] = {}
     for row in record.metrics:
         for name, value in _flat({name: value for name, value in row.items() if name != "step"}):
-            expected.setdefault(name, []).append((row["step"], np.float32(value)))
-    shown = {
-        tag: [(e.step, np.float32(e.value)) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]
-    }
+            expected.setdefault(name, []).append((row["step"], _single(value)))
+    shown = {tag: [(e.step, _single(e.value)) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
     same("tensorboard, names", sorted(shown), sorted(expected))
     for name, points in expected.items():
         same(f"tensorboard {name}, (step, value)", shown[name], points)
@@ -157,8 +155,13 @@ def _flat(row: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
     for name, value in row.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
-        elif not isinstance(value, str):  # "nan" and the like are not drawn
-            yield prefix + name, value
+        else:
+            yield prefix + name, float(value)  # "nan" and the like are text in JSON
+
+
+def _single(value: float) -> str:
+    """A number as single precision has it, in a form in which nan is equal to nan."""
+    return str(np.float32(value))
 
 
 def check_checkpoints(record: Record) -> str:

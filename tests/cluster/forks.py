@@ -6,9 +6,11 @@ process ``inside`` and is answered with its pid; ``{"poll": pid}`` with its exit
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -58,7 +60,7 @@ class Forks:
 
 def serve() -> None:
     """Be the warm process. A forked run comes out of here and ends as a program does."""
-    sys.path.insert(0, str(ROOT / "launch"))
+    sys.path[:0] = [str(ROOT), str(ROOT / "launch")]
     import _door
     import pretrain
 
@@ -78,6 +80,7 @@ def serve() -> None:
                 become(order)
                 _door.run(pretrain.main)
         print(json.dumps(answer), flush=True)
+    os._exit(0)  # what is frozen would be reported as leaked
 
 
 def become(order: dict) -> None:
@@ -88,6 +91,7 @@ def become(order: dict) -> None:
     for target, source in ((0, nothing), (1, log), (2, log)):
         os.dup2(source, target)
     os.environ.update(order["env"])
+    platform._uname_cache = None  # type: ignore[attr-defined]  # the name of the host where it was warmed
     sys.argv = [str(ROOT / "launch" / "pretrain.py"), *order["argv"]]
 
 
@@ -98,6 +102,7 @@ def import_what_a_run_imports() -> None:
             importlib.import_module(module)
     Image.init()
     assert threading.active_count() == 1, f"started by an import: {threading.enumerate()}"
+    gc.freeze()  # a fork that ends would look at every object, and copy its page, for seconds
 
 
 if __name__ == "__main__":

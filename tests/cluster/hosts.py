@@ -74,6 +74,14 @@ class Started:
         assert self.code is not None
         return self.code
 
+    def kill(self) -> float:
+        """Kill -9 this one process, wait for its end and return when it was killed."""
+        moment = time.time()
+        if self.running():
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(20)
+        return moment
+
     def said(self) -> str:
         """Return what it has written so far, both streams."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -108,6 +116,10 @@ class Host:
         """Note what was started here: it ends with the host."""
         self.started.append(started)
         return started
+
+    def alive(self) -> bool:
+        """Return whether it was not killed."""
+        return self.first.poll() is None
 
     def pids(self) -> dict[int, str]:
         """Return the processes here but the first one and its sleep, as pid -> state and command; Z is a zombie."""
