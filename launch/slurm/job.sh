@@ -1,4 +1,4 @@
-# What the batch scripts of this folder have in common: `. job.sh; run_stage STAGE flags...` is the whole of each. Bash 4.4 or newer.
+# What the batch scripts of this folder have in common: each sources it and calls run_stage. Needs bash 4.4 or newer.
 #
 # One srun task is one rank. There is no launcher between SLURM and the ranks, so that a signal of SLURM reaches every
 # rank (a launcher dies of USR1) and the exit codes of the ranks come back here (a launcher makes them all 1):
@@ -24,7 +24,7 @@ if [ -z "${GLSD_PYTHON:-}" ]; then
 fi
 
 run_stage() { # run_stage pretrain|finetune|evaluate|doctor FLAGS...
-    local stage=$1 folder='' before code=75 step='' asked=''
+    local stage=$1 start=$((${SLURM_RESTART_COUNT:-0} + 1)) folder='' before code=75 step='' asked=''
     shift
     # What reaches only this shell (--signal=B:..., scancel --batch) is passed on, as USR1: of TERM srun kills the ranks.
     trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 TERM
@@ -32,8 +32,8 @@ run_stage() { # run_stage pretrain|finetune|evaluate|doctor FLAGS...
     [ "$stage" = doctor ] || folder=$("$GLSD_PYTHON" "$GLSD_ROOT/launch/slurm/flags.py" "$stage" "$@") || exit $?
     before=$(last_checkpoint "$folder")
     describe_world
-    say "start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID ($stage): $nodes nodes ($(IFS=' '; echo "${hosts[*]}")), $ranks ranks," \
-        "${gpus:-no} GPUs a node, $(time_left) left; ${folder:-no run folder}, last checkpoint: $before"
+    say "start $start of job $SLURM_JOB_ID ($stage): $nodes nodes (${hosts[*]}), $ranks ranks, ${gpus:-no} GPUs a node," \
+        "$(time_left) left; ${folder:-no run folder}, last checkpoint: $before"
     case $stage in
         # Ranks of a training run end together: who is left two minutes after the first has gone hangs.
         pretrain) run_ranks 120 pretrain.py "$@" --resume auto ;;
@@ -96,17 +96,19 @@ run_ranks() { # run_ranks SECONDS SCRIPT FLAGS...: sets step, and code to the hi
 }
 
 start_again() { # start_again FOLDER CHECKPOINT_BEFORE: requeue the job, unless something speaks against it
-    local folder=$1 before=$2 after stuck=0 line file
+    local folder=$1 before=$2 after stuck=0 file
     after=$(last_checkpoint "$folder")
     if [ "$(job_state)" != RUNNING ] && [ "$(date +%s)" -lt "$ends" ]; then
-        say "the ranks ended with $code at checkpoint $after; SLURM has ended this job itself (scancel, preemption, a dead node)"
+        say "the ranks ended with $code at checkpoint $after;" \
+            "SLURM has ended this job itself (scancel, preemption, a dead node)"
         exit 75
     fi
     if [ -d "$folder" ]; then
         file=$folder/slurm.txt
-        line="job $SLURM_JOB_ID start $((${SLURM_RESTART_COUNT:-0} + 1)) ended with $code: $before -> $after"
-        echo "$line" >>"$file" || true
-        stuck=$(awk -v job="$SLURM_JOB_ID" '$2 == job { stuck = $(NF - 2) == $NF ? stuck + 1 : 0 } END { print stuck + 0 }' "$file") || stuck=0
+        echo "job $SLURM_JOB_ID start $start ended with $code: $before -> $after" >>"$file" || true
+        # How many of its last starts brought no new checkpoint.
+        stuck=$(awk -v job="$SLURM_JOB_ID" '$2 == job { n = $(NF - 2) == $NF ? n + 1 : 0 } END { print n + 0 }' "$file") ||
+            stuck=0
     fi
     if [ "${GLSD_REQUEUE:-1}" = 0 ]; then
         say "the ranks ended with $code at checkpoint $after: this job is not requeued, the next one goes on"
@@ -114,8 +116,9 @@ start_again() { # start_again FOLDER CHECKPOINT_BEFORE: requeue the job, unless 
     elif [ "$stuck" -ge 3 ]; then
         say "the ranks ended with $code, the third time without a new checkpoint after $after: not started again"
         exit "$code"
-    elif [ "${SLURM_RESTART_COUNT:-0}" -ge "${GLSD_MAX_REQUEUES:-100}" ]; then
-        say "the ranks ended with $code at checkpoint $after after ${SLURM_RESTART_COUNT:-0} requeues (GLSD_MAX_REQUEUES): not started again"
+    elif [ "${SLURM_RESTART_COUNT:=0}" -ge "${GLSD_MAX_REQUEUES:-100}" ]; then
+        say "the ranks ended with $code at checkpoint $after," \
+            "after $SLURM_RESTART_COUNT requeues (GLSD_MAX_REQUEUES): not started again"
         exit "$code"
     fi
     say "the ranks ended with $code at checkpoint $after: requeued"

@@ -12,6 +12,8 @@ import slurm_cluster
 import tiny_run
 
 ROOT = Path(__file__).parents[2]
+# SLURM looks at time limits twice a minute. The second job is not warned: TERM is the first that it hears.
+TIMED = {"warned": ["--time=1", "--signal=USR1@30"], "time_limit": ["--time=1", "--signal=CONT@1"]}
 sys.path.insert(0, str(ROOT / "launch" / "slurm"))  # for submit.py
 import slurm_jobs  # noqa: E402
 
@@ -64,12 +66,13 @@ def stand_ins(jobs) -> dict[str, str]:
         "cancelled": ("wait 0", []),
         "batch_usr1": ("wait 0", []),
         "batch_term": ("wait 0", []),
+        "warned": ("wait 0", []),
         "time_limit": ("wait 0", []),
     }
     ids = {}
     for name, (words, variables) in plans.items():
         (jobs.folder / name / "checkpoints").mkdir(parents=True)
-        options = ["--time=1", "--signal=USR1@30"] if name == "time_limit" else []
+        options = [*TIMED.get(name, [])]
         export = ["ALL", f"GLSD_ROOT={ROOT}", slurm_jobs.STAND_IN, f"STAND_IN={words}", *variables]
         # The other node loses its power in a test.
         options += ["--nodelist=node1", f"--job-name={name}", f"--export={','.join(export)}"]

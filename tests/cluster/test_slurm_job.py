@@ -18,6 +18,7 @@ ENDS = {
     "cancelled": (("CANCELLED", "75:0", 1), "SLURM has ended this job itself"),
     "batch_usr1": (("COMPLETED", "0:0", 2), "start 2 of job"),
     "batch_term": (("COMPLETED", "0:0", 2), "start 2 of job"),
+    "warned": (("COMPLETED", "0:0", 2), "start 2 of job"),
     "time_limit": (("COMPLETED", "0:0", 2), "start 2 of job"),
 }
 SIGNALS = {
@@ -39,8 +40,8 @@ def test_what_becomes_of_a_job_follows_from_how_its_ranks_end(name, cluster, job
     assert (end["JobState"], end["ExitCode"], int(end["Restarts"]) + 1) == (state, code, starts), said
     assert len(re.findall(r"glsd: start \d", said)) == starts
     assert last_words in said
-    stopped = name in ("batch_usr1", "batch_term", "time_limit")
-    assert said.count("rank none got USR1") == stopped
+    assert said.count("rank none got USR1") == (name in ("batch_usr1", "batch_term", "warned"))
+    assert said.count("rank none got TERM") == (name in ("cancelled", "time_limit"))
 
 
 def test_where_a_rank_is_and_which_gpus_it_sees(cluster, jobs):
