@@ -11,6 +11,11 @@
 #   GLSD_REQUEUE       0: end with 75 instead of requeueing; whoever submitted it starts it again (a chain)
 #   GLSD_MAX_REQUEUES  at most so many requeues, 100 by default
 
+# Runs a command of this script's own that a signal for the job must not end; the script itself hears it.
+deaf() {
+    trap '' TERM USR1
+    "$@"
+}
 say() { printf 'glsd: %s\n' "$*"; }
 refuse() {
     printf 'error: %s\n' "$*" >&2
@@ -29,11 +34,11 @@ run_stage() { # run_stage pretrain|finetune|evaluate|doctor FLAGS...
     # What reaches only this shell (--signal=B:..., scancel --batch) is passed on, as USR1: of TERM srun kills the ranks.
     trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 TERM
     # Flags that are wrong end here, before any rank starts. The doctor has its own.
-    [ "$stage" = doctor ] || folder=$("$GLSD_PYTHON" "$GLSD_ROOT/launch/slurm/flags.py" "$stage" "$@") || exit $?
-    before=$(last_checkpoint "$folder")
+    [ "$stage" = doctor ] || folder=$(deaf "$GLSD_PYTHON" "$GLSD_ROOT/launch/slurm/flags.py" "$stage" "$@") || exit $?
+    before=$(deaf last_checkpoint "$folder")
     describe_world
     say "start $start of job $SLURM_JOB_ID ($stage): $nodes nodes (${hosts[*]}), $ranks ranks, ${gpus:-no} GPUs a node," \
-        "$(time_left) left; ${folder:-no run folder}, last checkpoint: $before"
+        "$(deaf time_left) left; ${folder:-no run folder}, last checkpoint: $before"
     case $stage in
         # Ranks of a training run end together: who is left two minutes after the first has gone hangs.
         pretrain) run_ranks 120 pretrain.py "$@" --resume auto ;;
@@ -52,9 +57,9 @@ run_stage() { # run_stage pretrain|finetune|evaluate|doctor FLAGS...
 
 describe_world() { # sets nodes, hosts, ranks, gpus, ends (seconds since 1970) and what ranks read from the environment
     local first
-    ends=$(date --date="$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null) || ends=9999999999
+    ends=$(deaf end_time) || ends=9999999999
     nodes=$SLURM_JOB_NUM_NODES per_node=${SLURM_NTASKS_PER_NODE:-1} gpus=${SLURM_GPUS_ON_NODE:-}
-    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    mapfile -t hosts < <(deaf scontrol show hostnames "$SLURM_JOB_NODELIST")
     if [ -n "$gpus" ] && [ "$gpus" -ne "$per_node" ]; then
         refuse "$gpus GPUs a node, but $per_node ranks: one rank drives one GPU, give sbatch --ntasks-per-node=$gpus"
     fi
@@ -97,6 +102,7 @@ run_ranks() { # run_ranks SECONDS SCRIPT FLAGS...: sets step, and code to the hi
 
 start_again() { # start_again FOLDER CHECKPOINT_BEFORE: requeue the job, unless something speaks against it
     local folder=$1 before=$2 after stuck=0 file
+    trap '' TERM USR1 # at a time limit every process of the job gets TERM, and those that this needs must not die of it
     after=$(last_checkpoint "$folder")
     if [ "$(job_state)" != RUNNING ] && [ "$(date +%s)" -lt "$ends" ]; then
         say "the ranks ended with $code at checkpoint $after;" \
@@ -138,6 +144,10 @@ last_checkpoint() { # the name of the last checkpoint in a run folder, or "none"
 
 job_state() {
     scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.*\bJobState=\([A-Z_]*\).*/\1/p'
+}
+
+end_time() { # of the job by its limit, in seconds since 1970
+    date --date="$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null
 }
 
 time_left() { # as squeue shows it
