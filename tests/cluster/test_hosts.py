@@ -1,6 +1,5 @@
 """Runs on two and three hosts that die, lose their network or freeze: who is missing is said, and the rest goes on."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
