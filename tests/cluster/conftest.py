@@ -10,6 +10,7 @@ import hosts
 import pytest
 import slurm_cluster
 import tiny_run
+from forks import Forks
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launch" / "slurm"))
@@ -47,3 +48,11 @@ def cluster(tmp_path_factory) -> Iterator[slurm_cluster.Cluster]:
 def uneven_shards(tmp_path_factory) -> str:
     """The pattern of a few small shards of very different sizes."""
     return tiny_run.pack_uneven(tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts ranks on hosts within a second."""
+    made = Forks()
+    yield made
+    made.end()

@@ -7,21 +7,17 @@ import time
 import check_run
 import pytest
 from host_ranks import assert_nobody_left, ranks_of, wait_for_step
-from hosts import made_hosts, wait_until, why_not
+from hosts import made_hosts, wait_until
 from launch_lines import ENVIRONMENT, accelerate_launch, elastic
 from tiny_run import argv_of
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.multinode,
-    pytest.mark.skipif(bool(why_not()), reason=why_not() or "fine"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 
 
-def test_the_hosts_that_are_left_start_again_by_themselves(tmp_path, shards):
+def test_the_hosts_that_are_left_start_again_by_themselves(tmp_path, uneven_shards):
     """Of three hosts the one that keeps the rendezvous and another one stay."""
     run = tmp_path / "run"
-    argv = argv_of(run, shards, cluster__lost_after=6)
+    argv = argv_of(run, uneven_shards, cluster__lost_after=6)
     with made_hosts(3, tmp_path / "hosts") as hosts:
         launchers = {
             # By name: with an address h1, whose name means 127.0.1.1 to itself, would not know that it is meant.
@@ -48,12 +44,12 @@ def test_the_hosts_that_are_left_start_again_by_themselves(tmp_path, shards):
     told = left[0].said()
     assert "3 ranks x 1 x 4 images" in told
     assert "2 ranks x 1 x 6 images" in told
-    assert check_run.main([str(run), "--shards", shards]) == 0
+    assert check_run.main([str(run), "--shards", uneven_shards]) == 0
 
 
-def test_a_killed_rank_is_started_again(tmp_path, shards):
+def test_a_killed_rank_is_started_again(tmp_path, uneven_shards):
     run = tmp_path / "run"
-    argv = argv_of(run, shards, cluster__lost_after=6)
+    argv = argv_of(run, uneven_shards, cluster__lost_after=6)
     with made_hosts(1, tmp_path / "hosts") as hosts:
         host = hosts["h1"]
         line = accelerate_launch(
@@ -72,4 +68,4 @@ def test_a_killed_rank_is_started_again(tmp_path, shards):
         )
         assert launcher.wait(90) == 0, launcher.said()
         assert_nobody_left([host])
-    assert check_run.main([str(run), "--shards", shards]) == 0
+    assert check_run.main([str(run), "--shards", uneven_shards]) == 0

@@ -9,15 +9,11 @@ from dataclasses import dataclass
 import check_run
 import pytest
 from host_ranks import assert_all_end, assert_nobody_left, ranks_of, start_ranks, wait_for_step
-from hosts import Host, Started, made_hosts, why_not
+from hosts import Host, Started, made_hosts
 from launch_lines import ENVIRONMENT, accelerate_launch, torchrun
 from tiny_run import argv_of, steps_written
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.multinode,
-    pytest.mark.skipif(bool(why_not()), reason=why_not() or "fine"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 
 LAUNCHERS: dict[str, Callable] = {"accelerate launch": accelerate_launch, "torchrun": torchrun}
 TRAP = ["sh", "-c", "trap '' USR1; exec \"$@\"", "sh"]
@@ -52,18 +48,18 @@ def send(stop: Stop, launcher: Started, host: Host) -> None:
         os.kill(pid, stop.number)
 
 
-def test_stops_under_a_launcher_change_nothing(tmp_path, forks, shards):
+def test_stops_under_a_launcher_change_nothing(tmp_path, forks, uneven_shards):
     """One run is stopped in every way, one after the other; then it is the one that nobody stopped, to the bit."""
     run, twin = tmp_path / "run", tmp_path / "twin"
     changes = {
         "optim__epochs": 3,
         "watch__checkpoint_every": 50,
     }  # what is saved was saved because of the signal
-    argv = argv_of(run, shards, **changes)
+    argv = argv_of(run, uneven_shards, **changes)
     with made_hosts(1, tmp_path / "hosts") as hosts:
         host = hosts["h1"]
         straight = start_ranks(
-            forks, [host, host], argv_of(twin, shards, **changes), tmp_path / "twin_logs", port=29600
+            forks, [host, host], argv_of(twin, uneven_shards, **changes), tmp_path / "twin_logs", port=29600
         )
         assert_all_end(straight)
         for number, stop in enumerate(STOPS):
@@ -81,4 +77,4 @@ def test_stops_under_a_launcher_change_nothing(tmp_path, forks, shards):
             assert f"stopped by {stop.number.name} after step" in launcher.said()
             assert check_run.main([str(run)]) == 0  # also: the last checkpoint is of the last step
         assert_all_end(start_ranks(forks, [host, host], argv, tmp_path / "logs", port=29601))
-    assert check_run.main([str(run), "--shards", shards, "--like", str(twin)]) == 0
+    assert check_run.main([str(run), "--shards", uneven_shards, "--like", str(twin)]) == 0
