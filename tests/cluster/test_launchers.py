@@ -21,7 +21,7 @@ TRAP = ["sh", "-c", "trap '' USR1; exec \"$@\"", "sh"]
 
 @dataclass(frozen=True)
 class Stop:
-    """A launcher, who gets which signal ("all": the launcher and the ranks), and the launcher's exit code."""
+    """A launcher, who gets which signal ("all": it and the ranks, as from a scheduler), and the launcher's exit code."""
 
     launcher: str
     number: signal.Signals
@@ -34,8 +34,6 @@ STOPS = [
     Stop("accelerate launch", signal.SIGUSR1, "all", 0, trap=True),
     Stop("accelerate launch", signal.SIGUSR1, "all", -signal.SIGUSR1),
     Stop("accelerate launch", signal.SIGTERM, "launcher", 1),
-    Stop("accelerate launch", signal.SIGTERM, "one rank", 0),
-    Stop("torchrun", signal.SIGUSR1, "all", 0, trap=True),
     Stop("torchrun", signal.SIGTERM, "launcher", 1),
 ]
 
@@ -43,8 +41,7 @@ STOPS = [
 def send(stop: Stop, launcher: Started, host: Host) -> None:
     ranks = ranks_of(launcher, host)
     assert len(ranks) == 2
-    pids = {"all": [launcher.pid, *ranks], "launcher": [launcher.pid], "one rank": ranks[1:]}
-    for pid in pids[stop.to]:
+    for pid in [launcher.pid, *ranks] if stop.to == "all" else [launcher.pid]:
         os.kill(pid, stop.number)
 
 
@@ -66,15 +63,19 @@ def test_stops_under_a_launcher_change_nothing(tmp_path, forks, uneven_shards):
             line = LAUNCHERS[stop.launcher](argv, address=host.address, port=29500 + number, each=2)
             log = tmp_path / f"{number}.log"
             launcher = host.run([*TRAP, *line] if stop.trap else line, log, ENVIRONMENT)
-            before = steps_written(run)
-            wait_for_step(run, before + 3, [launcher])
+            wait_for_step(run, steps_written(run) + 3, [launcher])
             moment = time.time()
             send(stop, launcher, host)
             assert launcher.wait(30) == stop.code, launcher.said()
             assert_nobody_left([host])
-            seconds = time.time() - moment
-            print(f"{stop}: all ended after {seconds:.1f} s")
+            print(f"{stop}: all ended after {time.time() - moment:.1f} s")
             assert f"stopped by {stop.number.name} after step" in launcher.said()
             assert check_run.main([str(run)]) == 0  # also: the last checkpoint is of the last step
-        assert_all_end(start_ranks(forks, [host, host], argv, tmp_path / "logs", port=29601))
+        # Without a launcher: one rank alone gets the signal. Then the run is finished.
+        ranks = start_ranks(forks, [host, host], argv, tmp_path / "one", port=29601)
+        wait_for_step(run, steps_written(run) + 3, ranks)
+        os.kill(ranks[1].pid, signal.SIGUSR1)
+        assert_all_end(ranks)
+        assert "stopped by SIGUSR1 after step" in ranks[0].said()
+        assert_all_end(start_ranks(forks, [host, host], argv, tmp_path / "logs", port=29602))
     assert check_run.main([str(run), "--shards", uneven_shards, "--like", str(twin)]) == 0
