@@ -12,6 +12,10 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "TOKENIZERS_PARALLELISM": "false",
 }
+# For launchers that start again by themselves. Every attempt gets a store of its own: in a shared one ranks find the
+# addresses of those that were there before, and attempts fail or hang.
+RESTARTS = ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+RENDEZVOUS = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60"
 
 
 def accelerate_launch(
@@ -79,7 +83,7 @@ def elastic(
         "rdzv-backend": "c10d",
         "rdzv-endpoint": f"{address}:{port}",
         "rdzv-id": "glsd",
-        "rdzv-conf": "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60",
+        "rdzv-conf": RENDEZVOUS,
         "max-restarts": 3,
     }
     words = [f"--{name}={value}" for name, value in flags.items()]
