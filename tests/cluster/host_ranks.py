@@ -102,11 +102,10 @@ def lost_line(rank: Started) -> Said:
     return Said(int(found[1]), found[2], tuple(who), since, float(found[5]))
 
 
-def assert_nobody_left(hosts: Iterable[Host], seconds: float = 20) -> None:
+def assert_nobody_left(hosts: Sequence[Host], seconds: float = 20) -> None:
     """No process is left on any of the hosts, no zombie either; one that ends takes seconds for it on a busy machine."""
-    for host in hosts:
-        wait_until(
-            lambda host=host: not host.pids(),
-            seconds,
-            lambda host=host: f"{host.name} to be empty: {host.pids()}",
-        )
+
+    def left() -> dict[str, dict[int, str]]:
+        return {host.name: found for host in hosts if (found := host.pids())}
+
+    wait_until(lambda: not left(), seconds, lambda: f"the end of {left()}")
