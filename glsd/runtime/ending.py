@@ -26,8 +26,6 @@ BEAT_EVERY = 0.5  # seconds between two signs of life; more with very many ranks
 BEATS_TO_MISS = 6  # after a connection broke: a rank that is silent for so many signs is taken for the cause
 WAIT_FOR_OTHERS = 10.0  # seconds
 
-asked_to_stop = threading.Event()  # this process got a signal: it saves and ends after one of the next steps
-
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -90,8 +88,8 @@ class Watch:
                 self.talked = time.monotonic()
                 self._judge(self.signs.silent(self.patience()))
         except RuntimeError:  # the process that keeps the notes is gone
-            # Maybe only the launcher, of the signal that the ranks got too: they stop together without it.
-            while asked_to_stop.is_set() and not (self.trouble.is_set() or self.done.wait(self.period / 5)):
+            # Maybe only a launcher, of the signal that the ranks got too: while they can talk, they may save and stop.
+            while not (self.done.is_set() or self.trouble.wait(self.period / 5)):
                 if time.monotonic() - self.talked > self.lost_after:
                     break
             self._judge_notes()

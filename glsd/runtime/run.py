@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from glsd.contracts import UserError
-from glsd.runtime import dist, ending
+from glsd.runtime import dist
 
 PACKAGES = (
     "torch",
@@ -235,9 +235,7 @@ def catch_signals() -> Iterator[Callable[[], str]]:
                 raise KeyboardInterrupt
             first_interrupt = first_interrupt or time.monotonic()
         note = note or signal.Signals(number).name
-        ending.asked_to_stop.set()
 
-    ending.asked_to_stop.clear()
     before = {number: signal.signal(number, leave_note) for number in SIGNALS}
     try:
         yield lambda: note
