@@ -10,6 +10,7 @@ import hosts
 import pytest
 import slurm_cluster
 import tiny_run
+from forks import Forks
 
 ROOT = Path(__file__).parents[2]
 # SLURM looks at time limits twice a minute. The second job is not warned: TERM is the first that it hears.
@@ -84,3 +85,11 @@ def stand_ins(jobs) -> dict[str, str]:
 def uneven_shards(tmp_path_factory) -> str:
     """The pattern of a few small shards of very different sizes."""
     return tiny_run.pack_uneven(tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts ranks on hosts within a second."""
+    made = Forks()
+    yield made
+    made.end()
