@@ -201,6 +201,17 @@ class WatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Several processes.
+
+    Args:
+        parallel: What ranks keep: all of weights, teacher and optimiser state each ('ddp'), or 1/R of it ('fsdp').
+    """
+
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Pretrain a vision backbone without labels.
 
@@ -221,6 +232,7 @@ class PretrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
