@@ -14,6 +14,10 @@ from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 
+class StoppedEarly(Exception):
+    """A run was asked to stop before its end; it has saved what it needs to go on."""
+
+
 class UserError(Exception):
     """A mistake in what the user gave us: one line that names the file, key or value, what was expected, what to do.
 

@@ -204,8 +204,11 @@ def _by_view(groups: Sequence[Tensor | None], num_images: int) -> list[Tensor]:
     return [group.unflatten(0, (-1, num_images)) for group in groups if group is not None]
 
 
-def mean_values(outs: Sequence[Distilled]) -> dict[str, Float[Tensor, ""]]:
-    """Return what the meters show of a step's micro-batches, by name; their mean over ranks is that of all patches."""
+def mean_values(outs: Sequence[Distilled], shares: Sequence[float]) -> dict[str, Float[Tensor, ""]]:
+    """Return what the meters show of a step's micro-batches, by name; the mean over ranks is that of all images and patches.
+
+    shares: how much each micro-batch counts, 1 in all per rank on average.
+    """
     named = {
         "loss": [out.loss for out in outs],
         "global_loss": [out.image.loss for out in outs],
@@ -215,7 +218,7 @@ def mean_values(outs: Sequence[Distilled]) -> dict[str, Float[Tensor, ""]]:
     if patches:
         named["local_loss"] = [patch.loss for patch in patches]
         named["matched_share"] = [patch.matched_share for patch in patches]
-    means = {name: torch.stack(values).detach().mean() for name, values in named.items()}
+    means = {name: _weighted(values, shares) for name, values in named.items()}
     if patches:
         # Every micro-batch of every rank uses another number of teacher patches: the mean is that over all of them.
         rows = torch.stack([torch.full_like(patch.teacher_entropy, patch.teacher_rows) for patch in patches])
@@ -226,9 +229,13 @@ def mean_values(outs: Sequence[Distilled]) -> dict[str, Float[Tensor, ""]]:
     return means
 
 
-def mean_logits(outs: Sequence[Distilled]) -> dict[str, Float[Tensor, " k"]]:
-    """Return the teacher's mean raw logits over a step's micro-batches, for the centres of the same names."""
-    means = {"global": torch.stack([out.image.teacher_mean for out in outs]).mean(0)}
+def mean_logits(outs: Sequence[Distilled], shares: Sequence[float]) -> dict[str, Float[Tensor, " k"]]:
+    """Return the teacher's mean raw logits of a step's micro-batches, for the centres of the same names; shares as above."""
+    means = {"global": _weighted([out.image.teacher_mean for out in outs], shares)}
     if outs[0].patch is not None:
-        means["local"] = torch.stack([out.patch.teacher_mean for out in outs if out.patch]).mean(0)
+        means["local"] = _weighted([out.patch.teacher_mean for out in outs if out.patch], shares)
     return means
+
+
+def _weighted(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return torch.stack([share * value.detach() for value, share in zip(values, shares, strict=True)]).sum(0)

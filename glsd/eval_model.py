@@ -7,8 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from glsd.command_line import load_file
-from glsd.config import EvalConfig, PretrainConfig
+from glsd.config import PretrainConfig
 from glsd.contracts import UserError, pick
+from glsd.eval_config import EvalConfig
 from glsd.eval_sets import Sizes, choose_sizes
 from glsd.finetune_build import NATIVE_SIZE, build_embedder, resolve
 from glsd.finetune_config import FinetuneConfig

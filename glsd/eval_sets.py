@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glsd.config import EvalDataConfig
 from glsd.contracts import UserError
 from glsd.data.eval_loader import eval_loader
 from glsd.data.shards import ShardSet, check_disjoint, check_same_classes, open_shards
+from glsd.eval_config import EvalDataConfig
 from glsd.evals.embed import Embedded, embed
 from glsd.finetune_config import FinetuneDataConfig
 from glsd.runtime import dist

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from glsd.config import EvalConfig
 from glsd.contracts import UserError
 from glsd.data.shards import ShardSet, check_disjoint, check_same_classes
+from glsd.eval_config import EvalConfig
 from glsd.eval_model import Measured, load_model
 from glsd.eval_retrieval import describe_scores, describe_search, score_retrieval
 from glsd.eval_sets import embed_set, open_labelled, open_retrieval
@@ -19,6 +19,7 @@ from glsd.evals.knn import knn_accuracy
 from glsd.evals.linear import check_settings, linear_probe
 from glsd.evals.record import append_record, cannot_write
 from glsd.runtime import dist, ending
+from glsd.runtime.interface import choose_interface
 
 
 def evaluate(cfg: EvalConfig) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     the record (the others an empty one). Raises UserError for what in the configuration, the shards or the weights
     cannot work, before the first forward pass where that can be known.
     """
+    choose_interface()
     processes = PartialState(cpu=not torch.cuda.is_available())
     dist.check_world(processes.num_processes, "launch/evaluate.py")
     ending.watch_others()

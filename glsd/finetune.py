@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from glsd.command_line import dump
-from glsd.contracts import LabelledCrops, UserError
+from glsd.contracts import LabelledCrops, StoppedEarly, UserError
 from glsd.data.balanced import balanced_loader
 from glsd.data.photometric import normalise
 from glsd.evals.record import cannot_write
@@ -34,7 +34,7 @@ from glsd.runtime import checkpoint, dist, ending
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.launch import start
 from glsd.runtime.meters import Meters
-from glsd.runtime.run import Run, asked_to_stop, catch_signals, open_run, rewind
+from glsd.runtime.run import Run, StopVote, catch_signals, open_run, rewind
 
 ROLES = ("test", "query", "gallery")
 BATCH_SEED = -1  # in place of a rank: draws that all ranks share
@@ -43,11 +43,11 @@ BATCH_SEED = -1  # in place of a rank: draws that all ranks share
 def finetune(cfg: FinetuneConfig) -> Path:
     """Fine-tune as configured, measure before, during and after, and return the run directory.
 
-    When asked to stop (TERM, USR1, INT) it saves and returns early. Raises UserError for what in the configuration, the
+    Asked to stop (TERM, USR1, INT) it saves and raises StoppedEarly. Raises UserError for what in the configuration, the
     data, the weights or the checkpoint cannot work, before the first step where that can be known.
     """
     accelerator = start(cfg.optim.precision, "launch/finetune_dml.py")
-    ending.watch_others()
+    ending.watch_others(cfg.cluster.lost_after)
     run = Run(Path(cfg.out))
     cfg, source = dist.together(lambda: resolve(cfg))
     sets = dist.together(lambda: open_sets(cfg))
@@ -71,6 +71,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
             with meters.aside():
                 measure(cfg, plan, state, sets, meters, accelerator)
         since_check: list[StepReport] = []
+        stop_vote = StopVote()
         while state.step < plan.last_step:
             rates = rates_at(cfg, plan, state.step)
             since_check.append(train_step(cfg, rates, state, batches, meters, accelerator))
@@ -81,7 +82,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
                 state.teacher.load_state_dict(state.student.state_dict())
             last = state.step == plan.last_step
             flushing = last or state.step % cfg.watch.log_every == 0
-            stopping = asked_to_stop(signal_name(), agree=flushing)
+            stopping = stop_vote(signal_name(), last=last)
             every = cfg.watch.checkpoint_every
             saving = last or bool(stopping) or (state.step % every == 0 if every else ends_epoch)
             error = None
@@ -98,8 +99,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
             if error:
                 raise error
             if stopping:
-                meters.say(f"stopped by {stopping} after step {state.step}; go on with --resume auto")
-                return run.folder
+                raise StoppedEarly(f"stopped by {stopping} after step {state.step}; go on with --resume auto")
             if is_due(cfg, plan, state.step):
                 with meters.aside():
                     measure(cfg, plan, state, sets, meters, accelerator)

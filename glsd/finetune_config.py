@@ -168,6 +168,17 @@ class FinetuneWatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneClusterConfig:
+    """How ranks work together.
+
+    Args:
+        lost_after: Seconds without a sign of life after which a rank counts as lost and all others stop.
+    """
+
+    lost_after: float = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """Fine-tune a backbone for retrieval with labels, and measure it on classes it has not seen.
 
@@ -195,6 +206,7 @@ class FinetuneConfig:
     mdr: MdrConfig = field(default_factory=MdrConfig)
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
     watch: FinetuneWatchConfig = field(default_factory=FinetuneWatchConfig)
+    cluster: FinetuneClusterConfig = field(default_factory=FinetuneClusterConfig)
 
     @property
     def distills(self) -> bool:

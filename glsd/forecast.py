@@ -59,7 +59,7 @@ def forecast(cfg: PretrainConfig) -> Forecast:
     accelerator = start(
         cfg.optim.precision,
         "launch/pretrain.py",
-        static_graph=cfg.optim.accumulate_steps == 1,
+        static_graph=cfg.optim.micro_batch == 0,
         grad_compression=cfg.optim.grad_compression,
     )
     shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
@@ -69,7 +69,7 @@ def forecast(cfg: PretrainConfig) -> Forecast:
         restore(cfg, state, Run(Path(cfg.out)), shards)
     open_probe(cfg)
     steps_left = max(0, plan.last_step - state.step)
-    batches = make_batches(cfg, plan, shards, state.step * cfg.optim.batch_size)
+    batches = make_batches(cfg, shards, state.step * cfg.optim.batch_size)
     restored = size(optimizer_tensors(state))
     mark = mark_memory(accelerator.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def measure(
     cfg: PretrainConfig, plan: Plan, state: State, batches, meters: Meters, accelerator: Accelerator
 ) -> dict[str, float]:
     """Return the timing of the meters over some steps after the warm-up; every rank takes as many."""
-    ready = 2 * cfg.data.num_workers // cfg.optim.accumulate_steps  # what the DataLoader fetches ahead
+    ready = 2 * cfg.data.num_workers // len(plan.micro_batches)  # what the DataLoader fetches ahead
     least = GPU_WARMUP_STEPS if accelerator.device.type == "cuda" else 1
     try:
         for seconds, fewest, most in (
@@ -112,18 +112,18 @@ def measure(
                 rates = rates_at(cfg, plan, min(state.step, plan.last_step - 1))
                 # As in all but the first epochs: frozen prototypes have no moments yet.
                 rates = replace(rates, freeze_prototypes=False)
-                train_step(cfg, rates, state, batches, meters, accelerator)
+                train_step(cfg, plan, rates, state, batches, meters, accelerator)
                 state.step += 1
                 done += 1
-                meters.advance(state.step, images=plan.micro_batch * cfg.optim.accumulate_steps)
+                meters.advance(state.step, images=plan.rank_images)
             row = meters.flush(state.step)
     except RuntimeError as problem:
         if not isinstance(problem, torch.OutOfMemoryError) and OUT_OF_MEMORY not in str(problem):
             raise
         raise UserError(
             f"optim.batch_size {cfg.optim.batch_size} does not fit into {total_memory(accelerator.device) / GIB:.0f} GiB of "
-            f"{accelerator.device.type} memory ({plan.micro_batch} images at a time): lower it, raise optim.accumulate_steps or "
-            "lower head.num_prototypes"
+            f"{accelerator.device.type} memory ({plan.micro_batches[0]} images at a time): set a lower optim.micro_batch, or lower "
+            "head.num_prototypes"
         ) from problem
     return row["timing"]
 
@@ -176,6 +176,6 @@ def report(found: Forecast, device: torch.device) -> str:
     ]
     if needed > 0.9 * found.device_memory:
         lines.append(
-            "warning: less than a tenth of the memory is left: lower optim.batch_size or raise optim.accumulate_steps"
+            "warning: less than a tenth of the memory is left: set optim.micro_batch below the images of a rank"
         )
     return "\n".join(lines)

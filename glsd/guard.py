@@ -1,5 +1,6 @@
 """What ends a training run before it does harm: gradients that are not finite, too many samples that cannot be read."""
 
+import itertools
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -101,6 +102,6 @@ def log_samples(plan: Plan, state: Watched, run: Run, reports: list[StepReport])
     for number, step_keys in enumerate(zip(*ranks_keys, strict=True)):
         epoch = (first + number) // plan.steps_per_epoch
         # Ranks take the positions of a batch in turns.
-        keys = [key for turn in zip(*step_keys, strict=True) for key in turn]
+        keys = [key for turn in itertools.zip_longest(*step_keys) for key in turn if key is not None]
         rows.append({"step": first + number + 1, "samples": [(epoch, key) for key in keys]})
     dist.together(lambda: append_rows(run.samples, rows))

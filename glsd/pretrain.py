@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from glsd.command_line import dump
 from glsd.config import PretrainConfig
-from glsd.contracts import CropBatch, UserError
+from glsd.contracts import CropBatch, StoppedEarly, UserError
 from glsd.data.crops import CropSpec
 from glsd.data.photometric import photometric
 from glsd.data.pretrain_loader import pretrain_loader
@@ -27,30 +27,31 @@ from glsd.runtime import checkpoint, dist, ending, sharding
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.launch import start
 from glsd.runtime.meters import Meters
-from glsd.runtime.run import Run, asked_to_stop, catch_signals, open_run, rewind
+from glsd.runtime.run import Run, StopVote, catch_signals, open_run, rewind
 from glsd.watch import advise, describe, draw_first_batch, open_probe, probe
 
 
 def pretrain(cfg: PretrainConfig) -> Path:
-    """Pretrain as configured and return the run directory; when asked to stop (TERM, USR1, INT) save and return early.
+    """Pretrain as configured and return the run directory.
 
-    Raises UserError for what in the configuration, the data or the checkpoint cannot work, before the first step where
-    that can be known; a run that already has checkpoints keeps them.
+    Asked to stop (TERM, USR1, INT) it saves and raises StoppedEarly. Raises UserError for what in the configuration, the
+    data or the checkpoint cannot work, before the first step where that can be known; a run that already has checkpoints
+    keeps them.
     """
     accelerator = start(
         cfg.optim.precision,
         "launch/pretrain.py",
         # Not together with no_sync: torch 2.15 fails in the second backward pass of a step.
-        static_graph=cfg.optim.accumulate_steps == 1,
+        static_graph=cfg.optim.micro_batch == 0,
         grad_compression=cfg.optim.grad_compression,
     )
-    ending.watch_others()
+    ending.watch_others(cfg.cluster.lost_after)
     shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
     plan = make_plan(cfg, shards.epoch_samples)
     state = build(cfg, accelerator)
     run = Run(Path(cfg.out))
     saved = restore(cfg, state, run, shards) if cfg.resume == "auto" else None
-    batches = make_batches(cfg, plan, shards, state.step * cfg.optim.batch_size)
+    batches = make_batches(cfg, shards, state.step * cfg.optim.batch_size)
     probe_sets = open_probe(cfg)
     # All is checked: from here on it may write.
     open_run(run.folder, resolved_config=dump(cfg), resume=cfg.resume == "auto")
@@ -75,14 +76,15 @@ def pretrain(cfg: PretrainConfig) -> Path:
             if probe_sets and (state.step % cfg.watch.probe_every == 0 or state.step == plan.last_step):
                 look(probe(cfg, probe_sets, meters, state, accelerator))
         since_check: list[StepReport] = []
+        stop_vote = StopVote()
         while state.step < plan.last_step:
             rates = rates_at(cfg, plan, state.step)
-            since_check.append(train_step(cfg, rates, state, batches, meters, accelerator))
+            since_check.append(train_step(cfg, plan, rates, state, batches, meters, accelerator))
             state.step += 1
-            meters.advance(state.step, images=plan.micro_batch * cfg.optim.accumulate_steps)
+            meters.advance(state.step, images=plan.rank_images)
             last = state.step == plan.last_step
             flushing = last or state.step % cfg.watch.log_every == 0
-            stopping = asked_to_stop(signal_name(), agree=flushing)
+            stopping = stop_vote(signal_name(), last=last)
             saving = last or bool(stopping) or state.step % cfg.watch.checkpoint_every == 0
             error = None
             if flushing or saving:
@@ -99,15 +101,14 @@ def pretrain(cfg: PretrainConfig) -> Path:
             if error:
                 raise error
             if stopping:
-                meters.say(f"stopped by {stopping} after step {state.step}; go on with --resume auto")
-                break
+                raise StoppedEarly(f"stopped by {stopping} after step {state.step}; go on with --resume auto")
             if probe_sets and (last or state.step % cfg.watch.probe_every == 0):
                 with meters.aside():
                     look(probe(cfg, probe_sets, meters, state, accelerator))
     return run.folder
 
 
-def make_batches(cfg: PretrainConfig, plan: Plan, shards: ShardSet, consumed: int) -> Iterator[CropBatch]:
+def make_batches(cfg: PretrainConfig, shards: ShardSet, consumed: int) -> Iterator[CropBatch]:
     """Return this rank's endless micro-batches from sample number ``consumed`` on."""
     d = cfg.data
     spec = CropSpec(
@@ -130,7 +131,7 @@ def make_batches(cfg: PretrainConfig, plan: Plan, shards: ShardSet, consumed: in
         window_shards=d.window_shards,
         consumed=consumed,
         batch_size=cfg.optim.batch_size,
-        micro_batch=plan.micro_batch,
+        micro_batch=cfg.optim.micro_batch,
         rank=dist.rank(),
         world_size=dist.world_size(),
         num_workers=d.num_workers,
@@ -150,6 +151,7 @@ def augment(batch: CropBatch) -> Pixels:
 
 def train_step(
     cfg: PretrainConfig,
+    plan: Plan,
     rates: Rates,
     state: State,
     batches: Iterator[CropBatch],
@@ -160,8 +162,8 @@ def train_step(
     decay, no_decay = state.optimizer.param_groups
     decay["lr"], decay["weight_decay"], no_decay["lr"] = rates.lr, rates.weight_decay, rates.lr
     torch.manual_seed(step_seed(cfg.seed, state.step, dist.rank()))  # stochastic depth
-    num_micro, used, outs = cfg.optim.accumulate_steps, [], []
-    for micro in range(num_micro):
+    used, outs = [], []
+    for number, share in enumerate(plan.shares, start=1):
         with meters.waiting():
             batch = next(batches)
         used.append(batch)
@@ -177,14 +179,14 @@ def train_step(
                 else None,
             )
         # Gradients travel between ranks with the last micro-batch only.
-        sharding.synchronise_gradients(state.losses, micro == num_micro - 1)
-        with contextlib.nullcontext() if micro == num_micro - 1 else accelerator.no_sync(state.model):
+        sharding.synchronise_gradients(state.losses, number == len(plan.shares))
+        with contextlib.nullcontext() if number == len(plan.shares) else accelerator.no_sync(state.model):
             out = state.model(pixels, targets)
-            accelerator.backward(out.loss / num_micro)
+            accelerator.backward(out.loss * share)
         outs.append(out)
     sharding.hand_over_gradients(state.student, state.own)
     norms = CLIPPERS[cfg.optim.clip_mode](state.own.values(), cfg.optim.clip_grad, in_parts=bool(state.plans))
-    values = {**mean_values(outs), "grad_norm": torch.linalg.vector_norm(norms)}
+    values = {**mean_values(outs, plan.shares), "grad_norm": torch.linalg.vector_norm(norms)}
     note_bad_gradient(state, values)
     if rates.freeze_prototypes:
         for name, parameter in state.own.items():
@@ -193,7 +195,7 @@ def train_step(
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     ema_update(state.own_teacher, state.own, rates.momentum)
-    for kind, mean in mean_logits(outs).items():
+    for kind, mean in mean_logits(outs, plan.shares).items():
         state.centers[kind] = ema_center(
             state.centers[kind], dist.all_reduce_mean(mean), cfg.loss.center_momentum
         )

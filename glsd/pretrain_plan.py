@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from glsd.config import PretrainConfig
 from glsd.contracts import UserError
+from glsd.data.order import micro_batches
 from glsd.optim.schedules import check_schedule, cosine, teacher_temp
 from glsd.runtime import dist
 
@@ -18,7 +19,15 @@ class Plan:
     steps_per_epoch: int  # of batch_size samples; the ragged tail of an epoch is dropped
     total_steps: int  # of the schedules
     last_step: int  # where this run ends
-    micro_batch: int  # images in one forward pass of one rank
+    micro_batches: tuple[
+        int, ...
+    ]  # images of this rank in each forward pass of a step; as many passes on every rank
+    shares: tuple[float, ...]  # how much each counts in the mean over ranks: size x ranks / batch_size
+
+    @property
+    def rank_images(self) -> int:
+        """How many images of a batch are this rank's."""
+        return sum(self.micro_batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +54,13 @@ class Rates:
 
 def make_plan(cfg: PretrainConfig, num_samples: int) -> Plan:
     """Check the numbers that belong together and cut the run into steps."""
-    o = cfg.optim
+    o, world = cfg.optim, dist.world_size()
     check_ranges(cfg)
-    parts = dist.world_size() * o.accumulate_steps
-    if o.batch_size % parts:
+    sizes = micro_batches(batch_size=o.batch_size, rank=dist.rank(), world_size=world, most=o.micro_batch)
+    if cfg.loss.local_mean == "accepted" and (len(sizes) > 1 or o.batch_size % world):
         raise UserError(
-            f"optim.batch_size {o.batch_size} is not a multiple of {dist.world_size()} ranks x optim.accumulate_steps "
-            f"{o.accumulate_steps}: use {math.ceil(o.batch_size / parts) * parts}"
+            "loss.local_mean accepted counts patches over one forward pass of all ranks: it needs optim.micro_batch 0 and an "
+            f"optim.batch_size (here {o.batch_size}) that is a multiple of the {world} ranks"
         )
     if num_samples < o.batch_size:
         raise UserError(
@@ -74,13 +83,14 @@ def make_plan(cfg: PretrainConfig, num_samples: int) -> Plan:
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         last_step=min(total, o.max_steps) if o.max_steps else total,
-        micro_batch=o.batch_size // parts,
+        micro_batches=sizes,
+        shares=tuple(size * world / o.batch_size for size in sizes),
     )
 
 
 def check_ranges(cfg: PretrainConfig) -> None:
     """Raise UserError for the first number that lies outside of what it can mean."""
-    whole = {"optim": ("batch_size", "accumulate_steps", "epochs"), "loss": ("sinkhorn_iterations",)}
+    whole = {"optim": ("batch_size", "epochs"), "loss": ("sinkhorn_iterations",)}
     whole["watch"] = ("log_every", "checkpoint_every", "probe_k", "probe_images")
     temps = ("student_temp", "teacher_temp", "warmup_teacher_temp", "hinge_factor")
     rates = (
@@ -102,6 +112,7 @@ def check_ranges(cfg: PretrainConfig) -> None:
         ("watch", "keep_checkpoints", 2, math.inf),
         ("watch", "probe_every", 0, math.inf),
         ("data", "max_bad_fraction", 0, 1),
+        ("cluster", "lost_after", 1, math.inf),
         ("", "seed", 0, 2**31 - 1),
     ]
     for group, key, low, high in limits:
@@ -112,11 +123,6 @@ def check_ranges(cfg: PretrainConfig) -> None:
             above = "more than 0" if low == math.ulp(0.0) else f"{low} or more"
             expected = above if high == math.inf else f"{low} to {high}"
             raise UserError(f"{name} is {value}: expected {expected}")
-    if cfg.loss.local_mean == "accepted" and cfg.optim.accumulate_steps > 1:
-        raise UserError(
-            "loss.local_mean accepted counts patches within one forward pass: it cannot be combined with "
-            "optim.accumulate_steps above 1"
-        )
 
 
 def rates_at(cfg: PretrainConfig, plan: Plan, step: int) -> Rates:

@@ -35,7 +35,7 @@ def describe(cfg: PretrainConfig, plan: Plan, state: State) -> str:
         f"configuration beside the defaults: {' '.join(f'{key}={value}' for key, value in differences(cfg).items()) or 'none'}",
         f"{cfg.model.backbone}: {millions['backbone']:.2f} M parameters, {millions['all']:.2f} M with heads",
         f"{plan.num_samples} images, {plan.steps_per_epoch} steps an epoch, {plan.last_step} of {plan.total_steps} steps, "
-        f"{dist.world_size()} ranks x {cfg.optim.accumulate_steps} x {plan.micro_batch} images",
+        f"{dist.world_size()} ranks x {len(plan.micro_batches)} x {plan.micro_batches[0]} images",
     ]
     if backbone.load_report is not None:
         lines.append(f"weights from {cfg.model.init}: {backbone.load_report}")

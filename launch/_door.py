@@ -1,32 +1,54 @@
 """The door of every launch script: the user's mistakes become one line and exit code 2, our bugs keep their traceback."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 
-from glsd.contracts import UserError
-from glsd.runtime import ending
+from glsd.contracts import StoppedEarly, UserError
+from glsd.runtime import dist, ending
+
+STOPPED_CODE = (
+    "GLSD_STOPPED_CODE"  # environment: exit code of a run that was asked to stop and saved, by default 0
+)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run ``main(argv)`` and exit with its code (None = 0); a UserError is printed as one line, exit code 2.
 
-    Whatever ends one rank ends all of them, and what several ranks have to say is said once.
+    Whatever ends one rank ends all of them, and what several ranks have to say is said once. Where another rank is lost,
+    each says who is missing; exit code ending.EXIT_LOST.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # What a terminal cannot show, such as a file name of another encoding, must not end a program.
             stream.reconfigure(errors="backslashreplace")
     try:
+        when_stopped = stopped_code()
         code = main(sys.argv[1:])
+    except StoppedEarly as stopped:
+        if dist.is_main():
+            print(stopped, flush=True)
+        ending.finish()
+        code = when_stopped
     except UserError as problem:
         if ending.end_others(2):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except Exception:
+    except Exception as problem:
+        if dist.is_broken_connection(problem):
+            ending.end_with_lost(problem)
         ending.end_others(1)
         raise
     sys.exit(code or 0)
+
+
+def stopped_code() -> int:
+    """Return the exit code of a run that was asked to stop: what a scheduler's script can tell from the end of the run."""
+    word = os.environ.get(STOPPED_CODE, "0")
+    if not word.isdecimal() or int(word) > 255:
+        raise UserError(f"{STOPPED_CODE} is {word!r}: expected an exit code, 0 to 255")
+    return int(word)
 
 
 def printable(text: object) -> str:

@@ -43,7 +43,7 @@ from glsd.config import PretrainConfig
 from glsd.contracts import CropBatch
 from glsd.data.crops import CropSpec
 from glsd.pretrain_build import State, build
-from glsd.pretrain_plan import Rates
+from glsd.pretrain_plan import Plan, Rates
 from glsd.runtime.memory import grown_since, mark_memory
 from glsd.runtime.meters import Meters
 
@@ -67,6 +67,7 @@ class Setup(NamedTuple):
     """All that a step needs."""
 
     cfg: PretrainConfig
+    plan: Plan
     state: State
     batch: CropBatch
     meters: Meters
@@ -129,13 +130,22 @@ def benchmark(args: argparse.Namespace) -> None:
 def prepared(flags: dict[str, Any]) -> Iterator[Setup]:
     """Build networks, optimiser and one batch of random pixels with boxes from our own cropper."""
     argv = [f"--{key}={flags[name]}" for name, key in FLAGS.items()]
-    cfg = load(PretrainConfig, [*argv, "--data.shards=none", "--optim.accumulate_steps=1"])
+    cfg = load(PretrainConfig, [*argv, "--data.shards=none"])
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=cfg.optim.precision)
     state = build(cfg, accelerator)
     with tempfile.TemporaryDirectory() as folder:
         meters = Meters(Path(folder), total_steps=1, start_step=0, device=accelerator.device)
         with contextlib.closing(meters):
-            yield Setup(cfg, state, random_batch(cfg, cfg.optim.batch_size), meters, accelerator)
+            num_images = cfg.optim.batch_size
+            plan = Plan(
+                num_samples=num_images,
+                steps_per_epoch=1,
+                total_steps=1,
+                last_step=1,
+                micro_batches=(num_images,),
+                shares=(1.0,),
+            )
+            yield Setup(cfg, plan, state, random_batch(cfg, num_images), meters, accelerator)
 
 
 def random_batch(cfg: PretrainConfig, num_images: int) -> CropBatch:
@@ -177,7 +187,7 @@ def step(kind: str, setup: Setup) -> None:
 def take_step(setup: Setup) -> None:
     """Take a step with whatever stands in for its parts at the moment."""
     batches = itertools.repeat(setup.batch)
-    pretrain.train_step(setup.cfg, RATES, setup.state, batches, setup.meters, setup.accelerator)
+    pretrain.train_step(setup.cfg, setup.plan, RATES, setup.state, batches, setup.meters, setup.accelerator)
 
 
 def flops_of(kind: str, setup: Setup) -> float:

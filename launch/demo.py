@@ -12,13 +12,14 @@ import _door
 import torch
 
 from glsd.command_line import load
-from glsd.config import EvalConfig, PretrainConfig
+from glsd.config import PretrainConfig
 from glsd.data.decode import decode
 from glsd.data.embedded import CANVAS, NUM_VAL_DIGITS, digit_canvases
 from glsd.data.eval_loader import eval_loader
 from glsd.data.pack import pack_samples
 from glsd.data.retrieval_split import split_shards
 from glsd.data.shards import open_shards
+from glsd.eval_config import EvalConfig
 from glsd.evals.embed import Embedded, embed
 from glsd.evals.knn import knn_accuracy, nearest_neighbours
 from glsd.evaluate import evaluate, load_model

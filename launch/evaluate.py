@@ -3,7 +3,7 @@
 import _door
 
 from glsd.command_line import load
-from glsd.config import EvalConfig
+from glsd.eval_config import EvalConfig
 from glsd.evaluate import evaluate
 from glsd.runtime import ending
 

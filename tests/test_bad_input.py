@@ -73,7 +73,8 @@ CASES = {
         "did you mean 'vit_tiny_patch16_224'",
     ),
     "batch larger than the data": ({"optim.batch_size": lambda *_: 64}, "optim.batch_size"),
-    "batch not divisible": ({"optim.accumulate_steps": lambda *_: 3}, "optim.batch_size"),
+    "negative micro-batch": ({"optim.micro_batch": lambda *_: -1}, "optim.micro_batch is -1"),
+    "no patience": ({"cluster.lost_after": lambda *_: 0}, "cluster.lost_after is 0.0: expected 1 or more"),
     "warm-up longer than the run": ({"optim.warmup_epochs": lambda *_: 9}, "optim.warmup_epochs"),
     "impossible scale": ({"data.global_scale": lambda *_: "[0.9, 0.1]"}, "data.global_scale"),
     "zero temperature": ({"loss.teacher_temp": lambda *_: 0.0}, "loss.teacher_temp"),
@@ -92,7 +93,7 @@ CASES = {
     ),
     "probe without shards": ({"watch.probe_every": lambda *_: 5}, "watch.probe_train_shards is not set"),
     "accepted mean over micro-batches": (
-        {"loss.local_mean": lambda *_: "accepted", "optim.accumulate_steps": lambda *_: 2},
+        {"loss.local_mean": lambda *_: "accepted", "optim.micro_batch": lambda *_: 2},
         "loss.local_mean accepted",
     ),
     "no weights file": ({"model.init": lambda *_: "nowhere.safetensors"}, "nowhere.safetensors"),

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from glsd.command_line import differences, dump, load, load_file
-from glsd.config import EvalConfig, PretrainConfig
+from glsd.config import PretrainConfig
 from glsd.contracts import UserError
+from glsd.eval_config import EvalConfig
 from glsd.finetune_config import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]

@@ -16,17 +16,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from glsd.command_line import dump
-from glsd.config import (
-    DataConfig,
-    EvalConfig,
-    EvalDataConfig,
-    HeadConfig,
-    ModelConfig,
-    PretrainConfig,
-    TimmArg,
-)
+from glsd.config import DataConfig, HeadConfig, ModelConfig, PretrainConfig, TimmArg
 from glsd.contracts import UserError
 from glsd.data.pack import pack_samples
+from glsd.eval_config import EvalConfig, EvalDataConfig
 from glsd.eval_sets import choose_sizes
 from glsd.evaluate import evaluate
 from glsd.models.backbone import build_backbone
@@ -248,7 +241,7 @@ def test_one_rank_that_fails_keeps_no_other_waiting(cfg, tmp_path):
 
         def main(argv):
             from glsd.command_line import load
-            from glsd.config import EvalConfig
+            from glsd.eval_config import EvalConfig
             from glsd.runtime import ending
             story.evaluate(load(EvalConfig, argv))
             left.touch()

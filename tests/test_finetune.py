@@ -21,8 +21,8 @@ from test_pretrain import ROOT, rows, train, wait_for
 
 from glsd.command_line import load
 from glsd.command_line import load_file as load_config
-from glsd.config import EvalConfig
 from glsd.contracts import UserError
+from glsd.eval_config import EvalConfig
 from glsd.evaluate import evaluate
 from glsd.finetune import finetune
 from glsd.finetune_build import build, resolve

@@ -11,7 +11,7 @@ COMMON = {"contracts", "geometry", "runtime.dist"}
 STORIES = {"pretrain", "pretrain_plan", "pretrain_build", "distillation", "watch", "guard"}
 STORIES |= {"finetune", "finetune_plan", "finetune_build", "finetune_losses", "finetune_watch"}
 STORIES |= {"forecast", "evaluate", "eval_model", "eval_sets", "eval_retrieval", "run_folder"}
-CONFIG = {"config", "finetune_config", "command_line"}
+CONFIG = {"config", "eval_config", "finetune_config", "command_line"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -137,7 +137,7 @@ def test_a_signal_saves_and_ends_cleanly(tiny_run, name):
         ("none", {}),
         ("geometric", {"loss__centering": "sinkhorn", "optim__precision": "bf16"}),
         ("geometric", {"head__shared": "true", "data__num_local": 0, "loss__local_mean": "accepted"}),
-        ("geometric", {"model__pool": "mean", "head__batch_norm": "true", "optim__accumulate_steps": 2}),
+        ("geometric", {"model__pool": "mean", "head__batch_norm": "true", "optim__micro_batch": 4}),
     ],
 )
 def test_every_kind_of_loss_trains(tiny_run, matching, extra):
@@ -205,7 +205,7 @@ def test_a_collapsed_probe_names_the_knob(tiny_run, digit_shards, monkeypatch, c
 @pytest.mark.slow
 def test_accumulation_is_one_large_batch(tiny_run):
     whole = train(tiny_run("whole", optim__max_steps=3, model__drop_path=0))
-    parts = train(tiny_run("parts", optim__max_steps=3, model__drop_path=0, optim__accumulate_steps=4))
+    parts = train(tiny_run("parts", optim__max_steps=3, model__drop_path=0, optim__micro_batch=3))
     for one, other in zip(rows(whole), rows(parts), strict=True):
         assert one == pytest.approx(other, rel=2e-5, abs=1e-7)
 
@@ -261,15 +261,15 @@ def test_a_bad_gradient_stops_before_the_weights_move(tiny_run, monkeypatch):
     seen = {}
     real_step, real_check = story.train_step, story.check_gradients
 
-    def step_with_a_bad_one(cfg, rates, state, *rest):
+    def step_with_a_bad_one(cfg, plan, rates, state, *rest):
         if state.step == 3:
             broken = next(state.student.parameters())
             handle = broken.register_hook(lambda gradient: gradient * float("nan"))
             try:
-                return real_step(cfg, rates, state, *rest)
+                return real_step(cfg, plan, rates, state, *rest)
             finally:
                 handle.remove()
-        return real_step(cfg, rates, state, *rest)
+        return real_step(cfg, plan, rates, state, *rest)
 
     def check_and_remember(state, *rest):
         seen.update({name: tensor.clone() for name, tensor in state.student.state_dict().items()})

@@ -94,12 +94,14 @@ def take_steps(argv, folder, count=2) -> tuple[Waits, Meters, State]:
     shards = open_shards(cfg.data.shards)
     plan = make_plan(cfg, len(shards))
     state = build(cfg, accelerator)
-    batches = story.make_batches(cfg, plan, shards, 0)
+    batches = story.make_batches(cfg, shards, 0)
     waits = Waits()
     with contextlib.closing(Meters(folder, total_steps=count, start_step=0, device=META)) as meters:
         for _ in range(count):
             with waits:
-                story.train_step(cfg, rates_at(cfg, plan, state.step), state, batches, meters, accelerator)
+                story.train_step(
+                    cfg, plan, rates_at(cfg, plan, state.step), state, batches, meters, accelerator
+                )
             state.step += 1
     return waits, meters, state
 
@@ -119,7 +121,7 @@ def test_a_step_does_not_wait_for_the_device(tiny_run, tmp_path, meta_device, ma
 @pytest.mark.parametrize(
     "options",
     [
-        {"optim__accumulate_steps": 2, "loss__centering": "sinkhorn", "optim__clip_mode": "global"},
+        {"optim__micro_batch": 2, "loss__centering": "sinkhorn", "optim__clip_mode": "global"},
         {"model__activation_checkpointing": "true", "head__shared": "true", "head__trainable_gain": "true"},
         {"data__num_local": 0, "loss__local_mean": "accepted", "optim__clip_grad": 0.0},
     ],
@@ -143,11 +145,11 @@ READS = {
 def test_a_step_that_waits_is_found_out(tiny_run, tmp_path, meta_device, monkeypatch, read):
     notes = []
 
-    def and_read(outs):
+    def and_read(outs, shares):
         notes.append("before")
         read(outs[0].loss)
         notes.append("after")
-        return glsd.distillation.mean_values(outs)
+        return glsd.distillation.mean_values(outs, shares)
 
     monkeypatch.setattr(story, "mean_values", and_read)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
@@ -156,10 +158,10 @@ def test_a_step_that_waits_is_found_out(tiny_run, tmp_path, meta_device, monkeyp
 
 
 def test_a_copy_that_waits_is_found_out(tiny_run, tmp_path, meta_device, monkeypatch):
-    def and_copy(outs):
+    def and_copy(outs, shares):
         torch.tensor([1.0, 2.0], device=outs[0].loss.device)
         torch.ones(2).to(outs[0].loss.device)
-        return glsd.distillation.mean_values(outs)
+        return glsd.distillation.mean_values(outs, shares)
 
     monkeypatch.setattr(story, "mean_values", and_copy)
     waits, _, _ = take_steps(tiny_run(), tmp_path, count=1)

@@ -1,5 +1,6 @@
 """The order of an epoch, a function of (seed, epoch, shard sizes and weights) alone, and what of it each rank reads."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -159,24 +160,41 @@ def epoch_length(num_samples: int, batch_size: int) -> int:
     return num_samples // batch_size * batch_size
 
 
+def micro_batches(*, batch_size: int, rank: int, world_size: int, most: int) -> tuple[int, ...]:
+    """Return how many images a rank has in each of its forward passes of one step; as many passes on every rank.
+
+    A rank takes every world_size-th image of a batch, so that shares differ by one image where the numbers do not divide.
+    They are cut into the fewest passes of at most ``most`` images (0: one pass). Raises UserError where a rank would have a
+    pass without an image.
+    """
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise UserError(f"rank {rank} of {world_size}: expected 0 <= rank < world_size")
+    if batch_size < world_size:
+        raise UserError(
+            f"optim.batch_size {batch_size} is less than one image for each of the {world_size} ranks: start fewer ranks"
+        )
+    if most < 0:
+        raise UserError(f"optim.micro_batch is {most}: expected 0 or more")
+    share, largest = len(range(rank, batch_size, world_size)), -(-batch_size // world_size)
+    passes = -(-largest // most) if most else 1
+    if passes > batch_size // world_size:
+        raise UserError(
+            f"optim.batch_size {batch_size} leaves some of the {world_size} ranks {batch_size // world_size} images and others "
+            f"{largest}, which optim.micro_batch {most} cannot cut into equally many: use {most + 1}"
+        )
+    return tuple(len(range(part, share, passes)) for part in range(passes))
+
+
 def rank_positions(
     *, consumed: int, epoch_length: int, batch_size: int, rank: int, world_size: int, micro_batch: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Return one rank's endless micro-batches, lists of (epoch, position), from sample ``consumed`` on.
 
-    Samples are counted over all epochs and ranks: number c is position c % epoch_length of epoch c //
-    epoch_length, and rank r of R takes every c with c % R == r. So any number of ranks sees the same batches,
-    and going on costs nothing. Raises UserError if the sizes do not divide each other.
+    Samples are counted over all epochs and ranks: number c is position c % epoch_length of epoch c // epoch_length, and
+    rank r of R takes the c-th of a batch with c % R == r, cut as micro_batches says. So any number of ranks sees the same
+    batches, and going on costs nothing. Raises UserError for sizes that cannot be.
     """
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise UserError(f"rank {rank} of {world_size}: expected 0 <= rank < world_size")
-    if batch_size < 1 or batch_size % world_size:
-        raise UserError(f"batch_size {batch_size} does not divide over {world_size} processes")
-    if micro_batch < 1 or batch_size // world_size % micro_batch:
-        raise UserError(
-            f"a micro-batch of {micro_batch} does not divide the {batch_size // world_size} images of a "
-            f"process (batch_size {batch_size}, {world_size} processes)"
-        )
+    sizes = micro_batches(batch_size=batch_size, rank=rank, world_size=world_size, most=micro_batch)
     if epoch_length < 1 or epoch_length % batch_size:
         raise UserError(
             f"an epoch of {epoch_length} samples is not a whole number of batches of {batch_size}"
@@ -186,10 +204,14 @@ def rank_positions(
             f"{consumed} samples were consumed, no whole number of batches of {batch_size}: keep the "
             "batch_size that the run was started with"
         )
-    return _micro_batches(consumed + rank, epoch_length, world_size, micro_batch)
+    return _positions(consumed, epoch_length, batch_size, range(rank, batch_size, world_size), sizes)
 
 
-def _micro_batches(first: int, epoch_length: int, stride: int, size: int) -> Iterator[list[tuple[int, int]]]:
+def _positions(
+    first: int, epoch_length: int, batch_size: int, share: range, sizes: Sequence[int]
+) -> Iterator[list[tuple[int, int]]]:
     while True:
-        yield [divmod(first + i * stride, epoch_length) for i in range(size)]
-        first += size * stride
+        mine = iter(share)
+        for size in sizes:
+            yield [divmod(first + place, epoch_length) for place in itertools.islice(mine, size)]
+        first += batch_size

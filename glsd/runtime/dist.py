@@ -192,6 +192,36 @@ def check_world(num_processes: int, script: str = "launch/pretrain.py") -> None:
         )
 
 
+def begin_max(number: int) -> Callable[[], int]:
+    """Begin to find the largest of all ranks' numbers; the function that it returns waits for it, as late as possible.
+
+    It travels between hosts, not devices: no device is waited for.
+    """
+    if world_size() == 1:
+        return lambda: number
+    box = torch.tensor(number)
+    work = torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX, group=_host_group(), async_op=True)
+
+    def largest() -> int:
+        work.wait()
+        return int(box)
+
+    return largest
+
+
+@functools.cache
+def _host_group() -> Any:
+    """The group for tensors in host memory, None where that is the usual one; every rank calls it for the first time."""
+    return None if torch_dist.get_backend() == "gloo" else torch_dist.new_group(backend="gloo")
+
+
+def is_broken_connection(problem: Exception) -> bool:
+    """Tell whether an error of a collective says that another rank could not be reached."""
+    return isinstance(problem, torch_dist.DistError) or (
+        isinstance(problem, RuntimeError) and "gloo" in str(problem)
+    )
+
+
 def notes(name: str) -> torch_dist.Store:
     """Return what all ranks can write small notes into, at any time and without waiting for each other; not alone."""
     # A client of its own: one client answers one thread at a time, and the main thread may wait in it for another rank.

@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
 from glsd.runtime import dist
+from glsd.runtime.interface import choose_interface
 
 # What travels between ranks, by optim.grad_compression.
 HOOKS = {"no": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
@@ -19,6 +20,7 @@ def start(
     same parameters in the same way, which DDP learns from the first one; grad_compression: a key of HOOKS. Raises UserError
     if the launcher was asked for several processes but each runs alone.
     """
+    choose_interface()
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,

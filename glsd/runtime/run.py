@@ -245,8 +245,24 @@ def catch_signals() -> Iterator[Callable[[], str]]:
             signal.signal(number, signal.SIG_IGN if leaving else handler)
 
 
-def asked_to_stop(signal_name: str, *, agree: bool) -> str:
-    """Return the signal that any rank got; ranks compare notes where ``agree`` is set, one process looks at every step."""
-    if dist.world_size() == 1:
-        return signal_name
-    return next((name for name in dist.gather_objects(signal_name) if name), "") if agree else ""
+class StopVote:
+    """Ranks agree after which step they stop, whichever of them got the signal; without waiting for each other.
+
+    What they asked for at the end of one step is known at the end of the next: by then the answer has long travelled.
+    """
+
+    def __init__(self) -> None:
+        self._asked: Callable[[], int] = lambda: 0
+
+    def __call__(self, signal_name: str, *, last: bool) -> str:
+        """Return the name of the signal to stop for now, "" to go on; every rank calls after every step and gets the same.
+
+        signal_name: what this process got, if anything; last: this is the last step anyway.
+        """
+        number = signal.Signals[signal_name].value if signal_name else 0
+        if dist.world_size() > 1:
+            before = self._asked()
+            if not before and not last:
+                self._asked = dist.begin_max(number)
+            number = before
+        return signal.Signals(number).name if number else ""

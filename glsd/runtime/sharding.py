@@ -187,7 +187,10 @@ def _whole(rows: Tensor, like: DTensor) -> DTensor:
 def _to_main(tensor: Tensor) -> Tensor | None:
     """Return the whole tensor in rank 0's host memory, None on the others, which hold it for a moment."""
     whole = _full(tensor)
-    return whole.cpu() if dist.is_main() else None
+    if not dist.is_main():
+        return None
+    host = whole.cpu()  # maybe a view into padded memory, which would be written as well
+    return host if host.untyped_storage().nbytes() == host.nbytes else host.clone()
 
 
 def _of_main(named: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -1,10 +1,18 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from glsd.contracts import UserError
-from glsd.data.order import EpochOrder, epoch_length, epoch_samples, permutation, rank_positions
+from glsd.data.order import (
+    EpochOrder,
+    epoch_length,
+    epoch_samples,
+    micro_batches,
+    permutation,
+    rank_positions,
+)
 
 SIZES = [7, 1, 5, 9, 4, 12]
 
@@ -117,17 +125,34 @@ def positions(world_size, micro_batch, *, steps, consumed=0, batch_size=12, leng
         )
         for rank in range(world_size)
     ]
-    micro_batches = batch_size // world_size // micro_batch
+    passes = math.ceil(math.ceil(batch_size / world_size) / (micro_batch or batch_size))
     result = []
     for _ in range(steps):
-        step = [place for s in streams for _ in range(micro_batches) for place in next(s)]
+        parts = [next(stream) for stream in streams for _ in range(passes)]
+        assert all(0 < len(part) <= (micro_batch or batch_size) for part in parts)
+        step = [place for part in parts for place in part]
         assert len(step) == len(set(step)) == batch_size
         result.append(set(step))
     return result
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro_batch"), [(1, 12), (1, 4), (2, 6), (2, 3), (3, 2), (4, 1), (12, 1)]
+    ("world_size", "micro_batch"),
+    [
+        (1, 12),
+        (1, 4),
+        (1, 5),
+        (2, 6),
+        (2, 3),
+        (3, 2),
+        (4, 1),
+        (5, 0),
+        (5, 2),
+        (7, 0),
+        (8, 0),
+        (11, 2),
+        (12, 1),
+    ],
 )
 def test_any_number_of_ranks_reads_the_same_batches(world_size, micro_batch):
     steps = positions(world_size, micro_batch, steps=7)
@@ -135,6 +160,29 @@ def test_any_number_of_ranks_reads_the_same_batches(world_size, micro_batch):
     for epoch in range(2):
         read = set().union(*steps[3 * epoch : 3 * epoch + 3])
         assert read == {(epoch, position) for position in range(36)}
+
+
+@pytest.mark.parametrize("world_size", range(1, 13))
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 5, 12])
+def test_every_rank_makes_as_many_passes_and_no_image_is_left_out(world_size, most):
+    def cut(most):
+        return [
+            micro_batches(batch_size=12, rank=rank, world_size=world_size, most=most)
+            for rank in range(world_size)
+        ]
+
+    if most == 1 and 12 % world_size:
+        with pytest.raises(UserError, match="use 2"):
+            cut(most)
+        return
+    sizes = cut(most)
+    assert len({len(passes) for passes in sizes}) == 1
+    assert [sum(passes) for passes in sizes] == [
+        len(range(rank, 12, world_size)) for rank in range(world_size)
+    ]
+    assert all(1 <= size <= (most or 12) for passes in sizes for size in passes)
+    largest = math.ceil(12 / world_size)
+    assert len(sizes[0]) == (math.ceil(largest / most) if most else 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -148,9 +196,9 @@ def test_resume_by_consumed_on_another_number_of_ranks(world_size):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"world_size": 5}, "batch_size 12 does not divide over 5 processes"),
-        ({"micro_batch": 5}, "micro-batch of 5 does not divide the 12"),
-        ({"micro_batch": 0}, "micro-batch of 0"),
+        ({"world_size": 13}, "batch_size 12 is less than one image for each of the 13 ranks: start fewer"),
+        ({"world_size": 5, "micro_batch": 1}, "optim.micro_batch 1 cannot cut into equally many: use 2"),
+        ({"micro_batch": -1}, "micro_batch is -1: expected 0 or more"),
         ({"rank": 1}, "rank 1 of 1"),
         ({"epoch_length": 30}, "whole number of batches"),
         ({"epoch_length": 0}, "whole number of batches"),

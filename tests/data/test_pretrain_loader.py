@@ -185,7 +185,7 @@ def test_shard_that_vanishes_while_workers_read(make_shards):
     ("change", "message"),
     [
         ({"batch_size": 7, "micro_batch": 7}, "larger than the 6 images"),
-        ({"micro_batch": 4}, "does not divide"),
+        ({"micro_batch": -1}, "micro_batch is -1"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"window_shards": 0}, "window_shards is 0"),
     ],

@@ -42,8 +42,8 @@ class Training:
 
     def steps(self, count: int, meters) -> None:
         consumed = self.state.step * self.cfg.optim.batch_size
-        batches = story.make_batches(self.cfg, self.plan, self.shards, consumed)
+        batches = story.make_batches(self.cfg, self.shards, consumed)
         for _ in range(count):
             rates = rates_at(self.cfg, self.plan, self.state.step)
-            story.train_step(self.cfg, rates, self.state, batches, meters, self.accelerator)
+            story.train_step(self.cfg, self.plan, rates, self.state, batches, meters, self.accelerator)
             self.state.step += 1

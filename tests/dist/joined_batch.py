@@ -43,11 +43,11 @@ state.optimizer.register_step_pre_hook(
         {n: p.grad.clone() for n, p in state.student.named_parameters() if p.grad is not None}
     )
 )
-batches = story.make_batches(cfg, plan, shards, 0)
+batches = story.make_batches(cfg, shards, 0)
 meters = Recorder()
 keys = []
 for _ in range(3):
-    report = story.train_step(cfg, rates_at(cfg, plan, state.step), state, batches, meters, accelerator)  # type: ignore[arg-type]
+    report = story.train_step(cfg, plan, rates_at(cfg, plan, state.step), state, batches, meters, accelerator)  # type: ignore[arg-type]
     keys.append(sorted(key for rank_keys in dist.gather_objects(report.keys) for key in rank_keys))
     state.step += 1
 if dist.is_main():

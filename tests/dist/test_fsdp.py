@@ -10,7 +10,7 @@ from rank_processes import run_ranks
 HERE = Path(__file__).parent
 CASES = {
     "geometric": ["--matching=geometric"],
-    "both": ["--matching=both", "--optim.accumulate_steps=2", "--optim.clip_grad=0", "--model.drop_path=0.3"],
+    "both": ["--matching=both", "--optim.micro_batch=2", "--optim.clip_grad=0", "--model.drop_path=0.3"],
     "sinkhorn": ["--matching=similarity", "--loss.centering=sinkhorn", "--optim.clip_mode=global"],
     "shared": [
         "--head.shared=true",
