@@ -117,7 +117,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, packed: Mapping[str, Any], 
     if in_parts(module):
         for number, (values, parameter) in _moments(packed, module).items():
             state[number] = {
-                key: rows_of(value, parameter) if value.shape == parameter.shape else value
+                key: rows_of(value, parameter).clone() if value.shape == parameter.shape else value
                 for key, value in values.items()
             }
     optimizer.load_state_dict({**packed, "state": state})
