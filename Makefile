@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-remote test-fast check format lock clean
+.PHONY: install demo test test-remote test-cluster test-fast check format lock clean
 
 install: $(STAMP)
 
@@ -24,14 +24,19 @@ demo: $(STAMP)
 JOBS ?= 2
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not remote"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not remote and not slurm and not multinode"
 
 # Runs that are killed, and servers that fail, on nginx and an S3-compatible server that the tests start.
 test-remote: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/remote -n $(JOBS) --dist worksteal -m remote
 
+# A SLURM cluster and hosts of network namespaces on this machine: needs root; installs Debian's packages of SLURM.
+test-cluster: $(STAMP)
+	bash tests/cluster/install.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -m "slurm or multinode"
+
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not slow and not photos and not remote"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not slow and not photos and not remote and not slurm and not multinode"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,9 @@ import os
 import sys
 from collections.abc import Callable
 
+# Where another host goes, torch's store would add forty lines of its own stack to the one that says who is missing.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 from glsd.contracts import StoppedEarly, UserError
 from glsd.runtime import dist, ending
 

@@ -135,7 +135,7 @@ class Watch:
         stops = f"rank {dist.rank()} on {self.hosts[dist.rank()]} stops"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(verdict.since))
         seconds = f"{verdict.silent:.1f} s without a sign of life"
-        advice = "checkpoints are whole, go on with --resume auto"
+        advice = "start again (training: with --resume auto, the last checkpoint is whole)"
         if dist.rank() in verdict.missing:
             return f"{stops}: the others gave it up, they had not heard of it since {since} ({seconds}); {advice}"
         who = " and ".join(f"rank {rank} on {self.hosts[rank]}" for rank in verdict.missing[:8])
@@ -188,9 +188,13 @@ def end_others(code: int) -> bool:
 def end_with_lost(problem: Exception) -> NoReturn:
     """End this process, whose connection to another rank broke: with the line that says who is missing.
 
-    When none is found missing, because only the connection broke, ``problem`` is the line.
+    When none is found missing, because only the connection broke or was never made, ``problem`` is part of the line.
     """
-    if _watch is not None and not _watch.done.is_set():
+    what, advice = "a connection between ranks broke although all are alive", "start again"
+    if _watch is None:
+        what = "the ranks did not find each other"
+        advice = "check MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME (launch/doctor.py looks at them), start again"
+    elif not _watch.done.is_set():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _watch.trouble.set()
         with contextlib.suppress(RuntimeError):
@@ -199,8 +203,8 @@ def end_with_lost(problem: Exception) -> NoReturn:
         time.sleep(WAIT_FOR_OTHERS + 2 * BEATS_TO_MISS * _watch.period)
     if end_others(EXIT_LOST):
         text = " ".join(str(problem).split())
-        line = "a connection between ranks broke although all are alive"
-        print(f"error: rank {dist.rank()}: {line}: {text}; go on with --resume auto", file=sys.stderr)
+        rank = dist.rank() if _watch else os.environ.get("RANK", "0")
+        print(f"error: rank {rank}: {what}: {text}; {advice}", file=sys.stderr)
         sys.stderr.flush()
     os._exit(EXIT_LOST)
 

@@ -1,13 +1,17 @@
 """What one rank's end does to the others."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import textwrap
 import time
+from datetime import datetime
 
 import pytest
+
+from glsd.runtime.life import Signs
 
 PROLOGUE = """
 import sys, time
@@ -18,9 +22,10 @@ from glsd.contracts import UserError
 from glsd.runtime import dist, ending
 torch_dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank = dist.rank()
-ending.watch_others()
+ending.watch_others(PATIENCE)
 dist.barrier()
 """
+PATIENCE = 4.0  # seconds
 
 
 def ended(body: str, *, world: int = 3) -> tuple[list[int], list[str], float]:
@@ -33,11 +38,12 @@ def ended(body: str, *, world: int = 3) -> tuple[list[int], list[str], float]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     started = time.monotonic()
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PROLOGUE + textwrap.dedent(body)],
+            [sys.executable, "-c", PROLOGUE.replace("PATIENCE", str(PATIENCE)) + textwrap.dedent(body)],
             env={**os.environ, **common, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -91,3 +97,79 @@ def test_several_that_stop_say_it_once():
 def test_a_run_that_goes_well_ends_with_zero():
     codes, said, _ = ended("ending.finish()")
     assert (codes, said) == ([0, 0, 0], ["", "", ""])
+
+
+WORK = """
+try:
+    for number in range(1000):
+        if number == 20 and rank == {victim}:
+            os.kill(os.getpid(), signal.{how})
+        torch_dist.all_reduce(torch.ones(1))
+        time.sleep(0.02)
+except Exception as problem:
+    assert dist.is_broken_connection(problem), problem
+    ending.end_with_lost(problem)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_all_that_are_left_say_who_was_killed(victim):
+    codes, said, seconds = ended("import os, signal" + WORK.format(victim=victim, how="SIGKILL"))
+    assert codes == [-9 if rank == victim else 75 for rank in range(3)], said
+    for rank in {0, 1, 2} - {victim}:
+        found = re.fullmatch(
+            rf"error: rank {rank} on (\S+) stops: rank {victim} on \1 is missing since (.{{19}}) \(([\d.]+) s without .*\n",
+            said[rank],
+        )
+        assert found, said[rank]
+        assert 0 <= (datetime.now() - datetime.fromisoformat(found[2])).total_seconds() < 30
+        assert float(found[3]) <= PATIENCE
+    assert seconds < 30
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_given_up_and_told_so():
+    codes, said, _ = ended(
+        """
+import os, signal, subprocess
+if rank == 0:  # wakes it up when the others are gone
+    subprocess.Popen(["sh", "-c", f"sleep {PATIENCE + 5}; kill -CONT {os.getpid()}"])
+""".replace("PATIENCE", str(PATIENCE))
+        + WORK.format(victim=0, how="SIGSTOP")
+    )
+    assert codes == [75, 75, 75], said
+    assert "rank 1 on" in said[1]
+    assert all("rank 0 on" in text and f"({PATIENCE:.0f}." in text for text in said[1:]), said
+    assert said[0].count("error: rank 0 on") == 1
+
+
+@pytest.mark.slow
+def test_a_connection_that_breaks_between_ranks_that_live_is_said():
+    codes, said, _ = ended(
+        """
+ending.WAIT_FOR_OTHERS = 1.0
+try:
+    raise RuntimeError("gloo: made up")
+except RuntimeError as problem:
+    ending.end_with_lost(problem)
+"""
+    )
+    assert codes == [75, 75, 75]
+    assert "".join(said).count("although all are alive: gloo: made up") == 1
+
+
+def test_signs_of_life():
+    now = [100.0]
+    signs = Signs([1, 2], clock=lambda: now[0])
+    assert signs.silent(0.0) == {}
+    now[0] += 3
+    signs.note({1: b"1", 2: b"1"})
+    now[0] += 3
+    signs.note({1: b"2", 2: b"1"})
+    assert signs.silent(2.0) == {2: 3.0}
+    assert signs.silent(3.0) == {}
+    now[0] += 1
+    assert signs.silent(0.5) == {1: 1.0, 2: 4.0}
+    signs.note({1: b"2", 2: b"9"})
+    assert signs.silent(0.5) == {1: 1.0}

@@ -12,7 +12,7 @@ import pytest
 from ranks import run_ranks
 
 from glsd.contracts import UserError
-from glsd.runtime.run import Run, append_rows, catch_signals, open_run, redact, rewind
+from glsd.runtime.run import Run, StopVote, append_rows, catch_signals, open_run, redact, rewind
 
 
 def test_a_new_run_has_its_papers(tmp_path):
@@ -182,3 +182,31 @@ def test_a_repeated_signal_does_not_kill_a_process_on_its_way_out(first, code):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.stdout.split(), done.returncode) == (["saved", *([first] if first else [])], code)
+
+
+def test_one_process_stops_at_once():
+    vote = StopVote()
+    assert [vote(name, last=False) for name in ("", "SIGUSR1")] == ["", "SIGUSR1"]
+
+
+@pytest.mark.slow
+def test_ranks_stop_after_the_same_step_whoever_got_the_signal(tmp_path):
+    """Ranks run through their steps at their own pace; the third of three gets its signals at step 4 (and others later)."""
+    outputs = run_ranks(
+        """
+        import random, time
+        from glsd.runtime.run import StopVote
+        for signals, steps in (({(2, 4): "SIGTERM"}, 9), ({(0, 5): "SIGUSR1", (2, 4): "SIGUSR1"}, 9), ({(1, 9): "SIGINT"}, 9)):
+            vote = StopVote()
+            for step in range(1, steps + 1):
+                time.sleep(random.random() / 100)
+                name = vote(signals.get((rank, step), ""), last=step == steps)
+                if name:
+                    break
+            print(step, name)
+        """,
+        tmp_path,
+        world=3,
+    )
+    # Known one step after it was asked for; what comes at the last step changes nothing.
+    assert outputs == ["5 SIGTERM\n5 SIGUSR1\n9 \n"] * 3
