@@ -11,6 +11,7 @@ COMMON = {"contracts", "geometry", "runtime.dist"}
 STORIES = {"pretrain", "pretrain_plan", "pretrain_build", "distillation", "watch", "guard"}
 STORIES |= {"finetune", "finetune_plan", "finetune_build", "finetune_losses", "finetune_watch"}
 STORIES |= {"forecast", "evaluate", "eval_model", "eval_sets", "eval_retrieval", "run_folder"}
+STORIES |= {"cluster_doctor", "cluster_doctor_shards"}
 CONFIG = {"config", "eval_config", "finetune_config", "command_line"}
 
 

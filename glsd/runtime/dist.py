@@ -9,6 +9,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -251,3 +252,45 @@ def _soften_exit() -> None:
 @functools.cache
 def _sleep_at_exit() -> None:
     atexit.register(time.sleep, 0.2)
+
+
+def meeting_place(name: str, seconds: float) -> torch_dist.Store:
+    """Return a store that the ranks announced by the environment share, made without waiting for any of them.
+
+    Of MASTER_ADDR and MASTER_PORT; rank 0 keeps it unless the launcher does. name: of what is written. Raises RuntimeError
+    if it cannot be reached in these seconds.
+    """
+    store = torch_dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return torch_dist.PrefixStore(name, store)
+
+
+def join(
+    store: torch_dist.Store, *, device: torch.device, rank: int, world_size: int, seconds: float
+) -> None:
+    """Make the process group of all ranks over a meeting place; what takes longer than these seconds raises RuntimeError."""
+    # Without it NCCL ends the process instead.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    torch_dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=torch_dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=seconds),
+    )
+
+
+def send(tensor: Shaped[Tensor, "*s"], to: int) -> None:
+    """Send a tensor to one rank, which calls ``receive``."""
+    torch_dist.send(tensor, to)
+
+
+def receive(tensor: Shaped[Tensor, "*s"], source: int) -> None:
+    """Fill a tensor with what a rank sends."""
+    torch_dist.recv(tensor, source)

@@ -29,7 +29,7 @@ class Meters:
     Args:
         folder: Run directory. total_steps: Steps of the whole run, for the bar and the time left.
         start_step: Steps done before (a resumed run); TensorBoard then hides what an earlier process wrote
-        past it. device: Where the added tensors live.
+        of it and past it, and is shown the kept rows of it again. device: Where the added tensors live.
     """
 
     def __init__(self, folder: Path, *, total_steps: int, start_step: int, device: torch.device) -> None:
@@ -43,10 +43,12 @@ class Meters:
         self._start_window()
         self._file = self._board = self._bar = None
         if dist.is_main():
-            self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-            self._board = _summary_writer(
-                folder / "tensorboard", purge_step=start_step + 1 if start_step else 0
-            )
+            path = folder / "metrics.jsonl"
+            self._file = path.open("a", buffering=1)
+            # The step of the checkpoint too: the probe that an earlier process made of it is made again.
+            self._board = _summary_writer(folder / "tensorboard", purge_step=start_step)
+            for row in _rows_of(path, start_step):
+                self._show(row)
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
 
@@ -110,13 +112,16 @@ class Meters:
         JSON has no NaN and no infinity: they are written as the strings "nan", "inf", "-inf", which float()
         reads back.
         """
-        if self._file is None or self._board is None:
+        if self._file is None:
             return
         with self._disk():
             self._file.write(json.dumps(_for_json(row), allow_nan=False) + "\n")
-            for name, value in _flat(row).items():
-                if name != "step":
-                    self._board.add_scalar(name, value, row["step"])
+            self._show(row)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        for name, value in _flat(row).items():
+            if name != "step":
+                self._board.add_scalar(name, value, row["step"])
 
     def say(self, line: str) -> None:
         """Show a line on the terminal without breaking the bar; rank 0 only does anything."""
@@ -220,6 +225,17 @@ def _summary_writer(folder: Path, *, purge_step: int):
     from torch.utils.tensorboard import SummaryWriter  # a second of import that only rank 0 of a run needs
 
     return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _rows_of(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of one step that a resumed run has kept; "nan" and "inf" are numbers again."""
+    with path.open() as lines:
+        rows = [json.loads(line) for line in lines if f'"step": {step},' in line]
+    return [
+        {name: float(value) if isinstance(value, str) else value for name, value in row.items()}
+        for row in rows
+        if row["step"] == step
+    ]
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:

@@ -1,0 +1,82 @@
+"""The doctor's look at the data: does every rank reach the shards of a run, and are they the same?"""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from glsd.data.addresses import is_remote
+from glsd.data.decode import BrokenImage
+from glsd.data.remote import TIMEOUT_VARIABLE
+from glsd.data.shards import open_shards
+from glsd.runtime.doctor_line import Line, who
+from glsd.runtime.doctor_panel import Panel
+
+SECONDS = 150.0
+SHARDS_READ, SAMPLES_READ = 4, 8  # by each rank; of remote shards, which are downloaded, one
+REMOTE_PATIENCE = "30"  # seconds of a server that does not answer
+
+
+def read_shards(panel: Panel, patterns: Sequence[str]) -> None:
+    """Whether every rank opens the shards, sees the same ones and can read them."""
+    os.environ.setdefault(TIMEOUT_VARIABLE, REMOTE_PATIENCE)
+    answers = panel.ask("shards", lambda: read_some(patterns, panel.rank), SECONDS)
+    values = panel.sort_out(
+        "shards", answers, "do what it says; python launch/pack.py doctor SHARDS looks closer"
+    )
+    found = {rank: value for rank, value in values.items() if value}  # None: its packages are broken
+    if found and len(found) == len(answers):
+        panel.lines.append(judge_shards(found, panel.hosts))
+
+
+def read_some(patterns: Sequence[str], rank: int) -> dict[str, Any]:
+    """Open the shards and read a few samples, other ones on each rank; UserError for what cannot work."""
+    began = time.monotonic()
+    opened = open_shards(list(patterns))
+    opening = time.monotonic() - began
+    sizes = opened.shard_sizes.tolist()
+    remote = any(is_remote(path) for path in opened.paths)
+    chosen = {(rank + step) % len(sizes) for step in range(1 if remote else SHARDS_READ)}
+    num_read, num_bytes, num_broken, began = 0, 0, 0, time.monotonic()
+    for number in sorted(chosen):
+        first = sum(sizes[:number])
+        for place in range(0, sizes[number], max(1, sizes[number] // SAMPLES_READ)):
+            try:
+                num_bytes += len(opened.read(first + place))
+            except BrokenImage:
+                num_broken += 1
+            num_read += 1
+    return {
+        "shards": len(sizes),
+        "samples": len(opened),
+        "fingerprint": opened.fingerprint(),
+        "opening": opening,
+        "read": num_read,
+        "broken": num_broken,
+        "bytes": num_bytes,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def judge_shards(found: Mapping[int, Any], hosts: Mapping[int, str]) -> Line:
+    """Return the lines about shards."""
+    kinds: dict[str, list[int]] = {}
+    for rank, here in found.items():
+        kinds.setdefault(here["fingerprint"], []).append(rank)
+    if len(kinds) > 1:
+        parts = "; ".join(f"{found[r[0]]['shards']} on {who(r, hosts)}" for r in kinds.values())
+        fix = "copy the same shards to all hosts, with their .index files, or put them on a shared disk"
+        return Line("FIX", "shards", f"not the same on all ranks: {parts}", fix)
+    first = next(iter(found.values()))
+    opening = max(here["opening"] for here in found.values())
+    rates = {rank: here["bytes"] / max(here["seconds"], 1e-6) for rank, here in found.items()}
+    slowest = min(rates, key=lambda rank: rates[rank])
+    said = f"{first['shards']:,} shards of {first['samples']:,} samples, opened in {opening:.1f} s; read at "
+    said += f"{rates[slowest] / 1e6:,.0f} MB/s" + (
+        f" ({who([slowest], hosts)}, the slowest)" if len(found) > 1 else ""
+    )
+    broken = sum(here["broken"] for here in found.values())
+    if broken:
+        said += f"; {broken} of {sum(here['read'] for here in found.values())} samples are broken"
+        return Line("note", "shards", said, "python launch/pack.py doctor SHARDS names them")
+    return Line("ok", "shards", said)

@@ -1,0 +1,161 @@
+"""Whether the ranks can add their numbers, how long that takes, and which link between two hosts is slow."""
+
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from glsd.runtime import dist
+from glsd.runtime.doctor_line import Line, ranges
+
+JOIN_SECONDS = 30.0  # to connect all ranks, and for any single message
+LINKS_SECONDS = 8.0  # for all rounds together
+SECONDS = 2 * JOIN_SECONDS + LINKS_SECONDS + 20.0  # bound of the whole check
+TRANSFER_SECONDS = 0.3  # of one message, at most
+SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes of one message
+FIRST = 1 << 20  # bytes of the sum that says how large the next may be
+REPEATS = 20
+SLOW = 1 / 3  # of the usual link
+FEW_HOSTS = 4
+POOR = 100e6  # bytes a second: the gradients of a ViT-S take a second
+
+
+def measure(store: Any, *, rank: int, world: int, leaders: Sequence[int], gpu: bool) -> dict[str, Any]:
+    """Return what this rank measured together with all others, who call it too: JSON, for judge.
+
+    leaders: one rank of each host; they measure the links between hosts, all pairs in rounds in which nobody is in two.
+    """
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    began = time.monotonic()
+    dist.join(store, device=device, rank=rank, world_size=world, seconds=JOIN_SECONDS)
+    # Whole numbers below 2^24: their sum is exact in float32, in whatever order.
+    ramp = torch.arange(1000, device=device, dtype=torch.float32) % 7
+    total = dist.all_reduce_sum(ramp * (rank + 1))
+    found: dict[str, Any] = {
+        "connected": time.monotonic() - began,
+        "right": bool(torch.equal(total, ramp * (world * (world + 1) // 2))),
+        "latency": statistics.median(_sum_seconds(device, 4) for _ in range(REPEATS)),
+    }
+    slowest = dist.all_reduce_max(torch.tensor([_sum_seconds(device, FIRST)], device=device)).item()
+    found["bytes"] = int(min(max(FIRST / slowest, FIRST), LARGEST))
+    found["seconds"] = min(_sum_seconds(device, found["bytes"]) for _ in range(2))
+    rate = float(
+        dist.all_reduce_max(torch.tensor([-found["bytes"] / found["seconds"]], device=device)).item()
+    )
+    return found | _links(rank, leaders, -rate, device)
+
+
+def _sum_seconds(device: torch.device, size: int) -> float:
+    numbers = torch.ones(size // 4, device=device)
+    began = time.perf_counter()
+    dist.all_reduce_sum(numbers)[0].item()
+    return time.perf_counter() - began
+
+
+def rounds(players: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Return all pairs, in rounds in which each is at most once (round robin)."""
+    circle: list[int | None] = [*players, *([None] if len(players) % 2 else [])]
+    half, plan = len(circle) // 2, []
+    for _ in range(len(circle) - 1):
+        pairs = zip(circle[:half], reversed(circle[half:]), strict=True)
+        plan.append([(min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None])
+        circle = [circle[0], circle[-1], *circle[1:-1]]
+    return plan if len(players) > 1 else []
+
+
+def _links(rank: int, leaders: Sequence[int], rate: float, device: torch.device) -> dict[str, Any]:
+    """rate: bytes a second of the sum over all ranks, a first guess."""
+    plan = rounds(leaders)
+    seconds = min(TRANSFER_SECONDS, LINKS_SECONDS / max(1, len(plan)) / 4)
+    size = int(min(max(rate * seconds, SMALLEST), LARGEST))
+    speeds, began, done = [], time.monotonic(), 0
+    for pairs in plan:
+        mine = [pair for pair in pairs if rank in pair]
+        for one, other in mine:
+            _message(rank, one, other, FIRST // 16, device)  # connects
+            for source, target in ((one, other), (other, one)):
+                took = _message(rank, source, target, size, device)
+                if rank == source:
+                    speeds.append([source, target, size / took])
+        done += 1
+        spent = torch.tensor([time.monotonic() - began], device=device)
+        if dist.all_reduce_max(spent).item() > LINKS_SECONDS:
+            break
+    return {"links": speeds, "rounds": [done, len(plan)]}
+
+
+def _message(rank: int, source: int, target: int, size: int, device: torch.device) -> float:
+    """The seconds from the start to the receipt, which is a message as well: what was sent may wait in a buffer."""
+    numbers, receipt = torch.zeros(size // 4, device=device), torch.zeros(1, device=device)
+    began = time.perf_counter()
+    if rank == source:
+        dist.send(numbers, target)
+        dist.receive(receipt, target)
+    else:
+        dist.receive(numbers, source)
+        dist.send(receipt, source)
+    receipt.item()
+    return time.perf_counter() - began
+
+
+def judge(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Line]:
+    """Return the lines about sums over ranks and about links, from what each rank measured."""
+    wrong = [rank for rank, here in found.items() if not here["right"]]
+    if wrong:
+        fix = "numbers arrive changed: for GPUs try NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 in turn, else the network card"
+        return [Line("FIX", "all-reduce", f"a wrong sum on rank {ranges(wrong)}", fix)]
+    slowest = max(found.values(), key=lambda here: here["seconds"])
+    rate = slowest["bytes"] / slowest["seconds"]
+    latency = max(here["latency"] for here in found.values())
+    said = (
+        f"right; a sum of {slowest['bytes'] / 1e6:.1f} MB over {len(found)} ranks takes {slowest['seconds'] * 1e3:.1f} ms "
+        f"({rate / 1e6:,.0f} MB/s), a small one {latency * 1e3:.2f} ms"
+    )
+    lines = [Line("ok", "all-reduce", said)]
+    if rate < POOR:
+        seconds = 88e6 / rate
+        fix = f"a ViT-S waits {seconds:.1f} s a step for it: --optim.grad_compression bf16, a larger --optim.batch_size"
+        lines = [Line("note", "all-reduce", said, fix)]
+    speeds = {(a, b): speed for here in found.values() for a, b, speed in here["links"]}
+    if speeds:
+        lines.append(judge_links(speeds, hosts, *min(tuple(here["rounds"]) for here in found.values())))
+    return lines
+
+
+def judge_links(
+    speeds: Mapping[tuple[int, int], float], hosts: Mapping[int, str], done: int, planned: int
+) -> Line:
+    """Return the line about links, from bytes a second by (from, to) and the rounds done of those planned."""
+    ordered = sorted(speeds.values())
+    members = {rank for pair in speeds for rank in pair}
+    # A bad host has half of the links of four: there the median is no measure of a good one.
+    usual = ordered[(len(ordered) * 3 - 1) // 4] if len(members) <= FEW_HOSTS else statistics.median(ordered)
+    said = f"{len(speeds)} links" + ("" if done == planned else f" ({done} of {planned} rounds: time was up)")
+
+    def name(pair: tuple[int, int]) -> str:
+        return f"{hosts[pair[0]]} to {hosts[pair[1]]}"
+
+    worst = min(speeds, key=lambda pair: speeds[pair])
+    slow = sorted((pair for pair in speeds if speeds[pair] < SLOW * usual), key=lambda pair: speeds[pair])
+    if not slow:
+        both = f"slowest {name(worst)} {speeds[worst] / 1e6:,.0f} MB/s, usual {usual / 1e6:,.0f} MB/s"
+        return Line("ok", "links", f"{said}: {both}")
+    shown = ", ".join(f"{name(pair)} {speeds[pair] / 1e6:,.1f} MB/s" for pair in slow[:4])
+    more = f" and {len(slow) - 4} more" if len(slow) > 4 else ""
+    common = set(slow[0]).intersection(*slow)
+    where = " and ".join(hosts[rank] for rank in sorted(common)) or "the switch between them"
+    fix = f"look at the card, cable or other traffic of {where} (ethtool INTERFACE), or leave it out (SLURM: --exclude)"
+    return Line(
+        "FIX", "links", f"{said}; much slower than the usual {usual / 1e6:,.0f} MB/s: {shown}{more}", fix
+    )
+
+
+def link_rows(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Return a row per measured direction, for machines."""
+    links = [link for here in found.values() for link in here["links"]]
+    return [{"from": hosts[a], "to": hosts[b], "megabytes_per_second": speed / 1e6} for a, b, speed in links]

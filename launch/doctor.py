@@ -1,0 +1,92 @@
+"""What to run first on a new machine or cluster: is all there that a run needs, and what is to be done where not?
+
+python launch/doctor.py                                      # this machine
+accelerate launch ... launch/doctor.py --out runs/x --shards 'shards/train-*.tar'    # the ranks of a run, started like it
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+# Nothing beyond Python itself and two modules that need nothing either: broken packages are what this is to tell of.
+ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = importlib.util.find_spec("glsd") is not None
+if not INSTALLED:
+    sys.path.append(str(ROOT))
+
+from glsd.runtime import doctor_packages  # noqa: E402
+from glsd.runtime.doctor_line import Line, plain, summary, table  # noqa: E402
+
+
+def main(argv: list[str]) -> int:
+    """Print the table on rank 0; returns 1 where something is to be fixed."""
+    parser = argparse.ArgumentParser(
+        prog="doctor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", default="", help="the folder where runs are to be, which all hosts must share"
+    )
+    parser.add_argument(
+        "--shards", nargs="+", default=[], help="patterns of shards that every rank must reach"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=120.0, help="seconds in which all ranks must have come (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one last line for machines")
+    args = parser.parse_args(argv)
+    if not 0 < args.wait < 1e5:
+        parser.error(f"--wait is {args.wait:g}: expected seconds above 0")
+    packages = doctor_packages.facts(ROOT / "pyproject.toml")
+    if not INSTALLED:
+        packages["needed"] = {"glsd": "", **packages["needed"]}
+    if not doctor_packages.usable(packages):
+        return report_packages(packages, args.json)
+    from glsd.cluster_doctor import examine
+    from glsd.runtime.doctor_panel import Lost
+
+    try:
+        code, panel, details = examine(packages, shards=args.shards, out=args.out, wait=args.wait)
+    except Lost as problem:
+        print(f"error: {plain(problem)}", file=sys.stderr, flush=True)
+        return 1
+    # Tasks of srun that do not know of each other are rank 0 each.
+    if panel.rank == 0 and (panel.world > 1 or os.environ.get("SLURM_PROCID", "0") == "0"):
+        print("\n".join(details["ranks"]))
+        report(panel.lines, args.json, **details)
+    return code
+
+
+def report_packages(packages: dict, as_json: bool) -> int:
+    """Without torch this rank cannot speak to the others: it says alone what is wrong."""
+    lines = doctor_packages.judge({0: packages}, {})
+    if os.environ.get("RANK", "0") != "0":
+        for line in lines:
+            if line.verdict == "FIX":
+                said = f"error: rank {os.environ['RANK']} on {os.uname().nodename}: {line.found}: {line.fix}"
+                print(plain(said), file=sys.stderr, flush=True)
+        return 1
+    lines.append(
+        Line("note", "others", "all other checks need torch: not made", "mend the lines above first")
+    )
+    report(lines, as_json)
+    return 1
+
+
+def report(lines: list[Line], as_json: bool, **details: object) -> None:
+    """Print the table, and with ``as_json`` one more line for machines."""
+    print("\n".join([*table(lines), summary(lines)]))
+    if as_json:
+        print(json.dumps({"lines": [vars(line) for line in lines], **details}))
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: a check that hangs has a thread that would be waited for, and gloo's threads may abort at the end.
+    os._exit(code)

@@ -1,0 +1,153 @@
+"""Runs on two and three hosts that die, lose their network or freeze: who is missing is said, and the rest goes on."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import check_run
+import pytest
+from forks import Forks
+from host_ranks import (
+    assert_all_end,
+    assert_nobody_left,
+    lost_line,
+    start_ranks,
+    wait_for_step,
+)
+from hosts import Hosts, Started, made_hosts, why_not
+from tiny_run import argv_of, pack_uneven
+
+from glsd.runtime import checkpoint
+from glsd.runtime.ending import EXIT_LOST
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.multinode,
+    pytest.mark.skipif(bool(why_not()), reason=why_not() or "fine"),
+]
+
+LOST_AFTER = 6.0
+QUICK = 5.0  # seconds in which a broken connection is understood; the machine is shared
+LATE = 3.0  # seconds beyond LOST_AFTER
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> str:
+    return pack_uneven(tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Starts ranks within a second."""
+    made = Forks()
+    yield made
+    made.end()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens to a host; ``tells``: who says what, as host -> the hosts it misses."""
+
+    do: Callable[[Hosts, dict[str, Started]], float]
+    tells: dict[str, set[str]]
+    bound: float  # seconds until the last of those who tell has ended
+
+
+def kill(name: str) -> Callable:
+    return lambda hosts, ranks: hosts[name].kill()
+
+
+def kill_worker(name: str) -> Callable:
+    return lambda hosts, ranks: ranks[name].kill()
+
+
+def cut(name: str) -> Callable:
+    return lambda hosts, ranks: hosts[name].cut()
+
+
+def freeze(name: str) -> Callable:
+    return lambda hosts, ranks: hosts[name].freeze()
+
+
+def power_off(name: str) -> Callable:
+    return lambda hosts, ranks: hosts[name].power_off()
+
+
+SILENT = LOST_AFTER + LATE
+EVENTS = {
+    "kill -9 h2": Event(kill("h2"), {"h1": {"h2"}, "h3": {"h2"}}, QUICK),
+    "kill -9 h1": Event(kill("h1"), {"h2": {"h1"}, "h3": {"h1"}}, QUICK),
+    "kill -9 worker of h2": Event(kill_worker("h2"), {"h1": {"h2"}, "h3": {"h2"}}, QUICK),
+    "h3 without power": Event(power_off("h3"), {"h1": {"h3"}, "h2": {"h3"}}, SILENT),
+    "cut h2": Event(cut("h2"), {"h1": {"h2"}, "h3": {"h2"}, "h2": {"h1"}}, SILENT),
+    "cut h1": Event(cut("h1"), {"h2": {"h1"}, "h3": {"h1"}, "h1": {"h2", "h3"}}, SILENT),
+    "freeze h2": Event(freeze("h2"), {"h1": {"h2"}, "h3": {"h2"}}, SILENT),
+}
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One start: on which hosts, what happens at which step ("" = nothing, it finishes)."""
+
+    on: tuple[str, ...]
+    event: str = ""
+    at: int = 0
+
+
+ALL = ("h1", "h2", "h3")
+CHAINS = {
+    "killed": (12, [Leg(ALL, "kill -9 h2", 6), Leg(("h1", "h3"), "kill -9 h1", 14), Leg(("h3",))]),
+    "store lost": (10, [Leg(ALL, "kill -9 h1", 7), Leg(("h2", "h3"), "h3 without power", 14), Leg(("h2",))]),
+    "worker": (10, [Leg(ALL, "kill -9 worker of h2", 6), Leg(ALL, "freeze h2", 15), Leg(("h1", "h3"))]),
+    "links": (12, [Leg(ALL, "cut h2", 6), Leg(("h1", "h3"), "cut h1", 14), Leg(("h3",))]),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_rest_says_who_is_missing_and_goes_on(tmp_path, forks, shards, name):
+    """Every leg has lost a host of the one before; the epoch is finished with every sample exactly once."""
+    batch_size, legs = CHAINS[name]
+    run = tmp_path / "run"
+    argv = argv_of(run, shards, optim__batch_size=batch_size, optim__epochs=2, cluster__lost_after=LOST_AFTER)
+    with made_hosts(3, tmp_path / "hosts") as hosts:
+        for number, leg in enumerate(legs):
+            on = [hosts[host] for host in leg.on]
+            started = start_ranks(forks, on, argv, tmp_path / f"logs{number}", port=29500 + number)
+            if not leg.event:
+                assert_all_end(started)
+                assert "resumed from" in started[0].said()
+                continue
+            wait_for_step(run, leg.at, started)
+            ranks = dict(zip(leg.on, started, strict=True))
+            seconds = meet(EVENTS[leg.event], hosts, ranks)
+            print(f"{len(leg.on)} hosts, {leg.event}: the last rank ended after {seconds:.1f} s")
+            assert_intact(run)
+            alive = [host for host in hosts if host.alive()]
+            for host in alive:
+                host.join()
+                host.thaw()
+            for rank in started:
+                assert rank.wait(10) in (EXIT_LOST, -9), rank.said()  # what was frozen ends when it wakes up
+            assert_nobody_left(alive)
+    assert check_run.main([str(run), "--shards", shards]) == 0
+
+
+def meet(event: Event, hosts: Hosts, ranks: dict[str, Started]) -> float:
+    """Let it happen; return the seconds until the last rank that can tell has ended, having told the right thing."""
+    moment = event.do(hosts, ranks)
+    tells = {host: missing & ranks.keys() for host, missing in event.tells.items() if host in ranks}
+    for host in tells:
+        assert ranks[host].wait(event.bound + 10) == EXIT_LOST, ranks[host].said()
+    seconds = max(ranks[host].ended for host in tells) - moment
+    for host, missing in tells.items():
+        line = lost_line(ranks[host])
+        assert (line.host, set(line.missing)) == (host, missing)
+        assert abs(line.since - moment) < 2, f"{line} but it happened at {moment}"
+    assert seconds < event.bound, {host: ranks[host].ended - moment for host in tells}
+    return seconds
+
+
+def assert_intact(run: Path) -> None:
+    """The newest checkpoint verifies."""
+    assert checkpoint.load(run / "checkpoints" / "latest").step > 0

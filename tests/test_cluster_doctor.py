@@ -1,0 +1,298 @@
+"""The doctor as users run it: alone, on several ranks, and with faults that are really there."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from doctor_rank import good_packages
+
+from glsd.runtime.dist import CPU_LAUNCH_LINE
+
+ROOT = Path(__file__).parents[1]
+DOCTOR = str(ROOT / "launch" / "doctor.py")
+RANK = str(Path(__file__).parent / "doctor_rank.py")
+PORT = 29730
+OWN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION")
+Done = subprocess.CompletedProcess
+
+
+def environment(**extra: str) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if name not in OWN}
+    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | extra
+
+
+def run(command: list[str], **extra: str) -> Done:
+    return subprocess.run(command, env=environment(**extra), capture_output=True, text=True, timeout=300)
+
+
+def lines_of(done: Done) -> dict[str, dict[str, str]]:
+    """The lines of --json by name; of several with one name the worst."""
+    found: dict[str, dict[str, str]] = {}
+    for line in json.loads(done.stdout.splitlines()[-1])["lines"]:
+        if line["name"] not in found or line["verdict"] == "FIX":
+            found[line["name"]] = line
+    return found
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory) -> str:
+    """A file with this environment's packages, every import taken as good."""
+    path = tmp_path_factory.mktemp("facts") / "packages.json"
+    path.write_text(json.dumps(good_packages()))
+    return str(path)
+
+
+@pytest.fixture
+def ranks(facts):
+    """A function that runs ranks of the doctor with what each does (None: it does not come) and returns how each ended."""
+
+    def start(
+        *whats: str | None,
+        arguments: list[str],
+        ahead: tuple[float, ...] = (),
+        inside: dict[int, list[str]] | None = None,
+    ) -> list[Done]:
+        announced = {"WORLD_SIZE": str(len(whats)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
+        started = []
+        for rank, what in enumerate(whats):
+            if what is None:
+                continue
+            own = environment(**announced, RANK=str(rank), LOCAL_RANK=str(rank))
+            clock = str(ahead[rank]) if ahead else "0"
+            command = [
+                *(inside or {}).get(rank, []),
+                sys.executable,
+                RANK,
+                facts,
+                clock,
+                what,
+                "--json",
+                *arguments,
+            ]
+            pipe = subprocess.PIPE
+            started.append(subprocess.Popen(command, env=own, stdout=pipe, stderr=pipe, text=True))
+        try:
+            outputs = [process.communicate(timeout=200) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        return [Done(p.args, p.returncode, *texts) for p, texts in zip(started, outputs, strict=True)]
+
+    return start
+
+
+@pytest.mark.slow
+def test_alone(tmp_path, digit_shards):
+    out = tmp_path / "runs" / "x"
+    command = [sys.executable, DOCTOR, "--json", "--out", str(out), "--shards", f"{digit_shards}/*.tar"]
+    done = run(command)
+    lines = lines_of(done)
+    assert done.returncode == int(any(line["verdict"] == "FIX" for line in lines.values())), done.stderr
+    assert {"versions", "launch", "device", "threads", "limits", "out disk", "out write", "shards"} <= {
+        *lines
+    }
+    assert "3 shards of 72 samples" in lines["shards"]["found"]
+    assert lines["versions"]["verdict"] == "ok"
+    assert not out.exists()  # as before
+    missing = run([*command[:-1], str(tmp_path / "no-{0..3}.tar")])
+    assert missing.returncode == 1
+    assert "no shard matches" in lines_of(missing)["shards"]["found"]
+    assert "Traceback" not in done.stderr + missing.stderr
+
+
+def test_bad_arguments():
+    for words in (["--wat"], ["--wait", "-3"], ["--shards"]):
+        done = run([sys.executable, DOCTOR, *words])
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+def test_without_torch_at_all(tmp_path):
+    venv.create(tmp_path / "bare")
+    done = run([str(tmp_path / "bare" / "bin" / "python"), DOCTOR, "--json"], PYTHONPATH="")
+    assert done.returncode == 1, done.stderr
+    line = lines_of(done)["packages"]
+    assert "not installed for" in line["found"]
+    assert "torch" in line["found"]
+    assert "pip install -e ." in line["fix"]
+    other = run([str(tmp_path / "bare" / "bin" / "python"), DOCTOR], PYTHONPATH="", RANK="1", WORLD_SIZE="2")
+    assert (other.returncode, other.stdout) == (1, "")
+    assert other.stderr.startswith("error: rank 1 on ")
+    assert len(other.stderr.splitlines()) == 1
+
+
+def fake_package(folder: Path, name: str, version: str, body: str = "") -> str:
+    """Metadata of another version, and with a body the package too, in front of the installed ones."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    if body:
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(body)
+    return f"{folder}{os.pathsep}{ROOT}"
+
+
+@pytest.mark.slow
+def test_a_torchvision_that_does_not_fit_torch(tmp_path):
+    body = "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    path = fake_package(tmp_path / "fake", "torchvision", "0.77.0+cpu", body)
+    done = run([sys.executable, DOCTOR, "--json", "--out", str(tmp_path / "out")], PYTHONPATH=path)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = lines_of(done)
+    assert "torchvision 0.77.0+cpu" in lines["torchvision"]["found"]
+    assert "operator torchvision::nms does not exist" in lines["torchvision"]["found"]
+    assert "pip install --force-reinstall 'torch==" in lines["torchvision"]["fix"]
+    assert "packages" not in lines  # timm is not blamed for it
+    assert lines["out write"]["verdict"] == "ok"  # and the other checks went on
+
+
+@pytest.mark.slow
+def test_the_launcher_that_starts_one_process_of_two():
+    line = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "2"]
+    done = run([*line, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", DOCTOR])
+    assert done.returncode == 1
+    (said,) = (row for row in done.stdout.splitlines() if row.startswith("FIX"))
+    assert "accelerate was asked for several processes but started one" in said
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" in said
+
+
+@pytest.mark.slow
+def test_two_ranks_of_the_launcher_of_which_one_has_another_numpy(tmp_path, digit_shards):
+    """The README's launch line; local rank 1 is given other metadata by what the launcher starts."""
+    path = fake_package(tmp_path / "fake", "numpy", "2.0.99")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        f"if os.environ['RANK'] == '1': os.environ['PYTHONPATH'] = {path!r}; sys.path.insert(0, {path.split(':')[0]!r})\n"
+        f"sys.path.insert(0, {str(ROOT / 'launch')!r})\n"
+        f"sys.argv[0] = {DOCTOR!r}\n"
+        f"runpy.run_path({DOCTOR!r}, run_name='__main__')\n"
+    )
+    words = shlex.split(CPU_LAUNCH_LINE.format(n=2, script=script))[:-1]
+    command = [
+        str(Path(sys.executable).parent / words[1]),
+        *words[2:],
+        "--json",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += ["--shards", f"{digit_shards}/*.tar"]
+    command.insert(2, f"--main_process_port={PORT + 1}")
+    done = run(command, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 1, done.stderr
+    lines = lines_of(done)
+    assert "numpy differs" in lines["versions"]["found"]
+    assert "2.0.99 on" in lines["versions"]["found"]
+    assert "(rank 1)" in lines["versions"]["found"]
+    others = {name: line for name, line in lines.items() if name != "versions"}
+    good = {"launch", "address", "all-reduce", "shared out", "rename", "locks", "shards"}
+    assert {name for name in good if others[name]["verdict"] != "ok"} <= {
+        "all-reduce"
+    }  # a note on a busy machine
+    assert "rank 0-1  local 0-1" in done.stdout
+
+
+@pytest.mark.slow
+def test_three_ranks(ranks, tmp_path):
+    first, *others = ranks(*["as it is"] * 3, arguments=["--out", str(tmp_path / "out")])
+    lines = lines_of(first)
+    assert lines["launch"]["found"] == "3 ranks on 1 host"
+    assert lines["all-reduce"]["found"].startswith("right; a sum of")
+    assert lines["shared out"]["found"].startswith("all 3 ranks see")
+    for other in others:
+        assert (other.stdout, other.returncode) == ("", first.returncode)
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes(ranks, tmp_path):
+    done, second = ranks(
+        "as it is", "as it is", None, arguments=["--wait", "3", "--out", str(tmp_path / "out")]
+    )
+    assert (done.returncode, second.returncode) == (1, 1)
+    lines = lines_of(done)
+    assert lines["launch"]["found"].startswith("WORLD_SIZE=3 is announced, 2 came: rank 2 missing")
+    assert lines["all-reduce"]["found"].startswith("not tried")
+    assert lines["shared out"]["verdict"] == "ok"  # among those that are there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["hangs", "dies"])
+def test_a_rank_that_hangs_or_dies_in_a_check(ranks, what):
+    """The check is cut short for all, which is the tests' part; the rest goes on."""
+    done, second, third = ranks("waits less", "waits less", what, arguments=[])
+    assert (done.returncode, second.returncode) == (1, 1), done.stderr
+    assert third.returncode == (9 if what == "dies" else 1)
+    said = lines_of(done)["device"]["found"]
+    assert "(rank 2): " in said
+    assert said.endswith("no answer within 7 s" if what == "dies" else "not done within 2 s")
+    assert lines_of(done)["cache disk"]["found"]
+
+
+@pytest.mark.slow
+def test_rank_0_that_dies_is_told_of_by_the_others_in_one_line(ranks):
+    _, second = ranks("dies", "as it is", arguments=[])
+    assert second.returncode == 1
+    said = [line for line in second.stderr.splitlines() if not line.startswith(("[", "frame", "Exception"))]
+    assert [line for line in said if line.startswith("error: ")], second.stderr
+    assert "rank 0 is gone (check 'device')" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+@pytest.mark.slow
+def test_one_number_for_two_ranks(facts):
+    """Of three ranks the third came with the number of the second, as with a --machine_rank given twice."""
+    double = {"RANK": "0", "LOCAL_RANK": "0"}
+    command = [sys.executable, RANK, facts, "0", "as it is", "--wait", "4", "--json"]
+    announced = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
+    one = {**environment(**announced), "RANK": "1", "LOCAL_RANK": "1"}
+    pipe = subprocess.PIPE
+    environments = [environment(**announced, **double), one, one]
+    started = [subprocess.Popen(command, env=e, stdout=pipe, stderr=pipe, text=True) for e in environments]
+    outputs = [process.communicate(timeout=100) for process in started]
+    assert sorted(process.returncode for process in started) == [1, 1, 1]
+    assert "RANK=1 is there twice: " in outputs[0][0]
+    assert "rank 2 missing" in outputs[0][0]
+    assert sum("RANK=1 is there twice" in err for _, err in outputs) == 1
+
+
+needs_unshare = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("unshare"),
+    reason="disks and host names of its own: as root, with unshare",
+)
+
+
+@needs_unshare
+@pytest.mark.slow
+def test_a_rank_with_a_clock_and_a_disk_of_its_own(ranks, tmp_path):
+    """Rank 1 is on a host of another name, whose clock is ahead and that has something else where --out is."""
+    out = tmp_path / "out"
+    out.mkdir()
+    script = f'hostname other; mount -t tmpfs none {out}; exec "$@"'
+    inside = {1: ["unshare", "--uts", "--mount", "sh", "-c", script, "sh"]}
+    done, _ = ranks(*["as it is"] * 2, arguments=["--out", str(out)], ahead=(0.0, 90.0), inside=inside)
+    lines = lines_of(done)
+    assert lines["clock"]["verdict"] == "FIX"
+    assert "90.0 s" in lines["clock"]["found"]
+    assert "other (rank 1) cannot see what rank 0 writes" in lines["shared out"]["found"]
+    assert "rename" not in lines
+    assert done.returncode == 1
+
+
+@needs_unshare
+@pytest.mark.slow
+def test_a_full_disk(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    inside = f"mount -t tmpfs -o size=16m none {out} && exec {sys.executable} {DOCTOR} --json --out {out}"
+    done = run(["unshare", "--mount", "sh", "-c", inside])
+    assert done.returncode == 1, done.stderr
+    lines = lines_of(done)
+    assert lines["out write"]["found"] == "64 MB cannot be written: No space left on device"
+    assert lines["out disk"]["verdict"] == "FIX"
