@@ -63,11 +63,11 @@ def test_any_world_goes_on_from_any_other(tiny_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_in_parts_goes_on_as_if_nothing_had_happened(tiny_run):
-    """The whole program: kill -9 of all ranks, then --resume auto; pictures and probe included, on three ranks."""
+    """The whole program: kill -9 of all ranks, then --resume auto; pictures and probe included, with shares of 4 and 3 images."""
     shards = next(flag for flag in tiny_run() if flag.startswith("--data.shards=")).split("=", 1)[1]
     options = {
         "cluster__parallel": "fsdp",
-        "optim__batch_size": 6,
+        "optim__batch_size": 7,
         "optim__max_steps": 12,
         "watch__checkpoint_every": 2,
         "watch__probe_every": 4,
@@ -76,9 +76,9 @@ def test_a_killed_run_in_parts_goes_on_as_if_nothing_had_happened(tiny_run):
         "watch__probe_k": 3,
     }
     straight, killed = (tiny_run(name, **options) for name in ("straight", "killed"))
-    run_ranks(3, SCRIPT, *straight)
+    run_ranks(2, SCRIPT, *straight)
     folder = Path(killed[0].removeprefix("--out="))
-    with processes_of(3, SCRIPT, *killed) as running:
+    with processes_of(2, SCRIPT, *killed) as running:
         deadline = time.monotonic() + 120
         while not (folder / "checkpoints" / "step_00000004").exists():
             assert time.monotonic() < deadline, "no checkpoint of step 4 within 120 s"
@@ -87,7 +87,7 @@ def test_a_killed_run_in_parts_goes_on_as_if_nothing_had_happened(tiny_run):
         for process in running:
             os.kill(process.pid, signal.SIGKILL)
     assert not (folder / "checkpoints" / "step_00000012").exists(), "killed too late to show anything"
-    output = run_ranks(3, SCRIPT, *killed, "--resume=auto")[0]
+    output = run_ranks(2, SCRIPT, *killed, "--resume=auto")[0]
     assert "resumed from" in output
     assert_same_run(Path(straight[0].removeprefix("--out=")), folder)
     assert (folder / "first_batch_local.png").stat().st_size > 1000

@@ -116,19 +116,33 @@ def test_four_ranks_keep_a_quarter_of_everything_and_give_it_back_whole(tmp_path
         step(other, others, second, number)
     same = same and all(torch.equal(own[name], others[name]) for name in own)
     sizes = {name: [list(tensor.shape), tensor.untyped_storage().nbytes() == tensor.nbytes] for name, tensor in whole.items()}
-    print(json.dumps({"kept": kept, "own": sum(p.nbytes for p in own.values()), "same": same, "tight": tight, "sizes": sizes}))
+
+    # A forward without a backward pass leaves whole parameters behind, which do not see what becomes of the rows.
+    frozen = make().eval().requires_grad_(False)
+    rows, _ = cut(frozen)
+    x = torch.ones(4, 48)
+    with torch.no_grad():
+        first = frozen(x)
+        for parameter in rows.values():
+            parameter.zero_()
+        stale = frozen.norm.weight.clone()
+        sharding.give_back(frozen)
+        last = frozen(x)
+    fresh = [float(first.abs().max()) > 0, float(stale.abs().max()) > 0, float(last.abs().max()) == 0]
+    size = sum(parameter.nbytes for parameter in own.values())
+    print(json.dumps({"fresh": fresh, "kept": kept, "own": size, "same": same, "tight": tight, "sizes": sizes}))
     """
     # parameters, gradients, two moments
     shapes = [(1, 1, 48), *[(48, 48), (48,)] * 4, (7, 48), (7,), (7,), (7,)]
     total = 4 * sum(torch.Size(shape).numel() for shape in shapes)
     found = {}
-    for world in (1, 2, 4):
+    for world in (2, 4):
         folder = tmp_path / str(world)
         folder.mkdir()
         printed = run_ranks(bodies(textwrap.dedent(body)), folder, world=world)
         found[world] = [json.loads(lines.splitlines()[-1]) for lines in printed]
     for world, ranks in found.items():
-        assert all(each["same"] and each["tight"] for each in ranks)
+        assert all(each["same"] and each["tight"] and all(each["fresh"]) for each in ranks), ranks
         assert sum(each["own"] for each in ranks) == total
         for each in ranks[1:]:
             assert each["sizes"] == {}, "only rank 0 holds whole tensors"
@@ -141,22 +155,3 @@ def test_four_ranks_keep_a_quarter_of_everything_and_give_it_back_whole(tmp_path
                 world,
                 each["kept"],
             )
-
-
-@pytest.mark.slow
-def test_what_a_forward_without_backward_leaves_would_go_stale(tmp_path):
-    body = """
-net = make().requires_grad_(False)
-own, _ = cut(net)
-x = torch.ones(4, 48)
-with torch.no_grad():
-    first = net(x)
-    for parameter in own.values():
-        parameter.zero_()
-    stale = net(x)
-    sharding.give_back(net)
-    fresh = net(x)
-print(float(first.abs().max()) > 0, bool(torch.equal(stale[0], fresh[0])), float(fresh.abs().max()))
-"""
-    for line in run_ranks(bodies(body), tmp_path):
-        assert line.split() == ["True", "False", "0.0"]
