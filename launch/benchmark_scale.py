@@ -45,8 +45,8 @@ def benchmark(args: argparse.Namespace) -> None:
         f"matching {args.matching}, {device_name(device)}, {cores} cores, {args.threads} threads each, {args.rounds} steps each"
     )
     # One rank's share of the batch, by one process that has the machine for itself.
-    alone = {ranks: group(1, args, "ddp", -(-args.batch_size // ranks)) for ranks in (1, *groups)}
-    found = {(way, ranks): group(ranks, args, way, args.batch_size) for ranks in groups for way in WAYS}
+    alone = {ranks: group(1, args, {}, -(-args.batch_size // ranks)) for ranks in (1, *groups)}
+    found = {(way, ranks): group(ranks, args, WAYS[way], args.batch_size) for ranks in groups for way in WAYS}
     sent_rows = [row for (way, ranks), each in found.items() for row in sent_table(way, ranks, each)]
     print_rows(("way", "ranks", "collective", "calls", "MiB", "MiB expected"), sent_rows)
     first = statistics.median(alone[1]["seconds"])
@@ -86,10 +86,10 @@ def check_ranks(args: argparse.Namespace, device: torch.device) -> None:
             raise UserError(f"--ranks {number}: expected 1 to {most} ({reason})")
 
 
-def group(ranks: int, args: argparse.Namespace, way: str, batch_size: int) -> dict[str, Any]:
+def group(ranks: int, args: argparse.Namespace, way: dict[str, str], batch_size: int) -> dict[str, Any]:
     """Run a group of processes and return what rank 0 found."""
     payload = {name: getattr(args, name) for name in benchmark_step.FLAGS}
-    payload |= {"batch_size": batch_size, "threads": args.threads, "rounds": args.rounds, "way": WAYS[way]}
+    payload |= {"batch_size": batch_size, "threads": args.threads, "rounds": args.rounds, "way": way}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

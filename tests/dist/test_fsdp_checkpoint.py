@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import os
-import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import processes_of, run_ranks
+from rank_processes import kill, run_ranks, started
 from test_fsdp import HERE, close
 from test_pretrain import assert_same_run
 
@@ -78,16 +76,15 @@ def test_a_killed_run_in_parts_goes_on_as_if_nothing_had_happened(tiny_run):
     straight, killed = (tiny_run(name, **options) for name in ("straight", "killed"))
     run_ranks(2, SCRIPT, *straight)
     folder = Path(killed[0].removeprefix("--out="))
-    with processes_of(2, SCRIPT, *killed) as running:
+    with started(2, SCRIPT, *killed) as process:
         deadline = time.monotonic() + 120
         while not (folder / "checkpoints" / "step_00000004").exists():
             assert time.monotonic() < deadline, "no checkpoint of step 4 within 120 s"
-            assert all(process.poll() is None for process in running), running[0].communicate()[1]
+            assert process.poll() is None, process.communicate()[1]
             time.sleep(0.005)
-        for process in running:
-            os.kill(process.pid, signal.SIGKILL)
+        kill(process)
     assert not (folder / "checkpoints" / "step_00000012").exists(), "killed too late to show anything"
-    output = run_ranks(2, SCRIPT, *killed, "--resume=auto")[0]
+    output = run_ranks(2, SCRIPT, *killed, "--resume=auto")
     assert "resumed from" in output
     assert_same_run(Path(straight[0].removeprefix("--out=")), folder)
     assert (folder / "first_batch_local.png").stat().st_size > 1000
