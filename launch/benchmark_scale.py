@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,14 +41,15 @@ def benchmark(args: argparse.Namespace) -> None:
     cores = os.cpu_count() or 1
     print(
         f"pretraining steps of {args.backbone} by groups of ranks: {args.batch_size} images in all, {args.prototypes} prototypes, "
-        f"matching {args.matching}, {device_name(device)}, {cores} cores, {args.threads} threads each, {args.rounds} steps each"
+        f"matching {args.matching}, {device_name(device)}, {cores} cores, {args.threads} threads each, "
+        f"the fastest of {args.rounds} steps each (other work on the machine only adds)"
     )
     # One rank's share of the batch, by one process that has the machine for itself.
     alone = {ranks: group(1, args, {}, -(-args.batch_size // ranks)) for ranks in (1, *groups)}
     found = {(way, ranks): group(ranks, args, WAYS[way], args.batch_size) for ranks in groups for way in WAYS}
     sent_rows = [row for (way, ranks), each in found.items() for row in sent_table(way, ranks, each)]
     print_rows(("way", "ranks", "collective", "calls", "MiB", "MiB expected"), sent_rows)
-    first = statistics.median(alone[1]["seconds"])
+    first = min(alone[1]["seconds"])
     rows = [("one rank", 1, first, 0.0, first, first, kept(alone[1]))]
     for (way, ranks), each in found.items():
         rows.append((way, ranks, *timing(args, cores, device, ranks, each, alone[ranks]), kept(each)))
@@ -150,7 +150,7 @@ def timing(
     """Return the seconds of compute, communication, a predicted and a measured step."""
     on_cpu = device.type == "cpu"
     links = {kind: link_of(kind, each, ranks) for kind, each in found["links"].items()}
-    compute = statistics.median(alone["seconds"])
+    compute = min(alone["seconds"])
     moving = communication_s(found["counted"], links, ranks)
     predicted = step_s(
         compute_s=compute,
@@ -159,7 +159,7 @@ def timing(
         communication_s=moving,
         hideable_s=alone["backward_s"],
     )
-    return compute, moving, predicted, statistics.median(found["seconds"])
+    return compute, moving, predicted, min(found["seconds"])
 
 
 def kept(found: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -78,7 +77,7 @@ def step_seconds(setup: Setup, rounds: int) -> list[float]:
 
 
 def backward_seconds(setup: Setup, rounds: int) -> float:
-    """Return the median seconds of a step's backward pass."""
+    """Return the seconds of a step's backward pass."""
     taken = []
     for _ in range(rounds):
         clock = Clock(setup.accelerator.device)
@@ -87,11 +86,11 @@ def backward_seconds(setup: Setup, rounds: int) -> float:
         take_step(setup)
         setup.accelerator.backward = original
         taken.append(clock.seconds["backward"])
-    return statistics.median(taken)
+    return min(taken)
 
 
 def links(device: torch.device) -> dict[str, dict[str, float]]:
-    """Return by kind the seconds of a collective of next to nothing and of LINK_BYTES, medians."""
+    """Return by kind the seconds of a collective of next to nothing and of LINK_BYTES."""
     if dist.world_size() == 1:
         return {}
 
@@ -113,7 +112,7 @@ def links(device: torch.device) -> dict[str, dict[str, float]]:
             call()
             synchronise(device)
             taken.append(time.perf_counter() - started)
-        return max(dist.gather_objects(statistics.median(taken[1:])))
+        return max(dist.gather_objects(min(taken[1:])))
 
     small, large = collectives(dist.world_size()), collectives(LINK_BYTES // 4)
     return {
