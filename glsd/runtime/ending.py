@@ -88,6 +88,10 @@ class Watch:
                 self.talked = time.monotonic()
                 self._judge(self.signs.silent(self.patience()))
         except RuntimeError:  # the process that keeps the notes is gone
+            # Maybe only a launcher, of the signal that the ranks got too: while they can talk, they may save and stop.
+            while not (self.done.is_set() or self.trouble.wait(self.period / 5)):
+                if time.monotonic() - self.talked > self.lost_after:
+                    break
             self._judge_notes()
 
     def _listen(self) -> None:

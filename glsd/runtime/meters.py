@@ -119,6 +119,7 @@ class Meters:
             self._show(row)
 
     def _show(self, row: Mapping[str, Any]) -> None:
+        assert self._board is not None
         for name, value in _flat(row).items():
             if name != "step":
                 self._board.add_scalar(name, value, row["step"])

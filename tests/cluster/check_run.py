@@ -134,7 +134,9 @@ def check_quarantine(record: Record) -> str:
 
 def check_tensorboard(record: Record) -> str:
     """TensorBoard shows the rows of metrics.jsonl, each once, after what came after a resumed step is purged."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # a second
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # a second
+        EventAccumulator,
+    )
 
     board = EventAccumulator(
         str(record.folder / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=True
@@ -232,7 +234,10 @@ def main(argv: list[str]) -> int:
     except WrongRecord as problem:
         print(f"WRONG {problem}")
         return 1
-    checks = [*CHECKS, *([functools.partial(check_alike, other=other)] if other else [])]
+    checks: list[Callable[[Record], str]] = [
+        *CHECKS,
+        *([functools.partial(check_alike, other=other)] if other else []),
+    ]
     code = 0
     for check in checks:
         try:

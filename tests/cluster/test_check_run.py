@@ -186,7 +186,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Rows], Any], str]] = {
     "a probe doubled": ("metrics", lambda rows: rows.insert(1, rows[0]), "probes at"),
     "a probe before its time": (
         "metrics",
-        lambda rows: (rows.remove(row_of(14, "probe")), rows.insert(2, row_of(14, "probe"))),
+        lambda rows: rows.insert(2, rows.pop(rows.index(row_of(14, "probe")))),
         "order of rows",
     ),
 }

@@ -1,0 +1,68 @@
+"""Jobs that depend on each other, and how they get to SLURM."""
+
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from glsd.contracts import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One line for sbatch."""
+
+    script: str  # in this folder
+    options: list[str]
+    words: list[str]  # for the script
+    requeues: bool = True  # itself; in a chain the next job goes on
+    after: int | None = None  # which of the jobs before this one must have ended
+    needs_success: bool = True  # of that one; False: it may have ended in any way
+
+    def line(self, ids: list[str]) -> list[str]:
+        """Return the command line; ids: of the jobs submitted before."""
+        export = f"--export=ALL,GLSD_ROOT={ROOT}" + ("" if self.requeues else ",GLSD_REQUEUE=0")
+        line = ["sbatch", "--parsable", *self.options, export]
+        if not self.requeues:
+            line.append("--no-requeue")
+        if self.after is not None and self.needs_success:
+            line += [f"--dependency=afterok:{ids[self.after]}", "--kill-on-invalid-dep=yes"]
+        elif self.after is not None:
+            line.append(f"--dependency=afterany:{ids[self.after]}")
+        return [*line, str(ROOT / "launch" / "slurm" / self.script), *self.words]
+
+
+def submit(jobs: list[Job], *, dry_run: bool) -> None:
+    """Give the jobs to sbatch one after the other and print each line and the number of the job; a dry run only prints.
+
+    Raises UserError with what sbatch says where it refuses one; those before it are cancelled then.
+    """
+    ids: list[str] = []
+    for number, job in enumerate(jobs, start=1):
+        line = job.line(ids)
+        print(shlex.join(line), flush=True)
+        ids.append(f"JOB{number}" if dry_run else _submitted(job, ids))
+        print(f"  {ids[-1]}: not submitted (--dry_run)" if dry_run else f"  job {ids[-1]}", flush=True)
+
+
+def _submitted(job: Job, before: list[str]) -> str:
+    try:
+        done = subprocess.run(job.line(before), capture_output=True, text=True)
+    except FileNotFoundError as problem:
+        raise UserError(
+            "sbatch is not found: submit from a machine of the cluster (--dry_run only prints the lines)"
+        ) from problem
+    if done.returncode == 0:
+        print(done.stderr, end="", file=sys.stderr)
+        return done.stdout.strip().split(";")[0]
+    fate = "nothing was submitted"
+    if before:
+        cancelled = subprocess.run(["scancel", *before], capture_output=True, text=True)
+        fate = (
+            f"jobs {' '.join(before)} were {'cancelled' if cancelled.returncode == 0 else 'submitted before'}"
+        )
+    said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
+    raise UserError(f"sbatch refuses {job.script}: {said}; {fate}")

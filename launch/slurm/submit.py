@@ -1,0 +1,175 @@
+"""Submit a stage, a sweep or the whole way to SLURM, after a look at the flags; prints every line that sbatch gets.
+
+python launch/slurm/submit.py pretrain --nodes 2 --gpus_per_node 8 --time 1-0 -- --config configs/pretrain/... --out runs/x
+python launch/slurm/submit.py pretrain --time 4:00:00 --chain 6 -- ...       six jobs in a row, where SLURM does not requeue
+python launch/slurm/submit.py array --file sweep.txt --out runs/sweep --limit 4 --time 8:00:00 -- --config ...
+python launch/slurm/submit.py pipeline --gpus_per_node 1 --time 4:00:00 \\
+    --pretrain '--nodes 4 --gpus_per_node 8 --time 2-0 -- --config ... --out runs/x' \\
+    --finetune '--config ... --out runs/x-dml' --evaluate '--protocol retrieval ...'
+
+What stands behind -- goes to the stage (pretrain, finetune, evaluate). In a pipeline each text is what stands behind
+`submit.py STAGE`: options of its own and --, or the flags alone; --init and --model are the run folder of the stage before
+where they are not given. All options: submit.py STAGE --help.
+"""
+
+import argparse
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import _door  # noqa: E402
+from flags import CONFIGS, check_flags  # noqa: E402
+from resources import Parser, add_resources, sbatch_options, words_of  # noqa: E402
+from sbatch import Job, submit  # noqa: E402
+
+from glsd.contracts import UserError, pick  # noqa: E402
+
+SWEEPABLE = ("pretrain", "finetune")
+# What a stage learns from, where the flags do not say it: field and flag.
+SOURCE = {"finetune": "init", "evaluate": "model"}
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    command = pick(COMMANDS, argv[0], "command")
+    options, flags = split(argv[1:])
+    jobs, dry_run = command(argv[0], options, flags)
+    submit(jobs, dry_run=dry_run)
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return what stands before and behind the first ``--``."""
+    place = words.index("--") if "--" in words else len(words)
+    return words[:place], words[place + 1 :]
+
+
+def stage(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], bool]:
+    """Plan one stage, in several jobs where it is a chain."""
+    args = stage_parser(name).parse_args(options)
+    check_flags(name, flags)
+    return stage_jobs(name, args, flags), args.dry_run
+
+
+def stage_parser(name: str) -> Parser:
+    parser = Parser(name, f"Submit launch/slurm/{name}.sbatch; what stands behind -- goes to it.")
+    add_resources(parser)
+    parser.add_argument(
+        "--chain",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N jobs in a row, none of which is requeued: each goes on where the one before stopped",
+    )
+    return parser
+
+
+def stage_jobs(name: str, args: argparse.Namespace, flags: list[str]) -> list[Job]:
+    """Return the jobs of one stage, whose flags are checked; the first one waits for nobody."""
+    if args.chain < 1:
+        raise UserError(f"--chain is {args.chain}: expected 1 or more jobs")
+    if args.chain > 1 and name == "evaluate":
+        raise UserError(
+            f"--chain is {args.chain}: an evaluation saves nothing on the way, one job must do it"
+        )
+    options = sbatch_options(args, training=name != "evaluate")
+    return [
+        Job(
+            script=f"{name}.sbatch",
+            options=options,
+            words=flags,
+            requeues=args.chain == 1,
+            after=number - 1 if number else None,
+            needs_success=False,
+        )
+        for number in range(args.chain)
+    ]
+
+
+def array(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], bool]:
+    """Plan a sweep: one task for each line of a file."""
+    parser = Parser(name, "Submit launch/slurm/array.sbatch; what stands behind -- is common to all tasks.")
+    add_resources(parser)
+    parser.add_argument(
+        "--file",
+        required=True,
+        metavar="FILE",
+        help="one line of flags for each task; # and empty ones do not count",
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="task N writes into FOLDER/N")
+    parser.add_argument(
+        "--stage", choices=SWEEPABLE, default="pretrain", help="what each task runs (pretrain)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="so many tasks at the same time")
+    args = parser.parse_args(options)
+    try:
+        lines = Path(args.file).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(
+            f"cannot read --file {args.file}: {getattr(problem, 'strerror', problem)}"
+        ) from problem
+    tasks = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not tasks:
+        raise UserError(f"--file {args.file} has no line of flags: expected one for each task")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is {args.limit}: expected 1 or more tasks at the same time")
+    for number, line in enumerate(tasks, start=1):
+        where = f"--file {args.file}, task {number}"
+        try:
+            check_flags(args.stage, [*flags, *words_of(line, "the line")])
+        except UserError as problem:
+            raise UserError(f"{where}: {problem}") from problem
+    limit = f"%{args.limit}" if args.limit else ""
+    job = Job(
+        script="array.sbatch",
+        options=[f"--array=1-{len(tasks)}{limit}", *sbatch_options(args, training=True)],
+        words=[args.stage, args.file, args.out, *flags],
+    )
+    return [job], args.dry_run
+
+
+def pipeline(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], bool]:
+    """Plan stages of which each starts when the one before it is finished."""
+    parser = Parser(
+        name, "Submit several stages; each waits for the one before, and goes with it if that fails."
+    )
+    add_resources(parser)
+    for each in CONFIGS:
+        parser.add_argument(f"--{each}", metavar="TEXT", help=f"what stands behind submit.py {each}")
+    args = parser.parse_args(options)
+    texts = {each: vars(args).pop(each) for each in CONFIGS}
+    if flags:
+        raise UserError(
+            "a pipeline takes no flags behind --: give each stage its own, --pretrain '--config ...'"
+        )
+    if not any(texts.values()):
+        raise UserError(f"a pipeline needs at least one of {', '.join(f'--{each}' for each in CONFIGS)}")
+    jobs: list[Job] = []
+    source = ""
+    for each, text in texts.items():
+        if not text:
+            continue
+        words = words_of(text, f"--{each}")
+        own, stage_flags = split(words) if "--" in words else ([], words)
+        stage_args = stage_parser(each).parse_args(own, namespace=copy.deepcopy(args))
+        if args.name and stage_args.name == args.name:
+            stage_args.name = f"{args.name}-{each}"
+        cfg = check_flags(each, stage_flags)
+        if source and each in SOURCE and not getattr(cfg, SOURCE[each]):
+            stage_flags = [*stage_flags, f"--{SOURCE[each]}", source]
+        source = cfg.out or source
+        for job in stage_jobs(each, stage_args, stage_flags):
+            first = job.after is None
+            after = len(jobs) - 1 if jobs else None
+            jobs.append(dataclasses.replace(job, after=after, needs_success=first))
+    return jobs, args.dry_run
+
+
+COMMANDS = {**dict.fromkeys(CONFIGS, stage), "array": array, "pipeline": pipeline}
+
+if __name__ == "__main__":
+    _door.run(main)
