@@ -206,9 +206,11 @@ class ClusterConfig:
 
     Args:
         lost_after: Seconds without a sign of life after which a rank counts as lost and all others stop.
+        parallel: What a rank keeps of weights, teacher and optimiser state: all ('ddp'), or its part of each tensor ('fsdp').
     """
 
     lost_after: float = 60.0
+    parallel: Literal["ddp", "fsdp"] = "ddp"
 
 
 @dataclass(frozen=True, kw_only=True)

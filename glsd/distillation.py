@@ -15,7 +15,7 @@ from glsd.losses.distill import LocalLoss, Matches, global_loss, local_loss, mat
 from glsd.losses.prototype_ce import PrototypeCE
 from glsd.models.heads import ProjectionHead
 from glsd.models.multicrop import MultiCrop, Views
-from glsd.runtime import dist
+from glsd.runtime import dist, sharding
 
 NUM_GLOBAL = 2
 
@@ -155,7 +155,7 @@ class Distillation(nn.Module):
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode torch cannot gather parameters in parts
 def run_teacher(
     teacher: MultiCrop,
     global_crops: Float32[Tensor, "gb 3 h w"],
@@ -179,7 +179,7 @@ def run_teacher(
         )
 
     local = teacher.local_head
-    return TeacherOutput(
+    output = TeacherOutput(
         views=views,
         global_prototypes=teacher.global_head.prototypes.weight(),
         local_prototypes=None if local is None else local.prototypes.weight(),
@@ -189,6 +189,8 @@ def run_teacher(
         else center("local", local, _rows(views.global_patches)),
         temp=temp,
     )
+    sharding.give_back(teacher)
+    return output
 
 
 def _rows(patches: Float[Tensor, "b n e"] | None) -> Float[Tensor, "r e"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from glsd.config import PretrainConfig
 from glsd.contracts import UserError
@@ -135,10 +135,10 @@ def go_on(begin: float, seconds: float) -> bool:
 
 def memory_of(state: State, beyond: int) -> dict[str, int]:
     """Say what the memory is for: of the peak beyond both networks the rest is activations and loss."""
-    trained = [parameter for parameter in state.student.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in state.own.values() if parameter.requires_grad]
     known = {
-        "weights": size(tensors_of(state.student)),
-        "teacher": size(tensors_of(state.teacher)),
+        "weights": size([*state.own.values(), *state.student.buffers()]),
+        "teacher": size([*state.own_teacher.values(), *state.teacher.buffers()]),
         "gradients": size(trained),
         "optimiser state": size(optimizer_tensors(state)),
     }
@@ -151,10 +151,6 @@ def memory_of(state: State, beyond: int) -> dict[str, int]:
 def optimizer_tensors(state: State) -> list[Tensor]:
     held = [value for values in state.optimizer.state.values() for value in values.values()]
     return [value for value in held if isinstance(value, Tensor)]
-
-
-def tensors_of(network: nn.Module) -> list[Tensor]:
-    return [*network.parameters(), *network.buffers()]
 
 
 def size(tensors: Iterable[Tensor]) -> int:

@@ -23,7 +23,7 @@ from glsd.optim.clip import CLIPPERS
 from glsd.optim.ema import ema_update
 from glsd.pretrain_build import State, build
 from glsd.pretrain_plan import Plan, Rates, make_plan, rates_at, step_seed
-from glsd.runtime import checkpoint, dist, ending
+from glsd.runtime import checkpoint, dist, ending, sharding
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.launch import start
 from glsd.runtime.meters import Meters
@@ -179,20 +179,22 @@ def train_step(
                 else None,
             )
         # Gradients travel between ranks with the last micro-batch only.
+        sharding.synchronise_gradients(state.losses, number == len(plan.shares))
         with contextlib.nullcontext() if number == len(plan.shares) else accelerator.no_sync(state.model):
             out = state.model(pixels, targets)
             accelerator.backward(out.loss * share)
         outs.append(out)
-    norms = CLIPPERS[cfg.optim.clip_mode](state.student.parameters(), cfg.optim.clip_grad)
+    sharding.hand_over_gradients(state.student, state.own)
+    norms = CLIPPERS[cfg.optim.clip_mode](state.own.values(), cfg.optim.clip_grad, in_parts=bool(state.plans))
     values = {**mean_values(outs, plan.shares), "grad_norm": torch.linalg.vector_norm(norms)}
     note_bad_gradient(state, values)
     if rates.freeze_prototypes:
-        for name, parameter in state.student.named_parameters():
+        for name, parameter in state.own.items():
             if "prototypes" in name:
                 parameter.grad = None
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    ema_update(state.teacher, state.student, rates.momentum)
+    ema_update(state.own_teacher, state.own, rates.momentum)
     for kind, mean in mean_logits(outs, plan.shares).items():
         state.centers[kind] = ema_center(
             state.centers[kind], dist.all_reduce_mean(mean), cfg.loss.center_momentum
@@ -212,8 +214,8 @@ def save(cfg: PretrainConfig, state: State, meters: Meters, run: Run, shards: Sh
         run.checkpoints,
         step=state.step,
         tensors={
-            "student": state.student.state_dict(),
-            "teacher": state.teacher.state_dict(),
+            "student": sharding.gather_state(state.student),
+            "teacher": sharding.gather_state(state.teacher),
             "centers": state.centers,
         },
         state={
@@ -221,7 +223,7 @@ def save(cfg: PretrainConfig, state: State, meters: Meters, run: Run, shards: Sh
             "num_broken": state.num_broken,
             "order": order_of(cfg, shards),
         },
-        optimizer=state.optimizer.state_dict(),
+        optimizer=sharding.gather_optimizer(state.optimizer, state.student),
         keep=cfg.watch.keep_checkpoints,
     )
 
@@ -245,7 +247,7 @@ def restore(cfg: PretrainConfig, state: State, run: Run, shards: ShardSet) -> Ch
         )
     for name, network in (("student", state.student), ("teacher", state.teacher)):
         checkpoint.restore(network, saved.tensors[name], source=f"{saved.path}/{name}.safetensors")
-    state.optimizer.load_state_dict(saved.optimizer)
+    sharding.load_optimizer(state.optimizer, saved.optimizer, state.student)
     for name, center in saved.tensors["centers"].items():
         state.centers[name] = center.to(state.centers[name].device)
     state.step, state.num_broken = saved.step, saved.state["num_broken"]

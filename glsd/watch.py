@@ -64,14 +64,15 @@ def draw_first_batch(run: Run, state: State, pixels: Pixels, batch: CropBatch) -
     Without a local loss the geometric matches are drawn all the same: they show that boxes and crops agree. Only rank 0
     works here, so nothing may be a collective: backbones, no heads (whose batch norm may be synchronised).
     """
+    student, teacher = state.backbone("student"), state.backbone("teacher")
     if not dist.is_main():
         return
-    b, student = len(batch.keys), state.student.backbone
+    b = len(batch.keys)
     with as_written():
         features = [
             student(crops)[1] if len(crops) else None for crops in (pixels.global_crops, pixels.local_crops)
         ]
-        teacher_features = state.teacher.backbone(pixels.global_crops)[1]
+        teacher_features = teacher(pixels.global_crops)[1]
     matches = state.losses.match(pixels, features, teacher_features)
     n = min(b, NUM_DRAWN)
     drawn = {"first_batch.png": (1, batch.global_crops[b : b + n])}
@@ -127,9 +128,11 @@ def probe(
 ) -> dict[str, Any]:
     """Classify the val images by their nearest train images in the teacher's features; every rank embeds its share."""
 
+    teacher = state.backbone("teacher")
+
     def features(images: Tensor) -> Tensor:
         with as_written():
-            return state.teacher.backbone(images)[0]
+            return teacher(images)[0]
 
     train, val = (
         embed_set(

@@ -6,6 +6,7 @@ python launch/benchmark.py step --backbone vit_small_patch16_224
 python launch/benchmark.py data --workers 0 1 2
 python launch/benchmark.py eval --images 60502 --dim 512
 python launch/benchmark.py dml --backbone vit_small_patch16_224
+python launch/benchmark.py scale --ranks 1 2 4
 """
 
 import argparse
@@ -14,6 +15,7 @@ import benchmark_data
 import benchmark_dml
 import benchmark_eval
 import benchmark_loss
+import benchmark_scale
 import benchmark_step
 from _door import run
 
@@ -24,6 +26,7 @@ BENCHMARKS = {
     "data": benchmark_data,
     "eval": benchmark_eval,
     "dml": benchmark_dml,
+    "scale": benchmark_scale,
 }
 
 

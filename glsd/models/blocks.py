@@ -56,6 +56,12 @@ def compile_obstacle(device: torch.device) -> str | None:
     return f"there is no compiler ({' or '.join(names)}, or one named by ${variable})"
 
 
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of a ViT, Eva or Swin, in order: most of its parameters."""
+    parts = [part for name, part in net.named_modules() if name.rsplit(".", 1)[-1] == "blocks"]
+    return [block for part in parts for block in part.children()]
+
+
 def as_written() -> AbstractContextManager[None]:
     """Run compiled blocks as they are written: batches of other sizes than those of training would make further graphs."""
     return torch.compiler.set_stance("force_eager")

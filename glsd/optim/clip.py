@@ -7,20 +7,25 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
+from glsd.runtime import dist
+
 # Added to the norm before dividing, as published.
 EPSILON = 1e-6
 
 
 @torch.no_grad()
-def clip_per_parameter(parameters: Iterable[Parameter], max_norm: int | float) -> Float[Tensor, " p"]:
+def clip_per_parameter(
+    parameters: Iterable[Parameter], max_norm: int | float, *, in_parts: bool = False
+) -> Float[Tensor, " p"]:
     """Scale each gradient g on its own by min(1, max_norm / (|g| + 1e-6)), in place, and return the p norms
     before that.
 
     Parameters without a gradient are passed over; max_norm 0 measures and leaves the gradients alone. Norms
-    are float32 or better. Source: DINO (Caron et al. 2021), GLSD (arXiv 2207.14676).
+    are float32 or better. in_parts: each rank holds some rows of each gradient, and the norms are those of
+    the whole ones (a collective call). Source: DINO (Caron et al. 2021), GLSD (arXiv 2207.14676).
     """
     grads = _grads(parameters)
-    norms = _norms(grads)
+    norms = _norms(grads, in_parts)
     if grads and max_norm > 0:
         scales = (max_norm / (norms + EPSILON)).clamp(max=1.0)
         torch._foreach_mul_(grads, list(scales.unbind()))
@@ -28,14 +33,16 @@ def clip_per_parameter(parameters: Iterable[Parameter], max_norm: int | float) -
 
 
 @torch.no_grad()
-def clip_global(parameters: Iterable[Parameter], max_norm: int | float) -> Float[Tensor, " p"]:
+def clip_global(
+    parameters: Iterable[Parameter], max_norm: int | float, *, in_parts: bool = False
+) -> Float[Tensor, " p"]:
     """Scale all gradients together by min(1, max_norm / (|all| + 1e-6)), in place, and return the p norms
     before that.
 
     The norm of all is the norm of the returned norms. Otherwise as clip_per_parameter.
     """
     grads = _grads(parameters)
-    norms = _norms(grads)
+    norms = _norms(grads, in_parts)
     if grads and max_norm > 0:
         total = torch.linalg.vector_norm(norms)
         torch._foreach_mul_(grads, (max_norm / (total + EPSILON)).clamp(max=1.0))
@@ -49,8 +56,9 @@ def _grads(parameters: Iterable[Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _norms(grads: list[Tensor]) -> Tensor:
+def _norms(grads: list[Tensor], in_parts: bool) -> Tensor:
     if not grads:
         return torch.zeros(0)
     wide = [grad if torch.finfo(grad.dtype).bits >= 32 else grad.float() for grad in grads]
-    return torch.stack(torch._foreach_norm(wide, 2))
+    norms = torch.stack(torch._foreach_norm(wide, 2))
+    return dist.all_reduce_sum(norms.square()).sqrt() if in_parts else norms

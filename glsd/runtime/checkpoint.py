@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from glsd.contracts import UserError
-from glsd.runtime import dist
+from glsd.runtime import dist, sharding
 
 VERSION = 1
 _OPTIMIZER, _STATE, _MANIFEST = "optimizer.pt", "state.json", "manifest.json"
@@ -147,7 +147,7 @@ def restore(module: nn.Module, saved: Mapping[str, Tensor], *, source: str) -> N
     if unknown:
         found = tuple(saved[unknown[0]].shape)
         raise UserError(f"{source} has a tensor {unknown[0]} {found} that this model lacks; {advice}")
-    module.load_state_dict(dict(saved))
+    sharding.load_state(module, saved)
 
 
 def _name(step: int) -> str:

@@ -128,7 +128,9 @@ def check_train(golden: Golden) -> None:
                 head.prototypes.zero_grad()
         check_gradients(golden, f"out_step{step}_gradused_", student, names)
         optimizer.step()
-        ema_update(teacher, student, values["momentum"][step])
+        ema_update(
+            dict(teacher.named_parameters()), dict(student.named_parameters()), values["momentum"][step]
+        )
 
         golden.close(f"out_step{step}_loss", torch.stack(losses))
         golden.close(f"out_step{step}_lr", torch.tensor(values["lr"][step], dtype=torch.float64))

@@ -9,6 +9,10 @@ from torch import nn
 from glsd.optim.ema import ema_update
 
 
+def move(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    ema_update(dict(teacher.named_parameters()), dict(student.named_parameters()), momentum)
+
+
 def network(width: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width)).double()
 
@@ -18,7 +22,7 @@ def test_ema_equals_the_formula_on_parameters_and_leaves_buffers():
     teacher, student = network(), network()
     student(torch.randn(8, 4, dtype=torch.float64))  # moves the student's running statistics
     before = copy.deepcopy(teacher.state_dict())
-    ema_update(teacher, student, 0.9)
+    move(teacher, student, 0.9)
     for name, moved in teacher.named_parameters():
         literal = 0.9 * before[name] + (1 - 0.9) * student.get_parameter(name)
         torch.testing.assert_close(moved, literal, rtol=1e-14, atol=0)
@@ -29,28 +33,28 @@ def test_ema_equals_the_formula_on_parameters_and_leaves_buffers():
 def test_momentum_one_changes_no_bit_and_zero_copies():
     teacher, student = network(), network()
     before = copy.deepcopy(teacher.state_dict())
-    ema_update(teacher, student, 1.0)
+    move(teacher, student, 1.0)
     assert all(torch.equal(teacher.state_dict()[name], before[name]) for name in before)
-    ema_update(teacher, student, 0.0)
+    move(teacher, student, 0.0)
     assert all(torch.equal(p, student.get_parameter(n)) for n, p in teacher.named_parameters())
 
 
 def test_the_teacher_may_require_no_gradient_and_the_student_keeps_its_graph():
     teacher, student = network().requires_grad_(False), network()
     loss = student(torch.randn(8, 4, dtype=torch.float64)).sum()
-    ema_update(teacher, student, 0.5)
+    move(teacher, student, 0.5)
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_it_does_not_wait_for_the_device():
-    ema_update(network().to("meta"), network().to("meta"), 0.9)  # a meta tensor has no value to wait for
+    move(network().to("meta"), network().to("meta"), 0.9)  # a meta tensor has no value to wait for
 
 
 def test_two_different_networks_are_refused():
     with pytest.raises(ValueError, match=r"0\.weight is \(5, 4\) in the teacher, \(3, 4\)"):
-        ema_update(network(5), network(3), 0.9)
+        move(network(5), network(3), 0.9)
     with pytest.raises(ValueError, match="differ in parameters"):
-        ema_update(nn.Sequential(*network(), nn.Linear(3, 1)), network(), 0.9)
+        move(nn.Sequential(*network(), nn.Linear(3, 1)), network(), 0.9)
     with pytest.raises(ValueError, match="needs float32"):
-        ema_update(network().bfloat16(), network().bfloat16(), 0.9)
+        move(network().bfloat16(), network().bfloat16(), 0.9)

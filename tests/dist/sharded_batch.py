@@ -1,0 +1,49 @@
+"""Body of test_fsdp.py: steps in float64 with whole and with cut parameters, in one process group; rank 0 writes what came out.
+
+python sharded_batch.py OUT.pt CASES.json FLAGS... : cases are name -> further flags.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from double_story import Training
+from joined_batch_recorder import Recorder
+
+from glsd.pretrain_build import State
+from glsd.runtime import dist, sharding
+
+
+def whole_gradients(state: State) -> dict[str, torch.Tensor]:
+    named: dict[str, Any] = dict(state.student.named_parameters())
+    found = {name: own.grad.clone() for name, own in state.own.items() if own.grad is not None}
+    if not sharding.in_parts(state.student):
+        return found
+    return {name: sharding._full(sharding._whole(rows, named[name])) for name, rows in found.items()}
+
+
+def train(argv: list[str]) -> dict[str, Any]:
+    training, meters = Training(argv), Recorder()
+    state = training.state
+    gradients: list[dict[str, torch.Tensor]] = []
+    state.optimizer.register_step_pre_hook(lambda *_: gradients.append(whole_gradients(state)))
+    training.steps(3, meters)
+    return {
+        "in_parts": sharding.in_parts(state.student) and sharding.in_parts(state.teacher),
+        "values": {name: torch.stack(values) for name, values in meters.values.items()},
+        "gradients": gradients,
+        "centers": state.centers,
+        "student": sharding.gather_state(state.student),
+        "teacher": sharding.gather_state(state.teacher),
+    }
+
+
+out, cases, *argv = sys.argv[1:]
+results = {
+    name: {parallel: train([*argv, *flags, f"--cluster.parallel={parallel}"]) for parallel in ("ddp", "fsdp")}
+    for name, flags in json.loads(cases).items()
+}
+if dist.is_main():
+    torch.save({"world": dist.world_size(), "cases": results}, out)
+dist.leave()
