@@ -155,7 +155,6 @@ class Distillation(nn.Module):
         )
 
 
-@torch.no_grad()  # in inference mode torch cannot gather parameters in parts
 def run_teacher(
     teacher: MultiCrop,
     global_crops: Float32[Tensor, "gb 3 h w"],
@@ -169,28 +168,27 @@ def run_teacher(
     sinkhorn_iterations: None takes ``centers``; a number replaces them by the Sinkhorn-Knopp centres of this micro-batch
     over all ranks.
     """
-    views = teacher(global_crops, num_images=len(global_crops) // NUM_GLOBAL)
+    with sharding.without_gradients(teacher):
+        views = teacher(global_crops, num_images=len(global_crops) // NUM_GLOBAL)
 
-    def center(name: str, head: ProjectionHead, vectors: Float[Tensor, "r e"]) -> Float[Tensor, " k"]:
-        if sinkhorn_iterations is None:
-            return centers[name]
-        return sinkhorn_center(
-            vectors, head.prototypes.weight(), teacher_temp=temp, iterations=sinkhorn_iterations
+        def center(name: str, head: ProjectionHead, vectors: Float[Tensor, "r e"]) -> Float[Tensor, " k"]:
+            if sinkhorn_iterations is None:
+                return centers[name]
+            return sinkhorn_center(
+                vectors, head.prototypes.weight(), teacher_temp=temp, iterations=sinkhorn_iterations
+            )
+
+        local = teacher.local_head
+        return TeacherOutput(
+            views=views,
+            global_prototypes=teacher.global_head.prototypes.weight(),
+            local_prototypes=None if local is None else local.prototypes.weight(),
+            global_center=center("global", teacher.global_head, views.cls),
+            local_center=centers["local"]
+            if local is None
+            else center("local", local, _rows(views.global_patches)),
+            temp=temp,
         )
-
-    local = teacher.local_head
-    output = TeacherOutput(
-        views=views,
-        global_prototypes=teacher.global_head.prototypes.weight(),
-        local_prototypes=None if local is None else local.prototypes.weight(),
-        global_center=center("global", teacher.global_head, views.cls),
-        local_center=centers["local"]
-        if local is None
-        else center("local", local, _rows(views.global_patches)),
-        temp=temp,
-    )
-    sharding.give_back(teacher)
-    return output
 
 
 def _rows(patches: Float[Tensor, "b n e"] | None) -> Float[Tensor, "r e"]:

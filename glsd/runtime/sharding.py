@@ -5,8 +5,9 @@ teacher) works on plain tensors, this rank's rows, by ``own_parameters``. All fu
 a rank owns everything; what gathers is a collective call for a module in parts: every rank makes it.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], *, grad_compression: str
 
     blocks: modules inside root whose parameters are gathered for their own forward and backward passes and given back
     after each; the parameters outside of blocks are gathered by a forward of root and stay until its backward pass has
-    ended, or until ``give_back``. grad_compression: a key of REDUCED. The modules are on the device already.
+    ended, or that of ``without_gradients``. grad_compression: a key of REDUCED. The modules are on the device already.
     """
     if dist.world_size() == 1:
         return
@@ -40,10 +41,14 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], *, grad_compression: str
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def give_back(root: nn.Module) -> None:
-    """Let go of the whole parameters that a forward of ``root`` without a backward pass has left: else they would go stale."""
-    if isinstance(root, FSDPModule):
-        root.reshard()
+@contextlib.contextmanager
+def without_gradients(root: nn.Module) -> Iterator[None]:
+    """Run forwards of ``root`` without any gradient; its whole parameters, if it was in parts, are let go of at the end."""
+    parted = root if isinstance(root, FSDPModule) else None
+    with torch.no_grad() if parted else torch.inference_mode():  # which cannot gather parts
+        yield
+    if parted:
+        parted.reshard()  # without a backward pass they would stay, and go stale
 
 
 def synchronise_gradients(root: nn.Module, wanted: bool) -> None:
