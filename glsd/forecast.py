@@ -17,7 +17,7 @@ from glsd.data.shards import open_shards
 from glsd.pretrain import make_batches, restore, train_step
 from glsd.pretrain_build import State, build
 from glsd.pretrain_plan import Plan, make_plan, rates_at
-from glsd.runtime import dist
+from glsd.runtime import dist, ending
 from glsd.runtime.launch import start
 from glsd.runtime.memory import grown_since, mark_memory, total_memory
 from glsd.runtime.meters import Meters
@@ -62,6 +62,7 @@ def forecast(cfg: PretrainConfig) -> Forecast:
         static_graph=cfg.optim.micro_batch == 0,
         grad_compression=cfg.optim.grad_compression,
     )
+    ending.watch_others(cfg.cluster.lost_after)
     shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
     plan = make_plan(cfg, shards.epoch_samples)
     state = build(cfg, accelerator)

@@ -85,7 +85,9 @@ def pretrain(cfg: PretrainConfig) -> Path:
             last = state.step == plan.last_step
             flushing = last or state.step % cfg.watch.log_every == 0
             stopping = stop_vote(signal_name(), last=last)
-            saving = last or bool(stopping) or state.step % cfg.watch.checkpoint_every == 0
+            probing = bool(probe_sets) and (last or state.step % cfg.watch.probe_every == 0)
+            # Before a probe, too: it may take longer than what a preempted run has left.
+            saving = last or bool(stopping) or probing or state.step % cfg.watch.checkpoint_every == 0
             error = None
             if flushing or saving:
                 check_gradients(state, run, since_check)
@@ -102,7 +104,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
                 raise error
             if stopping:
                 raise StoppedEarly(f"stopped by {stopping} after step {state.step}; go on with --resume auto")
-            if probe_sets and (last or state.step % cfg.watch.probe_every == 0):
+            if probing and probe_sets:
                 with meters.aside():
                     look(probe(cfg, probe_sets, meters, state, accelerator))
     return run.folder

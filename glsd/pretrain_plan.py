@@ -112,7 +112,6 @@ def check_ranges(cfg: PretrainConfig) -> None:
         ("watch", "keep_checkpoints", 2, math.inf),
         ("watch", "probe_every", 0, math.inf),
         ("data", "max_bad_fraction", 0, 1),
-        ("cluster", "lost_after", 1, math.inf),
         ("", "seed", 0, 2**31 - 1),
     ]
     for group, key, low, high in limits:

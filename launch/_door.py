@@ -28,12 +28,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         when_stopped = stopped_code()
-        code = main(sys.argv[1:])
-    except StoppedEarly as stopped:
-        if dist.is_main():
-            print(stopped, flush=True)
-        ending.finish()
-        code = when_stopped
+        try:
+            code = main(sys.argv[1:])
+        except StoppedEarly as stopped:
+            if dist.is_main():
+                print(stopped, flush=True)
+            code = when_stopped
+            ending.finish(code)
     except UserError as problem:
         if ending.end_others(2):
             print(f"error: {problem}", file=sys.stderr, flush=True)

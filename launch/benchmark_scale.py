@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def check_ranks(args: argparse.Namespace, device: torch.device) -> None:
             raise UserError(f"--ranks {number}: expected 1 to {most} ({reason})")
 
 
+def wait_for_all(running: list[subprocess.Popen]) -> list[int | None]:
+    """Return the exit codes when all have ended, or one has with another code than 0, or it takes too long (None)."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in running]
+        if all(code is not None for code in codes) or any(codes):
+            break
+        time.sleep(0.05)
+    return codes
+
+
 def group(ranks: int, args: argparse.Namespace, way: dict[str, str], batch_size: int) -> dict[str, Any]:
     """Run a group of processes and return what rank 0 found."""
     payload = {name: getattr(args, name) for name in benchmark_step.FLAGS}
@@ -115,13 +127,13 @@ def group(ranks: int, args: argparse.Namespace, way: dict[str, str], batch_size:
             for rank in range(ranks)
         ]
         try:
-            codes = [process.wait(SECONDS) for process in running]
+            codes = wait_for_all(running)
         finally:
             for process in running:
                 process.kill()  # does nothing to one that has ended
             for output in outputs:
                 output.close()
-        if any(codes):
+        if codes != [0] * ranks:
             errors = "\n".join(file.read_text()[-2000:] for file in files if file.suffix == ".err")
             raise RuntimeError(f"{ranks} ranks, {way}: exit codes {codes}\n{errors}")
         return json.loads(files[0].read_text().splitlines()[-1])

@@ -114,9 +114,10 @@ def links(device: torch.device) -> dict[str, dict[str, float]]:
             taken.append(time.perf_counter() - started)
         return max(dist.gather_objects(min(taken[1:])))
 
-    small, large = collectives(dist.world_size()), collectives(LINK_BYTES // 4)
+    count = LINK_BYTES // 4 // dist.world_size() * dist.world_size()
+    small, large = collectives(dist.world_size()), collectives(count)
     return {
-        kind: {"empty_s": seconds(small[kind]), "full_s": seconds(large[kind]), "bytes": LINK_BYTES}
+        kind: {"empty_s": seconds(small[kind]), "full_s": seconds(large[kind]), "bytes": 4 * count}
         for kind in small
     }
 

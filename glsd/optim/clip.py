@@ -61,4 +61,7 @@ def _norms(grads: list[Tensor], in_parts: bool) -> Tensor:
         return torch.zeros(0)
     wide = [grad if torch.finfo(grad.dtype).bits >= 32 else grad.float() for grad in grads]
     norms = torch.stack(torch._foreach_norm(wide, 2))
-    return dist.all_reduce_sum(norms.square()).sqrt() if in_parts else norms
+    if not in_parts:
+        return norms
+    # Squares in float64: those of norms above 1e19 would not be finite, and ddp would clip them.
+    return dist.all_reduce_sum(norms.double().square()).sqrt().to(norms.dtype)

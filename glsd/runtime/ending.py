@@ -6,7 +6,6 @@ threads of its own, because the main thread may wait for ever in a collective th
 """
 
 import contextlib
-import json
 import os
 import platform
 import secrets
@@ -14,28 +13,19 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from glsd.contracts import UserError
 from glsd.runtime import dist
-from glsd.runtime.life import Signs
+from glsd.runtime.life import Progress, Signs
+from glsd.runtime.verdict import Verdict, propose, read
 
 EXIT_LOST = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong with the run, start it again
 LOST_AFTER = 60.0  # seconds
 BEAT_EVERY = 0.5  # seconds between two signs of life; more with very many ranks
 BEATS_TO_MISS = 6  # after a connection broke: a rank that is silent for so many signs is taken for the cause
 WAIT_FOR_OTHERS = 10.0  # seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Why a run ends: noted by the first rank that knows, read by all others."""
-
-    by: int  # the rank that found it
-    code: int  # exit code of all ranks
-    missing: tuple[int, ...] = ()  # ranks that are gone; none: the rank that found it says why itself
-    since: float = 0.0  # seconds since the epoch, when the missing were heard of last
-    silent: float = 0.0  # seconds, until they were given up
 
 
 class Watch:
@@ -48,19 +38,18 @@ class Watch:
         self.ending = threading.Lock()  # held by the thread that ends this process
         self.trouble = threading.Event()  # the main thread's connection to another rank broke
         # Restarted ranks may meet in the same store: notes of before must not end them.
-        self.name = f"glsd_end/{dist.broadcast_object(secrets.token_hex(8))}"
-        self.notes = dist.notes(self.name)
-        self.notes.set(_beat(dist.rank()), "0")
+        name = f"glsd_end/{dist.broadcast_object(secrets.token_hex(8))}"
+        self.notes, self.main_notes = dist.notes(name), dist.notes(name)  # the second for the main thread
+        self.doing = "-"  # of the main thread: the number of steps done, or something else
+        self.notes.set(_beat(dist.rank()), "0 -")
         self.hosts = dist.gather_objects(platform.node())  # and from here on every rank has left a sign
         watched = range(dist.world_size()) if dist.is_main() else range(1)
         self.signs = Signs([rank for rank in watched if rank != dist.rank()])
+        self.progress = Progress()
         self.talked = time.monotonic()  # when the notes were last read
         self.talking = threading.Thread(target=self._talk, daemon=True, name="watch_others")
-        for thread in (
-            self.talking,
-            threading.Thread(target=self._listen, daemon=True, name="watch_the_notes"),
-        ):
-            thread.start()
+        self.talking.start()
+        threading.Thread(target=self._listen, daemon=True, name="watch_the_notes").start()
 
     def stop(self) -> None:
         """Come back when no thread uses the notes: it would abort the process if they went in the meantime."""
@@ -74,19 +63,18 @@ class Watch:
 
     def _talk(self) -> None:
         """Leave signs of life, read those of others, end with them."""
-        count = 0
         try:
-            while not self.done.wait(self.period):
-                count += 1
-                self.notes.set(_beat(dist.rank()), str(count))
-                if self.notes.check(["end"]) and self.ending.acquire(blocking=False):
-                    self._leave(self.notes, _read(self.notes))
+            for count in self._rounds():
+                began = time.monotonic()
+                self.notes.set(_beat(dist.rank()), f"{count} {self.doing}")
+                if self.notes.check(["end"]):
+                    self._end(lambda: read(self.notes))
                 if self.notes.check(["trouble"]):
                     self.trouble.set()
-                found = self.notes.multi_get([_beat(rank) for rank in self.signs.ranks])
-                self.signs.note(dict(zip(self.signs.ranks, found, strict=True)))
+                beats = self.notes.multi_get([_beat(rank) for rank in self.signs.ranks])
+                self._forgive_if_late(began)
+                self._look(beats)
                 self.talked = time.monotonic()
-                self._judge(self.signs.silent(self.patience()))
         except RuntimeError:  # the process that keeps the notes is gone
             # Maybe only a launcher, of the signal that the ranks got too: while they can talk, they may save and stop.
             while not (self.done.is_set() or self.trouble.wait(self.period / 5)):
@@ -96,59 +84,70 @@ class Watch:
 
     def _listen(self) -> None:
         """End when the notes do not answer: over a link that was cut a question waits for ever."""
-        while not self.done.wait(self.period):
+        for _ in self._rounds():
             if time.monotonic() - self.talked > self.patience() + self.period:
                 self._judge_notes()
 
-    def _judge(self, silent: dict[int, float]) -> None:
-        if silent and self.ending.acquire(blocking=False):
-            seconds = max(silent.values())
-            verdict = Verdict(
-                by=dist.rank(),
-                code=EXIT_LOST,
-                missing=tuple(silent),
-                since=time.time() - seconds,
-                silent=seconds,
-            )
-            self._leave(self.notes, _propose(self.notes, verdict))
+    def _rounds(self) -> Iterator[int]:
+        """Count the rounds of a thread, one a period; if it overslept (the job was suspended), nobody is to blame."""
+        count, last = 0, time.monotonic()
+        while not self.done.wait(self.period):
+            self._forgive_if_late(last)
+            last = time.monotonic()
+            count += 1
+            yield count
+            last = max(last, self.talked)  # a question may have waited for its answer
+
+    def _forgive_if_late(self, since: float) -> None:
+        late = time.monotonic() - since > min(self.lost_after, 4 * self.period + 1)
+        if late and not self.trouble.is_set():
+            self.signs.forgive()
+            self.talked = time.monotonic()
+
+    def _look(self, beats: list[bytes]) -> None:
+        """Judge the ranks that this one looks after by their newest signs."""
+        self.signs.note(dict(zip(self.signs.ranks, beats, strict=True)))
+        silent = self.signs.silent(self.patience())
+        if dist.is_main():
+            self.progress.note([self.doing, *(beat.decode().partition(" ")[2] for beat in beats)])
+        if seconds := max(silent.values(), default=0.0) or self.progress.still(self.lost_after):
+            verdict = self._lost(tuple(silent), seconds)
+            self._end(lambda: propose(self.notes, verdict))
 
     def _judge_notes(self) -> None:
         """Take rank 0's host for lost: the notes lie there."""
         if not self.done.is_set() and self.ending.acquire(blocking=False):
-            seconds = time.monotonic() - self.talked
-            since = time.time() - seconds
-            self._say(Verdict(by=dist.rank(), code=EXIT_LOST, missing=(0,), since=since, silent=seconds))
+            self._say(self._lost((0,), time.monotonic() - self.talked))
             os._exit(EXIT_LOST)
 
-    def _leave(self, notes: Any, verdict: Verdict) -> NoReturn:
-        """End this process as the verdict says; rank 0, which may keep the notes, when nobody needs them any more."""
+    def _lost(self, missing: tuple[int, ...], seconds: float) -> Verdict:
+        since = time.time() - seconds
+        return Verdict(by=dist.rank(), code=EXIT_LOST, missing=missing, seconds=seconds, since=since)
+
+    def _end(self, find: Callable[[], Verdict]) -> None:
+        """End this process as the verdict says, which may have to be asked for; come back if another thread does."""
+        if not self.ending.acquire(blocking=False):
+            return
+        try:
+            verdict = find()
+        except RuntimeError:  # rank 0 has gone with its notes in this very moment
+            verdict = self._lost((0,), time.monotonic() - self.talked)
+        self.leave(self.notes, verdict)
+
+    def leave(self, notes: Any, verdict: Verdict) -> NoReturn:
+        """End this process; rank 0, which may keep the notes, when nobody needs them any more."""
         self._say(verdict)
         with contextlib.suppress(RuntimeError):
             notes.add("left", 1)
             if dist.is_main():
-                _wait(notes, dist.world_size() - len(verdict.missing))
+                _wait(notes, dist.world_size() - len({*verdict.missing} - {0}))
         os._exit(verdict.code)  # the main thread may wait for ever in a collective
 
     def _say(self, verdict: Verdict) -> None:
-        if verdict.missing:
-            print(f"error: {self._line(verdict)}", file=sys.stderr)
+        if line := verdict.line(dist.rank(), self.hosts):
+            print(f"error: {line}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-
-    def _line(self, verdict: Verdict) -> str:
-        stops = f"rank {dist.rank()} on {self.hosts[dist.rank()]} stops"
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(verdict.since))
-        seconds = f"{verdict.silent:.1f} s without a sign of life"
-        advice = "start again (training: with --resume auto, the last checkpoint is whole)"
-        if dist.rank() in verdict.missing:
-            return f"{stops}: the others gave it up, they had not heard of it since {since} ({seconds}); {advice}"
-        who = " and ".join(f"rank {rank} on {self.hosts[rank]}" for rank in verdict.missing[:8])
-        more = f" and {len(verdict.missing) - 8} more" if len(verdict.missing) > 8 else ""
-        are = "is" if len(verdict.missing) == 1 else "are"
-        return (
-            f"{stops}: {who}{more} {are} missing since {since} ({seconds}): killed, or the host or its network is down; "
-            f"{advice}"
-        )
 
 
 _watch: Watch | None = None
@@ -159,10 +158,21 @@ def watch_others(lost_after: float = LOST_AFTER) -> None:
 
     A rank that ends on its own leaves the others in a collective that nobody answers, for half an hour by default.
     lost_after: seconds without a sign of life after which a rank counts as lost; where a connection to it broke, a few
-    seconds are enough. Every rank still there then says who is missing, in one line, and ends with EXIT_LOST. Every rank calls.
+    seconds are enough. Every rank still there then says who is missing, in one line, and ends with EXIT_LOST. They do so too
+    when all are alive and get nowhere (see Progress). Every rank calls. Raises UserError for less than a second.
     """
     global _watch
+    if not lost_after >= 1:
+        raise UserError(f"cluster.lost_after is {lost_after}: expected 1 or more")
     _watch = Watch(lost_after) if dist.world_size() > 1 else None
+
+
+def doing(what: str) -> str:
+    """Note what the main thread does, the number of steps done or something else, for Progress; return what it was before."""
+    if _watch is None:
+        return ""
+    before, _watch.doing = _watch.doing, what
+    return before
 
 
 def end_others(code: int) -> bool:
@@ -171,21 +181,25 @@ def end_others(code: int) -> bool:
     It returns when the others have ended, or after a few seconds; on another rank it does not return, the process ends
     with the code of the first. A launcher that wants this rank to end, because others have, must wait: SIGTERM is ignored.
     """
-    if _watch is None or _watch.done.is_set():
+    watch = _watch
+    if watch is None or watch.done.is_set():
         return True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if not _watch.ending.acquire(blocking=False):
+    if not watch.ending.acquire(blocking=False):
         time.sleep(2 * WAIT_FOR_OTHERS)  # the watching thread ends this process
         return False
-    _watch.stop()
-    with contextlib.suppress(RuntimeError):  # the notes went with the rank that kept them
-        notes = dist.notes(_watch.name)
-        verdict = _propose(notes, Verdict(by=dist.rank(), code=code))
+    watch.stop()
+
+    def tell() -> None:
+        notes = watch.main_notes
+        verdict = propose(notes, Verdict(by=dist.rank(), code=code))
         if verdict.by != dist.rank():
-            _watch._leave(notes, verdict)
+            watch.leave(notes, verdict)
         # Rank 0 may keep the notes: it goes when nobody needs them any more.
         _wait(notes, dist.world_size() - (1 if dist.is_main() else 2))
         notes.add("left", 1)
+
+    _in_time(tell, 2 * WAIT_FOR_OTHERS)
     return True
 
 
@@ -194,46 +208,64 @@ def end_with_lost(problem: Exception) -> NoReturn:
 
     When none is found missing, because only the connection broke or was never made, ``problem`` is part of the line.
     """
+    watch = _watch
     what, advice = "a connection between ranks broke although all are alive", "start again"
-    if _watch is None:
+    if watch is None:
         what = "the ranks did not find each other"
         advice = "check MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME (launch/doctor.py looks at them), start again"
-    elif not _watch.done.is_set():
+    elif not watch.done.is_set():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _watch.trouble.set()
-        with contextlib.suppress(RuntimeError):
-            dist.notes(_watch.name).set("trouble", str(dist.rank()))
-        # One of the two threads ends this process.
-        time.sleep(WAIT_FOR_OTHERS + 2 * BEATS_TO_MISS * _watch.period)
+        watch.trouble.set()
+        # One of the two threads ends this process in the meantime.
+        started = time.monotonic()
+        _in_time(lambda: watch.main_notes.set("trouble", str(dist.rank())), WAIT_FOR_OTHERS)
+        time.sleep(max(0, started + WAIT_FOR_OTHERS + 2 * BEATS_TO_MISS * watch.period - time.monotonic()))
     if end_others(EXIT_LOST):
         text = " ".join(str(problem).split())
-        rank = dist.rank() if _watch else os.environ.get("RANK", "0")
+        rank = dist.rank() if watch else os.environ.get("RANK", "0")
         print(f"error: rank {rank}: {what}: {text}; {advice}", file=sys.stderr)
         sys.stderr.flush()
     os._exit(EXIT_LOST)
 
 
-def finish() -> None:
-    """End a run that went well: wait for all ranks, then leave the process group."""
+def finish(code: int = 0) -> None:
+    """End a run that went well: wait for all ranks, then leave the process group.
+
+    code: what this process will end with; it does so here if another rank is lost while they part, when all is done.
+    """
     dist.barrier()  # until here another rank may fail, and have this one end
-    if _watch is not None:
-        _watch.stop()
-    dist.leave()
+    if _watch is None:
+        dist.leave()
+        return
+    _watch.stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    overdue = threading.Timer(_watch.lost_after, os._exit, [code])
+    overdue.daemon = True
+    overdue.start()
+    try:
+        dist.leave()
+    except RuntimeError as problem:
+        if not dist.is_broken_connection(problem):
+            raise
+        os._exit(code)
+    overdue.cancel()
 
 
 def _beat(rank: int) -> str:
     return f"beat/{rank}"
 
 
-def _propose(notes: Any, verdict: Verdict) -> Verdict:
-    """Note why the run ends, unless another rank was first; return what holds."""
-    notes.compare_set("end", "", json.dumps(asdict(verdict)))
-    return _read(notes)
+def _in_time(work: Callable[[], None], seconds: float) -> None:
+    """Ask the notes something, which may have gone with the rank that kept them, or may never answer."""
 
+    def asked() -> None:
+        with contextlib.suppress(RuntimeError):
+            work()
 
-def _read(notes: Any) -> Verdict:
-    values = json.loads(notes.get("end"))
-    return Verdict(**{**values, "missing": tuple(values["missing"])})
+    thread = threading.Thread(target=asked, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _wait(notes: Any, num_left: int) -> None:

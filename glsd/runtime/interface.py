@@ -8,6 +8,7 @@ import psutil
 from glsd.contracts import UserError
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
+NOWHERE = ("127.0.0.1", "::1")  # where no other host can come to
 
 
 def choose_interface() -> None:
@@ -19,7 +20,7 @@ def choose_interface() -> None:
     environment = os.environ
     several_hosts = int(environment.get("WORLD_SIZE", "1")) > int(environment.get("LOCAL_WORLD_SIZE", "1"))
     master = environment.get("MASTER_ADDR")
-    if VARIABLE in environment or not several_hosts or not master:
+    if VARIABLE in environment or not several_hosts or not master or _resolved(master)[1] in NOWHERE:
         return
     found = {
         address.address.partition("%")[0]: name
@@ -43,13 +44,24 @@ def choose_interface() -> None:
 
 def _own_address(other: str) -> str:
     """Return the address that packets to another host would come from; nothing is sent."""
+    family, address = _resolved(other)
+    if not address:  # an empty one would mean any address
+        return ""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(other, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as asking:
-            asking.connect(address)
+        with socket.socket(family, socket.SOCK_DGRAM) as asking:
+            asking.connect((address, 1))
             return str(asking.getsockname()[0])
     except OSError:
         return ""
+
+
+def _resolved(host: str) -> tuple[int, str]:
+    """Return family and address of a host, of a name that has none one that leads nowhere."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+    except OSError:
+        return socket.AF_INET, ""
+    return family, str(address[0])
 
 
 def _is_loopback(name: str) -> bool:

@@ -1,5 +1,7 @@
 """How a training process joins the others."""
 
+import os
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
@@ -21,6 +23,8 @@ def start(
     if the launcher was asked for several processes but each runs alone.
     """
     choose_interface()
+    # glsd.runtime.ending says who is lost; NCCL would end the process first, without a word.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,

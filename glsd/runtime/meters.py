@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsd.contracts import UserError
-from glsd.runtime import dist
+from glsd.runtime import dist, ending
 
 
 class Meters:
@@ -36,7 +36,7 @@ class Meters:
         self._folder, self._device, self._total = folder, device, total_steps
         self._dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self._sums: dict[str, Tensor | int | float] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
         self._totals: dict[str, int | float] = {}
         self._step = start_step
         self._started = time.perf_counter()
@@ -71,20 +71,23 @@ class Meters:
         The clock is the host's. On a CPU that is lost time; on a GPU, which may still work on what was
         queued, it is an upper bound of the time the device stood still.
         """
-        start = time.perf_counter()
+        start, before = time.perf_counter(), ending.doing("waiting")
         yield
+        ending.doing(before)
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Leave the block (a probe, a save) out of images/s, step time and data wait."""
-        start = time.perf_counter()
+        start, before = time.perf_counter(), ending.doing("aside")
         yield
+        ending.doing(before)
         self._window_start += time.perf_counter() - start
 
     def advance(self, step: int, images: int) -> None:
         """Note that ``step`` is done and used ``images`` images on this rank."""
         self._images += images
+        ending.doing(str(step))
         if self._bar is not None:
             self._bar.update(step - self._step)
         self._window_steps += step - self._step
@@ -153,6 +156,7 @@ class Meters:
 
     def close(self) -> None:
         """Close the files and the bar."""
+        ending.doing("closing")
         self.sync()
         for part in (self._file, self._board, self._bar):
             if part is not None:
@@ -170,13 +174,14 @@ class Meters:
         """Go on from ``state()``: the next row is what it would have been without the interruption, to the
         bit.
 
-        With another number of ranks the entries are dealt out again: the same sums, up to rounding.
+        With another number of ranks the entries are dealt out again: the same row, up to rounding.
         """
         self._sums, self._counts, self._totals = {}, {}, {}
+        share = dist.world_size() / len(states)  # a step counts once, however many ranks took it
         for state in states[dist.rank() :: dist.world_size()]:
             for name, value in state["sums"].items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
-                self._counts[name] = self._counts.get(name, 0) + state["counts"][name]
+                self._sums[name] = self._sums.get(name, 0.0) + share * value
+                self._counts[name] = self._counts.get(name, 0) + share * state["counts"][name]
             for name, value in state["totals"].items():
                 self.count(name, value)
 

@@ -11,7 +11,7 @@ from datetime import datetime
 
 import pytest
 
-from glsd.runtime.life import Signs
+from glsd.runtime.life import Progress, Signs
 
 PROLOGUE = """
 import sys, time
@@ -173,3 +173,83 @@ def test_signs_of_life():
     assert signs.silent(0.5) == {1: 1.0, 2: 4.0}
     signs.note({1: b"2", 2: b"9"})
     assert signs.silent(0.5) == {1: 1.0}
+    signs.forgive()
+    assert signs.silent(0.0) == {}
+
+
+def test_progress_of_ranks_that_are_all_alive():
+    now = [0.0]
+    progress = Progress(clock=lambda: now[0])
+
+    def after(seconds, *steps):
+        now[0] += seconds
+        progress.note(steps)
+        return progress.still(5.0)
+
+    assert after(0, "-", "-") == 0
+    assert after(100, "7", "-") == 0
+    assert after(100, "7", "7") == 0
+    assert after(100, "7", "7") == 0, "of the first step nothing is known"
+    assert after(0, "8", "7") == 0  # the longest step took 100 s
+    assert after(1004, "8", "7") == 0
+    assert after(2, "8", "7") == 1006
+    assert after(0, "8", "aside") == 0
+    assert after(1, "8", "8") == 0
+    assert after(1004, "8", "8") == 0
+    assert after(2, "8", "8") == 1006
+
+
+@pytest.mark.slow
+def test_ranks_that_are_suspended_together_go_on():
+    """As with scontrol suspend: nobody is to blame for having been silent."""
+    codes, said, seconds = ended(
+        """
+import os, subprocess
+pids = " ".join(map(str, dist.gather_objects(os.getpid())))
+if rank == 0:
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {pids}; sleep SLEEP; kill -CONT {pids}"])
+for _ in range(150):
+    torch_dist.all_reduce(torch.ones(1))
+    time.sleep(0.02)
+ending.finish()
+""".replace("SLEEP", str(PATIENCE + 2))
+    )
+    assert (codes, said) == ([0, 0, 0], ["", "", ""])
+    assert seconds > PATIENCE + 4
+
+
+@pytest.mark.slow
+def test_ranks_that_live_but_get_nowhere_say_so():
+    """As when the link between two ranks is cut, none of which is rank 0: rank 2 never comes to the 60th step."""
+    codes, said, _ = ended(
+        """
+try:
+    for step in range(1, 100):
+        ending.doing(str(step))
+        if step == 60 and rank == 2:
+            time.sleep(1000)
+        torch_dist.all_reduce(torch.ones(1))
+        time.sleep(0.02)
+except RuntimeError as problem:  # the others leave
+    ending.end_with_lost(problem)
+"""
+    )
+    assert codes == [75, 75, 75], said
+    assert all(text.count("all ranks are alive, but none has finished a step since") == 1 for text in said), (
+        said
+    )
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_while_they_part_changes_no_exit_code():
+    """Rank 1 dies between the two barriers of the end: all is done by then."""
+    codes, said, _ = ended(
+        """
+import os, signal
+if rank == 1:
+    dist.leave = lambda: os.kill(os.getpid(), signal.SIGKILL)
+ending.finish(3)
+sys.exit(3)
+"""
+    )
+    assert codes == [3, -9, 3], said

@@ -52,8 +52,11 @@ def test_nothing_is_chosen_where_nothing_is_needed(host):
     assert host(MASTER_ADDR="127.0.1.1", GLOO_SOCKET_IFNAME="mine") == "mine"
     assert host(MASTER_ADDR="127.0.1.1", LOCAL_WORLD_SIZE="2") is None
     assert host() is None
+    assert host(MASTER_ADDR="127.0.0.1") is None  # so all ranks are here, whatever the environment lacks
+    assert host(MASTER_ADDR="localhost") is None
 
 
 def test_the_own_address_on_this_machine():
     assert interface._own_address("127.0.0.1") == "127.0.0.1"
     assert interface._own_address("no such host") == ""
+    assert interface._resolved("127.0.0.1") == (socket.AF_INET, "127.0.0.1")

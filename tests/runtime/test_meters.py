@@ -214,8 +214,17 @@ def test_ranks_are_averaged_and_one_writes(tmp_path):
         fewer = make()
         fewer.load_state([*state, *state, state[0]])  # from five ranks to two
         row = fewer.flush(1)
-        assert row["loss"] == (1 + 2 + 1 + 2 + 1) / 5 and row["broken"] == 4
+        assert abs(row["loss"] - (1 + 2 + 1 + 2 + 1) / 5) < 1e-12 and row["broken"] == 4
+        more = make()
+        more.load_state([{"sums": {"loss": 3.0}, "counts": {"loss": 3}, "totals": {}}])  # three steps of one rank
+        more.add("loss", 5.0)
+        assert more.flush(4)["loss"] == 2.0, "a step counts once, however many ranks took it"
         """,
         tmp_path,
     )
-    assert [row["step"] for row in rows_of(tmp_path)] == [1, 1, 1]  # three flushes by rank 0, none by rank 1
+    assert [row["step"] for row in rows_of(tmp_path)] == [
+        1,
+        1,
+        1,
+        4,
+    ]  # four flushes by rank 0, none by rank 1
