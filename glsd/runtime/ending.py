@@ -108,6 +108,8 @@ class Watch:
         """Judge the ranks that this one looks after by their newest signs."""
         self.signs.note(dict(zip(self.signs.ranks, beats, strict=True)))
         silent = self.signs.silent(self.patience())
+        if silent:  # and those that were lost with them, whose last sign came a little later
+            silent = self.signs.silent(self.patience() - 2 * self.period)
         if dist.is_main():
             self.progress.note([self.doing, *(beat.decode().partition(" ")[2] for beat in beats)])
         if seconds := max(silent.values(), default=0.0) or self.progress.still(self.lost_after):

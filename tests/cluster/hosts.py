@@ -152,6 +152,11 @@ class Host:
         """Plug the cable in again."""
         _ip(self.switch, "link", "set", self.port, "up")
 
+    def lose(self, other: "Host") -> float:
+        """Send nothing to one other host any more, as where a switch between them fails, and return when."""
+        _ip(self.first.pid, "route", "add", "blackhole", f"{other.address}/32")
+        return time.time()
+
     def power_off(self) -> float:
         """End without a goodbye: the peers hear nothing any more. Returns when."""
         moment = self.cut()

@@ -86,7 +86,7 @@ CHAINS = {
     "killed": (12, [Leg(ALL, "kill -9 h2", 6), Leg(("h1", "h3"), "kill -9 h1", 14), Leg(("h3",))]),
     "store lost": (10, [Leg(ALL, "kill -9 h1", 7), Leg(("h2", "h3"), "h3 without power", 14), Leg(("h2",))]),
     "worker": (10, [Leg(ALL, "kill -9 worker of h2", 6), Leg(ALL, "freeze h2", 15), Leg(("h1", "h3"))]),
-    "links": (12, [Leg(ALL, "cut h2", 6), Leg(("h1", "h3"), "cut h1", 14), Leg(("h3",))]),
+    "links": (12, [Leg(ALL, "cut h2", 6), Leg(ALL, "cut h1", 14), Leg(("h3",))]),
 }
 
 
@@ -168,6 +168,27 @@ def test_launchers_end_with_their_ranks(tmp_path, uneven_shards, launcher, event
         for name in what.tells.keys() & launchers.keys():
             assert f"exitcode  : {EXIT_LOST}" in launchers[name].said()
         assert_nobody_left([host for host in hosts if host.alive()])
+    assert_intact(run)
+
+
+def test_two_hosts_that_cannot_reach_each_other_while_both_reach_the_first(tmp_path, forks, uneven_shards):
+    """Nobody is missing, but nobody gets on: every rank says so within lost_after and ten of the longest step."""
+    run = tmp_path / "run"
+    argv = argv_of(run, uneven_shards, optim__epochs=20, cluster__lost_after=3)
+    with made_hosts(3, tmp_path / "hosts") as hosts:
+        ranks = start_ranks(forks, list(hosts), argv, tmp_path / "logs", port=29500)
+        wait_for_step(run, 40, ranks)
+        hosts["h2"].lose(hosts["h3"])
+        moment = hosts["h3"].lose(hosts["h2"])
+        for rank in ranks:
+            assert rank.wait(60) == EXIT_LOST, rank.said()
+            lines = [line for line in rank.said().splitlines() if line.startswith("error:")]
+            assert len(lines) == 1, rank.said()
+            assert "all ranks are alive, but none has finished a step since" in lines[0]
+        print(
+            f"3 hosts, h2 and h3 cut from each other: the last rank ended after {time.time() - moment:.1f} s"
+        )
+        assert_nobody_left(list(hosts))
     assert_intact(run)
 
 
