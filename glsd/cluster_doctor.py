@@ -31,7 +31,7 @@ def examine(
     *,
     shards: Sequence[str] = (),
     out: str = "",
-    wait: float = 120.0,
+    wait: float = doctor_packages.ARRIVE_SECONDS,
     clock: Callable[[], float] = time.time,
 ) -> tuple[int, Panel, dict[str, Any]]:
     """Make all checks together with the other ranks; returns the exit code, rank 0's table and details for machines.

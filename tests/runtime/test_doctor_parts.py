@@ -116,6 +116,45 @@ def place(rank: int, **changes) -> dict:
     return facts | {"named": {}} | changes
 
 
+@pytest.mark.parametrize(
+    ("announced", "said"),
+    [
+        ({}, ""),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "tcp://10.0.0.9:80"}, ""),
+        ({"RANK": "0", "MASTER_PORT": "tcp://10.0.0.9:80"}, ""),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "00"}, "WORLD_SIZE is '00'"),
+        ({"WORLD_SIZE": "2", "RANK": "abc"}, "RANK is 'abc'"),
+        ({"RANK": "-1", "LOCAL_RANK": "\u00b2"}, "RANK is '-1', LOCAL_RANK is '\u00b2': no number"),
+        ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS is 'x'"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
+        ({"RANK": "1"}, "RANK=1 is announced, but no WORLD_SIZE"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK=1 is announced, but WORLD_SIZE=1: ranks go from 0 to 0"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 is announced, but WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}, "not MASTER_ADDR, MASTER_PORT"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "h1", "MASTER_PORT": "70000"},
+            "MASTER_PORT is '70000'",
+        ),
+    ],
+)
+def test_launch_lines_that_fail_silently(monkeypatch, announced, said):
+    for name in (*doctor_launch.ANNOUNCED, *doctor_launch.NUMBERS, "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in announced.items():
+        monkeypatch.setenv(name, value)
+    lines = doctor_launch.silent_mistakes()
+    assert [line.verdict for line in lines] == (["FIX"] if said else [])
+    assert said in "".join(line.found for line in lines)
+    # What is looked at all the same, on this host only, can do with any of them.
+    assert verdicts(doctor_launch.judge({0: doctor_launch.facts()}, 1, {})) == {"launch": "ok"}
+    doctor_devices.facts()
+
+
+def test_ranks_are_waited_for_longer_than_packages_may_take():
+    assert doctor_packages.ARRIVE_SECONDS > doctor_packages.IMPORT_SECONDS
+
+
 def test_the_map_of_ranks_and_what_can_be_wrong_with_it():
     found = {rank: place(rank) for rank in HOSTS}
     assert doctor_launch.host_names(found) == HOSTS
