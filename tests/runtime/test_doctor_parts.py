@@ -311,7 +311,7 @@ def test_the_clock_that_is_off_is_named():
 
 def test_a_file_that_is_not_replaced_at_once_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_files, "RENAME_SECONDS", 0.2)
-    folder = Path(doctor_files.prepare(tmp_path, "token"))
+    folder = Path(doctor_files.prepare(tmp_path, "token")["folder"])
     assert doctor_files.see(folder, "token", 1)["seen"]
     assert doctor_files.seen_back(folder, "token", [0, 1]) == []
 
@@ -337,7 +337,7 @@ def test_a_folder_that_is_not_shared_is_said_within_its_bound(tmp_path, monkeypa
     seen = {0: {"seen": True, "seconds": 0.0, "why": ""}, 2: doctor_files.see(tmp_path / "no", "token", 2)}
     (line,) = doctor_files.judge_sharing(seen, [], "/runs", HOSTS)
     assert "h2 (rank 2) cannot see what rank 0 writes to /runs (No such file or directory)" in line.found
-    folder = Path(doctor_files.prepare(tmp_path, "token"))
+    folder = Path(doctor_files.prepare(tmp_path, "token")["folder"])
     assert doctor_files.seen_back(folder, "token", [0, 2]) == [2]
     back = {rank: {"seen": True, "seconds": 0.0, "why": ""} for rank in (0, 2)}
     (line,) = doctor_files.judge_sharing(back, [2], "/runs", HOSTS)
@@ -354,6 +354,29 @@ def test_room_on_disks(tmp_path):
         line = the(doctor_files.judge_disks(changed, HOSTS), "out disk")
         assert line.verdict == verdict
         assert "h2 (rank 2)" in line.found
+
+
+def test_what_the_doctor_made_goes_and_nothing_else(tmp_path):
+    ours = doctor_files.prepare(tmp_path / "runs" / "x", "token")
+    (tmp_path / "runs" / "other").touch()
+    doctor_files.clean(ours["made"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "other"]
+
+
+def test_a_user_without_a_home_is_told_of_the_cache(tmp_path, monkeypatch):
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.delenv("GLSD_CACHE", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    found = doctor_files.disks(str(tmp_path))
+    lines = doctor_files.judge_disks({0: found, 2: found | {"cache": found["out"]}}, HOSTS)
+    (line,) = (line for line in lines if line.name == "cache disk" and line.verdict == "FIX")
+    assert "this user is unknown to the system on h1 (rank 0)" in line.found
+    assert "set GLSD_CACHE" in line.fix
+    monkeypatch.setenv("GLSD_CACHE", str(tmp_path))
+    assert doctor_files.disks("")["cache"]["folder"] == str(tmp_path)
 
 
 def test_work_that_hangs_or_fails_is_an_answer():
