@@ -51,7 +51,7 @@ def main(facts: str, ahead: str, what: str, *argv: str) -> None:
         doctor_files.SEE_SECONDS, doctor_network.JOIN_SECONDS = 3.0, 5.0
     if what in ("hangs", "dies", "waits less"):
         for module in (cluster_doctor, doctor_arrival, doctor_panel):
-            module.SLACK = 3.0
+            vars(module)["SLACK"] = 3.0
         cluster_doctor.DEVICE_SECONDS = 2.0
     if what == "hangs":
         doctor_devices.facts = lambda: {"never": threading.Event().wait()}
@@ -63,6 +63,7 @@ def main(facts: str, ahead: str, what: str, *argv: str) -> None:
 
 
 def serve() -> None:
+    """Fork ranks as they are ordered."""
     importlib.import_module("glsd.cluster_doctor_shards")
     assert threading.active_count() == 1, f"would not survive a fork: {threading.enumerate()}"
     gc.freeze()  # a fork that collects would copy every page

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from doctor_rank import good_packages
@@ -21,7 +23,6 @@ from glsd.runtime.dist import CPU_LAUNCH_LINE
 ROOT = Path(__file__).parents[1]
 DOCTOR = str(ROOT / "launch" / "doctor.py")
 RANK = str(Path(__file__).parent / "doctor_rank.py")
-PORT = 29730
 OWN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION")
 Done = subprocess.CompletedProcess
 
@@ -29,6 +30,13 @@ Done = subprocess.CompletedProcess
 def environment(**extra: str) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name not in OWN}
     return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | extra
+
+
+def free_port() -> str:
+    """Tests of this file may run at the same time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def run(command: list[str], **extra: str) -> Done:
@@ -73,8 +81,8 @@ def ranks(server, facts, tmp_path):
     def start(
         *whats: str | None, arguments: Sequence[str] = (), numbers: Sequence[int] = (), **extra: str
     ) -> list[Done]:
-        announced = {"WORLD_SIZE": str(len(whats)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
-        orders = []
+        announced = {"WORLD_SIZE": str(len(whats)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        orders: list[dict[str, Any]] = []
         for place, what in enumerate(whats):
             number = str(numbers[place] if numbers else place)
             own = environment(**announced | {"RANK": number, "LOCAL_RANK": number} | extra)
@@ -205,7 +213,7 @@ def test_two_ranks_of_the_launcher_of_which_one_has_another_numpy(tmp_path, digi
         str(tmp_path / "out"),
     ]
     command += ["--shards", f"{digit_shards}/*.tar"]
-    command.insert(2, f"--main_process_port={PORT + 1}")
+    command.insert(2, f"--main_process_port={free_port()}")
     done = run(command, ACCELERATE_USE_CPU="true")
     assert done.returncode == 1, done.stderr
     lines = lines_of(done)

@@ -31,13 +31,16 @@ def folder():
 
 
 def start(
-    folder: Path, *arguments: str, inside: tuple[str, ...] = (), ahead: str = "0", **announced: str
+    folder: Path,
+    *arguments: str,
+    inside: tuple[str, ...] = (),
+    ahead: str = "0",
+    announced: dict[str, str] | None = None,
 ) -> subprocess.Popen:
     command = [*inside, sys.executable, RANK, str(folder / "packages.json"), ahead, "impatient", "--json"]
     known = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG")}
-    own = (
-        known | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | announced
-    )
+    own = known | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    own |= announced or {}
     pipe = subprocess.PIPE
     return subprocess.Popen([*command, *arguments], env=own, stdout=pipe, stderr=pipe, text=True)
 
@@ -61,8 +64,8 @@ def test_a_rank_with_a_clock_and_a_disk_of_its_own(folder):
     script = f'hostname other; mount -t tmpfs none {out}; exec "$@"'
     inside = ("unshare", "--uts", "--mount", "sh", "-c", script, "sh")
     announced = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT, "LOCAL_RANK": "0"}
-    first = start(folder, "--out", str(out), **announced, RANK="0")
-    second = start(folder, "--out", str(out), inside=inside, ahead="90", **announced, RANK="1")
+    first = start(folder, "--out", str(out), announced=announced | {"RANK": "0"})
+    second = start(folder, "--out", str(out), inside=inside, ahead="90", announced=announced | {"RANK": "1"})
     wrong, _ = ended(first)
     ended(second)
     assert "90.0 s" in wrong["clock"]["found"]

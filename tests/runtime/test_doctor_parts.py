@@ -3,6 +3,7 @@
 import ast
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -323,7 +324,9 @@ def test_a_file_that_is_not_replaced_at_once_is_seen(tmp_path, monkeypatch):
     assert verdicts(both()) == {"rename": "ok", "locks": "ok"}
 
     def in_place(path, text):
-        path.write_text(text)  # which empties it first
+        path.write_text("")
+        time.sleep(0.002)  # a disk takes some time between the two
+        path.write_text(text)
 
     (folder / "held").unlink()
     monkeypatch.setattr(doctor_files, "replace", in_place)
