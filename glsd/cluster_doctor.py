@@ -1,9 +1,7 @@
 """The story of the doctor: before the first run on a new machine or cluster, look at all that would make it fail."""
 
 import contextlib
-import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from glsd.runtime import (
 )
 from glsd.runtime.doctor_arrival import arrive, part, twice
 from glsd.runtime.doctor_line import Line, first_line
-from glsd.runtime.doctor_panel import SLACK, Lost, Panel
+from glsd.runtime.doctor_panel import SLACK, Lost, Panel, bounded
 from glsd.runtime.interface import choose_interface
 
 QUICK = 20.0  # seconds for a check that takes none
@@ -31,7 +29,7 @@ def examine(
     *,
     shards: Sequence[str] = (),
     out: str = "",
-    wait: float = 120.0,
+    wait: float = doctor_packages.ARRIVE_SECONDS,
     clock: Callable[[], float] = time.time,
 ) -> tuple[int, Panel, dict[str, Any]]:
     """Make all checks together with the other ranks; returns the exit code, rank 0's table and details for machines.
@@ -154,11 +152,7 @@ def clocks(panel: Panel, clock: Callable[[], float]) -> None:
 
 def files(panel: Panel, out: str) -> None:
     """The run folder, shared by all ranks, and the cache of each host."""
-    cache = Path(os.environ.get("GLSD_CACHE") or Path.home() / ".cache" / "glsd")
-    folders = {"cache": cache} | ({"out": Path(out)} if out else {})
-    disks = panel.ask(
-        "disk", lambda: {what: doctor_files.disk(folder) for what, folder in folders.items()}, QUICK
-    )
+    disks = panel.ask("disk", lambda: doctor_files.disks(out), QUICK)
     found = panel.sort_out("disk", disks, "that disk does not answer: mount it again")
     if panel.rank == 0 and found:
         panel.lines += doctor_files.judge_disks(found, panel.hosts)
@@ -166,21 +160,24 @@ def files(panel: Panel, out: str) -> None:
         what = "not looked at" if panel.world == 1 else "not looked at: all hosts must see one run folder"
         panel.lines.append(Line("note", "out", what, "give --out FOLDER, where runs are to be"))
         return
-    token, made = secrets.token_hex(8), not Path(out).exists()
+    token = secrets.token_hex(8)
     prepared = panel.ask(
         "prepare", lambda: None if panel.rank else doctor_files.prepare(Path(out), token), QUICK
     )
     start = panel.sort_out("shared out", prepared, "make --out writable, or give another")
-    folder, token = panel.tell("folder", lambda: [start.get(0) or "", token])
+    ours = start.get(0) or {"folder": "", "made": []}
+    folder, token = panel.tell("folder", lambda: [ours["folder"], token])
     if not folder:
         return
     try:
         share(panel, Path(folder), token, out)
     finally:
         if panel.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            if made and not any(Path(out).iterdir()):
-                Path(out).rmdir()
+            # Shorter than the others wait for what rank 0 has to say next.
+            cleaned = bounded(lambda: doctor_files.clean(ours["made"]), SLACK)
+            if cleaned.error:
+                fix = f"remove {folder} by hand once that disk answers"
+                panel.lines.append(Line("FIX", "out disk", f"{out}: cannot clean up: {cleaned.error}", fix))
 
 
 def share(panel: Panel, folder: Path, token: str, out: str) -> None:

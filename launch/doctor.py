@@ -13,6 +13,9 @@ import os
 import sys
 from pathlib import Path
 
+# Before torch is imported: where a rank goes, its store would add forty lines of its own stack to ours.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 # Nothing beyond Python itself and two modules that need nothing either: broken packages are what this is to tell of.
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = importlib.util.find_spec("glsd") is not None
@@ -21,6 +24,10 @@ if not INSTALLED:
 
 from glsd.runtime import doctor_packages  # noqa: E402
 from glsd.runtime.doctor_line import Line, plain, summary, table  # noqa: E402
+
+WAIT_HELP = (
+    "seconds in which all ranks must have come (%(default).0f: the first import from a network disk is slow)"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -34,9 +41,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--shards", nargs="+", default=[], help="patterns of shards that every rank must reach"
     )
-    parser.add_argument(
-        "--wait", type=float, default=120.0, help="seconds in which all ranks must have come (%(default)s)"
-    )
+    parser.add_argument("--wait", type=float, default=doctor_packages.ARRIVE_SECONDS, help=WAIT_HELP)
     parser.add_argument("--json", action="store_true", help="print one last line for machines")
     args = parser.parse_args(argv)
     if not 0 < args.wait < 1e5:
@@ -58,6 +63,8 @@ def main(argv: list[str]) -> int:
     if panel.rank == 0 and (panel.world > 1 or os.environ.get("SLURM_PROCID", "0") == "0"):
         print("\n".join(details["ranks"]))
         report(panel.lines, args.json, **details)
+    elif panel.rank == 0 and "RANK" in os.environ:  # what is wrong may be so with this task only
+        complain([line for line in panel.lines if line.name == "launch"])
     return code
 
 
@@ -65,16 +72,21 @@ def report_packages(packages: dict, as_json: bool) -> int:
     """Without torch this rank cannot speak to the others: it says alone what is wrong."""
     lines = doctor_packages.judge({0: packages}, {})
     if os.environ.get("RANK", "0") != "0":
-        for line in lines:
-            if line.verdict == "FIX":
-                said = f"error: rank {os.environ['RANK']} on {os.uname().nodename}: {line.found}: {line.fix}"
-                print(plain(said), file=sys.stderr, flush=True)
+        complain(lines)
         return 1
     lines.append(
         Line("note", "others", "all other checks need torch: not made", "mend the lines above first")
     )
     report(lines, as_json)
     return 1
+
+
+def complain(lines: list[Line]) -> None:
+    """Say on stderr, where there is a table of rank 0 or none, what this rank has to be fixed."""
+    for line in lines:
+        if line.verdict == "FIX":
+            said = f"error: rank {os.environ['RANK']} on {os.uname().nodename}: {line.found}: {line.fix}"
+            print(plain(said), file=sys.stderr, flush=True)
 
 
 def report(lines: list[Line], as_json: bool, **details: object) -> None:

@@ -1,13 +1,20 @@
 """One rank of the doctor, for tests: its packages are taken as given, which saves the seconds of trying them.
 
 python doctor_rank.py FACTS CLOCK_AHEAD WHAT [arguments of launch/doctor.py]; WHAT: ``as it is``, or what this rank does wrong.
+
+python doctor_rank.py serve    # forks ranks within milliseconds, as everything is imported: a line of input is a JSON list of
+{"argv", "env", "out"}, one per rank; the answer, once all have ended, the list of their exit codes
 """
 
+import gc
+import importlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "launch"))
@@ -15,7 +22,16 @@ sys.path.append(str(Path(__file__).parents[1] / "launch"))
 import doctor
 
 from glsd import cluster_doctor
-from glsd.runtime import doctor_devices, doctor_files, doctor_network, doctor_packages
+from glsd.runtime import (
+    doctor_arrival,
+    doctor_devices,
+    doctor_files,
+    doctor_network,
+    doctor_packages,
+    doctor_panel,
+)
+
+MOST_SECONDS = 150
 
 
 def good_packages() -> dict:
@@ -33,11 +49,12 @@ def main(facts: str, ahead: str, what: str, *argv: str) -> None:
     )
     if what == "impatient":
         doctor_files.SEE_SECONDS, doctor_network.JOIN_SECONDS = 3.0, 5.0
+    if what in ("hangs", "dies", "waits less"):
+        for module in (cluster_doctor, doctor_arrival, doctor_panel):
+            vars(module)["SLACK"] = 3.0
+        cluster_doctor.DEVICE_SECONDS = 2.0
     if what == "hangs":
-        cluster_doctor.DEVICE_SECONDS = 2.0
         doctor_devices.facts = lambda: {"never": threading.Event().wait()}
-    if what == "waits less":
-        cluster_doctor.DEVICE_SECONDS = 2.0
     if what == "dies":
         doctor_devices.facts = lambda: os._exit(9)
     code = doctor.main(list(argv))
@@ -45,5 +62,34 @@ def main(facts: str, ahead: str, what: str, *argv: str) -> None:
     os._exit(code)
 
 
+def serve() -> None:
+    """Fork ranks as they are ordered."""
+    importlib.import_module("glsd.cluster_doctor_shards")
+    assert threading.active_count() == 1, f"would not survive a fork: {threading.enumerate()}"
+    gc.freeze()  # a fork that collects would copy every page
+    for line in sys.stdin:
+        pids = [begin(order) for order in json.loads(line)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps(codes), flush=True)
+    os._exit(0)
+
+
+def begin(order: dict) -> int:
+    """Fork a rank; what it prints goes to ``out`` and ``out``.err."""
+    if pid := os.fork():
+        return pid
+    try:
+        signal.alarm(MOST_SECONDS)
+        os.environ.clear()
+        os.environ.update(order["env"])
+        for target, path in ((1, order["out"]), (2, order["out"] + ".err")):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
+        main(*order["argv"])
+    finally:  # main does not return
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # never back into the server
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve() if sys.argv[1:] == ["serve"] else main(*sys.argv[1:])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from glsd.runtime.doctor_launch import local_rank
 from glsd.runtime.doctor_line import Line, first_line, plain, who
 
 FILES_NEEDED, FILES_WISHED = 512, 4096  # open ones of a process
@@ -42,7 +43,7 @@ def _cuda() -> dict[str, Any]:
             except (RuntimeError, AssertionError) as problem:
                 found["why_not"] = first_line(problem)
     found["why_not"] = found["why_not"] or " ".join(first_line(w.message) for w in said)
-    number = int(os.environ.get("LOCAL_RANK") or 0)
+    number = local_rank()
     if number < found["count"]:
         properties = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)

@@ -1,5 +1,6 @@
 """Whether all ranks see one folder as one, whether its disk has room, and how fast it writes."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -21,14 +22,27 @@ BLOCK = 1 << 14  # bytes of a file that is replaced
 POLL = 0.02
 
 
-def prepare(out: Path, token: str) -> str:
-    """Rank 0: make a folder of the doctor's own below ``out`` and write the first token; returns the folder."""
+def prepare(out: Path, token: str) -> dict[str, Any]:
+    """Rank 0: make a folder of the doctor's own below ``out`` and write the first token; returns what clean needs: JSON."""
     folder = out.absolute() / f".doctor-{token}"
+    made = [str(path) for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True)
-    replace(folder / "lock", token)
-    replace(folder / "turn", "0" * BLOCK)
-    replace(folder / "from_0", token)
-    return str(folder)
+    try:
+        replace(folder / "lock", token)
+        replace(folder / "turn", "0" * BLOCK)
+        replace(folder / "from_0", token)
+    except OSError:
+        clean(made)
+        raise
+    return {"folder": str(folder), "made": made}
+
+
+def clean(made: list[str]) -> None:
+    """Remove the folder that prepare made and those above it that are new and empty."""
+    shutil.rmtree(made[0], ignore_errors=True)
+    for folder in made[1:]:
+        with contextlib.suppress(OSError):  # another run has come to it meanwhile
+            Path(folder).rmdir()
 
 
 def replace(path: Path, text: str) -> None:
@@ -119,17 +133,34 @@ def _locked(file: Any) -> str:
     return ""
 
 
+def disks(out: str) -> dict[str, Any]:
+    """Return the room of the cache's disk, None where this user has no cache folder, and of the run folder's: JSON."""
+    cache: Path | None = None
+    with contextlib.suppress(
+        RuntimeError
+    ):  # neither HOME nor an entry of this user among those of the system
+        cache = Path(os.environ.get("GLSD_CACHE") or Path.home() / ".cache" / "glsd")
+    return {"cache": disk(cache) if cache else None} | ({"out": disk(Path(out))} if out else {})
+
+
 def disk(folder: Path) -> dict[str, Any]:
-    """Return the room of the disk that a folder, or what there is of its path, lies on: JSON, for judge."""
-    there = folder.absolute()
-    while not there.exists():
+    """Return the room of the disk that a folder, or what this user can see of its path, lies on: JSON, for judge."""
+    there, seen = folder.absolute(), True
+    while True:
+        try:
+            os.stat(there)
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except PermissionError:
+            seen = False
         there = there.parent
     status = os.statvfs(there)
     return {
         "folder": str(folder),
         "free": shutil.disk_usage(there).free,
         "inodes": status.f_favail if status.f_files else -1,  # some file systems do not count them
-        "writable": os.access(there, os.W_OK),
+        "writable": seen and there.is_dir() and os.access(there, os.W_OK | os.X_OK),
     }
 
 
@@ -219,11 +250,16 @@ def judge_turns(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]
     return lines
 
 
-def judge_disks(found: Mapping[int, Mapping[str, Mapping[str, Any]]], hosts: Mapping[int, str]) -> list[Line]:
+def judge_disks(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Line]:
     """Return a line for each folder, ``out`` and ``cache``, that ranks looked at."""
     lines = []
+    homeless = [rank for rank, here in found.items() if "cache" in here and not here["cache"]]
+    if homeless:
+        said = "no folder for the cache: HOME is not set and this user is unknown to the system"
+        said += f" on {who(homeless, hosts)}" if hosts else ""
+        lines.append(Line("FIX", "cache disk", said, "set GLSD_CACHE to a folder on a disk of each host"))
     for what in ("out", "cache"):
-        disks = {rank: here[what] for rank, here in found.items() if what in here}
+        disks = {rank: here[what] for rank, here in found.items() if here.get(what)}
         if not disks:
             continue
         least = min(disks, key=lambda rank: disks[rank]["free"])

@@ -13,38 +13,63 @@ from glsd.runtime import dist
 from glsd.runtime.doctor_line import Line, ranges, who
 
 ANNOUNCED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS")
+LAUNCHERS = "let accelerate launch, torchrun or launch/slurm set all of them"
 NAMED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 SIOCGIFADDR = 0x8915
 SCRIPT = "launch/doctor.py"
 
 
 def announced() -> tuple[int, int]:
-    """Return (rank, world size) of the environment, (0, 1) where nothing is announced."""
+    """Return (rank, world size) of an environment without silent_mistakes, (0, 1) where nothing is announced."""
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def local_rank() -> int:
+    """Return this process's number on its host, 0 where none that can be read is announced."""
+    said = os.environ.get("LOCAL_RANK", "")
+    return int(said) if said.isdecimal() else 0
 
 
 def silent_mistakes() -> list[Line]:
     """Return what is wrong with the launch line before any other rank was heard of."""
+    said = {name: os.environ.get(name, "") for name in NUMBERS}
+    wrong = [f"{name} is {word!r}" for name, word in said.items() if word and not word.isdecimal()]
     world = os.environ.get("WORLD_SIZE")
-    line = dist.CPU_LAUNCH_LINE.format(n="N", script=SCRIPT)
-    if world is not None and (not world.isdigit() or world == "0"):
-        return [Line("FIX", "launch", f"WORLD_SIZE is {world!r}, no number of ranks", f"start with '{line}'")]
-    if world is not None and int(world) > 1:
-        numbers = ("RANK", "LOCAL_RANK", "MASTER_PORT")
-        missing = [name for name in ANNOUNCED if not os.environ.get(name)]
-        missing += [name for name in numbers if name not in missing and not os.environ[name].isdigit()]
-        if missing:
-            found = f"WORLD_SIZE={world} is announced, but not (or not as a number) {', '.join(missing)}"
-            return [Line("FIX", "launch", found, "let accelerate launch, torchrun or launch/slurm set them")]
-    if world is None and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+    if wrong or (world is not None and not world.strip("0")):
+        found = f"{', '.join(wrong) or f'WORLD_SIZE is {world!r}'}: no number of ranks, or of a rank"
+        return [Line("FIX", "launch", found, LAUNCHERS)]
+    rank = int(said["RANK"] or 0)
+    if world is not None:
+        return _announced_mistakes(rank, int(world))
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
         found = "accelerate was asked for several processes but started one (it does so with --cpu)"
+        line = dist.CPU_LAUNCH_LINE.format(n="N", script=SCRIPT)
         return [Line("FIX", "launch", found, f"N ranks on CPUs: '{line}'; one: --num_processes 1")]
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-    if world is None and tasks > 1:
+    tasks = int(said["SLURM_STEP_NUM_TASKS"] or 1)
+    if tasks > 1:
         found = f"srun started {tasks} tasks that do not know of each other (no WORLD_SIZE): each would train alone"
         return [
             Line("FIX", "launch", found, "start with launch/slurm/*.sbatch, or accelerate launch in each")
         ]
+    if rank:
+        found = f"RANK={rank} is announced, but no WORLD_SIZE: this process would train alone"
+        return [Line("FIX", "launch", found, f"{LAUNCHERS}; for a single process unset RANK")]
+    return []
+
+
+def _announced_mistakes(rank: int, world: int) -> list[Line]:
+    if rank >= world:
+        found = f"RANK={rank} is announced, but WORLD_SIZE={world}: ranks go from 0 to {world - 1}"
+        fix = "count all processes of all hosts in WORLD_SIZE; a RANK left by another job: unset it"
+        return [Line("FIX", "launch", found, fix)]
+    missing = [name for name in ANNOUNCED if not os.environ.get(name)] if world > 1 else []
+    if missing:
+        found = f"WORLD_SIZE={world} is announced, but not {', '.join(missing)}"
+        return [Line("FIX", "launch", found, LAUNCHERS)]
+    port = os.environ["MASTER_PORT"] if world > 1 else "1"
+    if not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        return [Line("FIX", "launch", f"MASTER_PORT is {port!r}: expected 1 to 65535", LAUNCHERS)]
     return []
 
 
@@ -59,7 +84,7 @@ def facts() -> dict[str, Any]:
         # A name may be there twice, a kernel or a network of its own says so.
         "machine": f"{_read('/proc/sys/kernel/random/boot_id')} {os.readlink('/proc/self/ns/net')}",
         "pid": os.getpid(),
-        "local_rank": int(os.environ.get("LOCAL_RANK") or 0),
+        "local_rank": local_rank(),
         "master": master,
         "master_resolved": _resolve(master),
         "own_name_resolved": _resolve(host),

@@ -1,6 +1,5 @@
 """Whether the ranks can add their numbers, how long that takes, and which link between two hosts is slow."""
 
-import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from glsd.runtime import dist
+from glsd.runtime.doctor_launch import local_rank
 from glsd.runtime.doctor_line import Line, ranges
 
 JOIN_SECONDS = 30.0  # to connect all ranks, and for any single message
@@ -28,7 +28,7 @@ def measure(store: Any, *, rank: int, world: int, leaders: Sequence[int], gpu: b
 
     leaders: one rank of each host; they measure the links between hosts, all pairs in rounds in which nobody is in two.
     """
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if gpu else torch.device("cpu")
+    device = torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     began = time.monotonic()

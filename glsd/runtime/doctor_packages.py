@@ -22,6 +22,8 @@ from glsd.runtime.doctor_line import Line, first_line, plain, who
 OLDEST, NEWEST = (3, 11), (3, 13)  # of Python
 IMPORTED = ("torch", "torchvision", "numpy", "safetensors", "timm", "accelerate", "webdataset", "jaxtyping")
 IMPORT_SECONDS = 180.0  # the first import from a cold network disk takes minutes
+# A rank that waits for the others may have all packages warm while they try them and then import them once more.
+ARRIVE_SECONDS = IMPORT_SECONDS + 120.0
 MARK = "glsd-doctor:"
 TRY = """
 import importlib, json, sys

@@ -3,6 +3,7 @@
 import ast
 import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,6 +115,45 @@ def place(rank: int, **changes) -> dict:
     facts |= {"master_resolved": "10.0.0.1", "own_name_resolved": f"10.0.0.{1 + rank // 2}"}
     facts |= {"address": f"10.0.0.{1 + rank // 2}", "interface": "eth0", "interfaces": ["eth0", "lo"]}
     return facts | {"named": {}} | changes
+
+
+@pytest.mark.parametrize(
+    ("announced", "said"),
+    [
+        ({}, ""),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "tcp://10.0.0.9:80"}, ""),
+        ({"RANK": "0", "MASTER_PORT": "tcp://10.0.0.9:80"}, ""),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "00"}, "WORLD_SIZE is '00'"),
+        ({"WORLD_SIZE": "2", "RANK": "abc"}, "RANK is 'abc'"),
+        ({"RANK": "-1", "LOCAL_RANK": "\u00b2"}, "RANK is '-1', LOCAL_RANK is '\u00b2': no number"),
+        ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS is 'x'"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
+        ({"RANK": "1"}, "RANK=1 is announced, but no WORLD_SIZE"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK=1 is announced, but WORLD_SIZE=1: ranks go from 0 to 0"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 is announced, but WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}, "not MASTER_ADDR, MASTER_PORT"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "h1", "MASTER_PORT": "70000"},
+            "MASTER_PORT is '70000'",
+        ),
+    ],
+)
+def test_launch_lines_that_fail_silently(monkeypatch, announced, said):
+    for name in (*doctor_launch.ANNOUNCED, *doctor_launch.NUMBERS, "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in announced.items():
+        monkeypatch.setenv(name, value)
+    lines = doctor_launch.silent_mistakes()
+    assert [line.verdict for line in lines] == (["FIX"] if said else [])
+    assert said in "".join(line.found for line in lines)
+    # What is looked at all the same, on this host only, can do with any of them.
+    assert verdicts(doctor_launch.judge({0: doctor_launch.facts()}, 1, {})) == {"launch": "ok"}
+    doctor_devices.facts()
+
+
+def test_ranks_are_waited_for_longer_than_packages_may_take():
+    assert doctor_packages.ARRIVE_SECONDS > doctor_packages.IMPORT_SECONDS
 
 
 def test_the_map_of_ranks_and_what_can_be_wrong_with_it():
@@ -272,7 +312,7 @@ def test_the_clock_that_is_off_is_named():
 
 def test_a_file_that_is_not_replaced_at_once_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_files, "RENAME_SECONDS", 0.2)
-    folder = Path(doctor_files.prepare(tmp_path, "token"))
+    folder = Path(doctor_files.prepare(tmp_path, "token")["folder"])
     assert doctor_files.see(folder, "token", 1)["seen"]
     assert doctor_files.seen_back(folder, "token", [0, 1]) == []
 
@@ -284,7 +324,9 @@ def test_a_file_that_is_not_replaced_at_once_is_seen(tmp_path, monkeypatch):
     assert verdicts(both()) == {"rename": "ok", "locks": "ok"}
 
     def in_place(path, text):
-        path.write_text(text)  # which empties it first
+        path.write_text("")
+        time.sleep(0.002)  # a disk takes some time between the two
+        path.write_text(text)
 
     (folder / "held").unlink()
     monkeypatch.setattr(doctor_files, "replace", in_place)
@@ -298,7 +340,7 @@ def test_a_folder_that_is_not_shared_is_said_within_its_bound(tmp_path, monkeypa
     seen = {0: {"seen": True, "seconds": 0.0, "why": ""}, 2: doctor_files.see(tmp_path / "no", "token", 2)}
     (line,) = doctor_files.judge_sharing(seen, [], "/runs", HOSTS)
     assert "h2 (rank 2) cannot see what rank 0 writes to /runs (No such file or directory)" in line.found
-    folder = Path(doctor_files.prepare(tmp_path, "token"))
+    folder = Path(doctor_files.prepare(tmp_path, "token")["folder"])
     assert doctor_files.seen_back(folder, "token", [0, 2]) == [2]
     back = {rank: {"seen": True, "seconds": 0.0, "why": ""} for rank in (0, 2)}
     (line,) = doctor_files.judge_sharing(back, [2], "/runs", HOSTS)
@@ -315,6 +357,29 @@ def test_room_on_disks(tmp_path):
         line = the(doctor_files.judge_disks(changed, HOSTS), "out disk")
         assert line.verdict == verdict
         assert "h2 (rank 2)" in line.found
+
+
+def test_what_the_doctor_made_goes_and_nothing_else(tmp_path):
+    ours = doctor_files.prepare(tmp_path / "runs" / "x", "token")
+    (tmp_path / "runs" / "other").touch()
+    doctor_files.clean(ours["made"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "other"]
+
+
+def test_a_user_without_a_home_is_told_of_the_cache(tmp_path, monkeypatch):
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.delenv("GLSD_CACHE", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    found = doctor_files.disks(str(tmp_path))
+    lines = doctor_files.judge_disks({0: found, 2: found | {"cache": found["out"]}}, HOSTS)
+    (line,) = (line for line in lines if line.name == "cache disk" and line.verdict == "FIX")
+    assert "this user is unknown to the system on h1 (rank 0)" in line.found
+    assert "set GLSD_CACHE" in line.fix
+    monkeypatch.setenv("GLSD_CACHE", str(tmp_path))
+    assert doctor_files.disks("")["cache"]["folder"] == str(tmp_path)
 
 
 def test_work_that_hangs_or_fails_is_an_answer():
