@@ -124,7 +124,7 @@ start_again() { # start_again FOLDER CHECKPOINT_BEFORE: requeue the job, unless 
     case $state in
         RUNNING*) ;;
         *TimeLimit)
-            [ -n "$saves" ] || { say "time limit: $stage saves nothing on the way, not started again: give more --time"; exit 75; }
+            [ -n "$saves" ] || refuse "$stage has reached its time limit and saves nothing on the way: give more --time"
             ;;
         *)
             say "$ended; SLURM has ended this job itself (scancel, preemption, a dead node)"
@@ -143,7 +143,7 @@ start_again() { # start_again FOLDER CHECKPOINT_BEFORE: requeue the job, unless 
         fi
     fi
     if [ "${GLSD_REQUEUE:-1}" = 0 ]; then
-        say "$ended: this job is not requeued (GLSD_REQUEUE=0), the next one of this folder goes on there"
+        say "$ended: this job is not requeued (GLSD_REQUEUE=0)${saves:+, the next one of this folder goes on there}"
         exit 75
     elif [ "$stuck" -ge 3 ]; then
         say "the ranks ended with $code, the third time without a new checkpoint after $after: not started again"

@@ -24,8 +24,8 @@ ENDS = {
     "warned": (("COMPLETED", "0:0", 2), "start 2 of job"),
     "time_limit": (("COMPLETED", "0:0", 2), "start 2 of job"),
     "measured": (
-        ("TIMEOUT", "0:0", 1),
-        "evaluate saves nothing on the way, not started again: give more --time",
+        ("TIMEOUT", "2:0", 1),
+        "error: evaluate has reached its time limit and saves nothing on the way: give more --time",
     ),
     "early": (("FAILED", "75:0", 3), "the third time without a new checkpoint after none"),
     "busy": (("COMPLETED", "0:0", 2), "no answer of SLURM (requeue), asked again in 1 s"),
