@@ -152,7 +152,8 @@ def extra_options(texts: list[str]) -> list[str]:
             raise UserError(f"--extra has {word!r}: expected options of sbatch such as --constraint=a100")
         for option, letter in OURS.items():
             # sbatch takes the beginning of an option for the whole.
-            long = len(word) > 4 and option.startswith(word.partition("=")[0])
+            name = word.partition("=")[0]
+            long = len(name) > 3 and (option.startswith(name) or name.startswith(option))
             if long or (letter and word.startswith(letter)):
                 raise UserError(
                     f"--extra has {word!r}: submit.py gives {option} to sbatch itself, leave it out"

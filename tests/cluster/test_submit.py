@@ -225,6 +225,7 @@ MISTAKES = {
     "no --": (["pretrain", "--nodes", "2", "--config", "a.yaml"], "flags of the stage stand behind --"),
     "slash": (["pretrain", "--name", "a/b"], "--name is 'a/b'"),
     "export": (["pretrain", "--extra", "--export=NONE"], "submit.py gives --export to sbatch itself"),
+    "export file": (["pretrain", "--extra", "--export-file=f"], "submit.py gives --export to sbatch itself"),
     "short": (["pretrain", "--extra", "-a1-3"], "submit.py gives --array to sbatch itself"),
     "cut": (["pretrain", "--extra", "--depend=afterok:1"], "submit.py gives --dependency to sbatch itself"),
     "out for all": (["array", "--file", "good.txt", "--out", "x", "--", "--out=y"], "behind -- has --out"),
