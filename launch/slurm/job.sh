@@ -22,22 +22,28 @@ refuse() {
     exit 2
 }
 
-GLSD_ROOT=${GLSD_ROOT:-${SLURM_SUBMIT_DIR:?error: this is a batch script, give it to sbatch}}
+[ -n "${SLURM_JOB_ID:-}" ] || refuse "this is a batch script: give it to sbatch"
+GLSD_ROOT=${GLSD_ROOT:-$SLURM_SUBMIT_DIR}
 if [ -z "${GLSD_PYTHON:-}" ]; then
     GLSD_PYTHON=$GLSD_ROOT/.venv/bin/python
     [ -x "$GLSD_PYTHON" ] || GLSD_PYTHON=$(command -v python || command -v python3) || refuse "no python: set GLSD_PYTHON"
 fi
+command -v "$GLSD_PYTHON" >/dev/null || refuse "GLSD_PYTHON is $GLSD_PYTHON: no such program on $(hostname)"
+# The number of an array's last task is that of the whole array: what is said to SLURM must name the task.
+id=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
 run_stage() { # run_stage pretrain|finetune|evaluate|doctor FLAGS...
-    local stage=$1 start=$((${SLURM_RESTART_COUNT:-0} + 1)) folder='' before code=75 step='' asked=''
+    local stage=$1 start=$((${SLURM_RESTART_COUNT:-0} + 1)) folder='' before code=75 step='' asked='' saves=yes
     shift
     # What reaches only this shell (--signal=B:..., scancel --batch) is passed on, as USR1: of TERM srun kills the ranks.
     trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null || true' USR1 TERM
+    [ "$stage" = pretrain ] || [ "$stage" = finetune ] || saves=''
     # Flags that are wrong end here, before any rank starts. The doctor has its own.
     [ "$stage" = doctor ] || folder=$(deaf "$GLSD_PYTHON" "$GLSD_ROOT/launch/slurm/flags.py" "$stage" "$@") || exit $?
     before=$(deaf last_checkpoint "$folder")
     describe_world
-    say "start $start of job $SLURM_JOB_ID ($stage): $nodes nodes (${hosts[*]}), $ranks ranks, ${gpus:-no} GPUs a node," \
+    say "start $start of job $id ($stage): $nodes nodes (${hosts[*]}), $ranks ranks, ${gpus:-no} GPUs a node," \
         "$(deaf time_left) left; ${folder:-no run folder}, last checkpoint: $before"
     case $stage in
         # Ranks of a training run end together: who is left two minutes after the first has gone hangs.
@@ -55,9 +61,8 @@ run_stage() { # run_stage pretrain|finetune|evaluate|doctor FLAGS...
     start_again "$folder" "$before"
 }
 
-describe_world() { # sets nodes, hosts, ranks, gpus, ends (seconds since 1970) and what ranks read from the environment
+describe_world() { # sets nodes, hosts, ranks, gpus and what ranks read from the environment
     local first
-    ends=$(deaf end_time) || ends=9999999999
     nodes=$SLURM_JOB_NUM_NODES per_node=${SLURM_NTASKS_PER_NODE:-1} gpus=${SLURM_GPUS_ON_NODE:-}
     mapfile -t hosts < <(deaf scontrol show hostnames "$SLURM_JOB_NODELIST")
     if [ -n "$gpus" ] && [ "$gpus" -ne "$per_node" ]; then
@@ -75,11 +80,11 @@ describe_world() { # sets nodes, hosts, ranks, gpus, ends (seconds since 1970) a
         export WORLD_SIZE=$ranks LOCAL_WORLD_SIZE=$per_node
     fi
     [ -n "$gpus" ] || export ACCELERATE_USE_CPU=${ACCELERATE_USE_CPU:-true}
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONUNBUFFERED=1 GLSD_STOPPED_CODE=75
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-1}}} PYTHONUNBUFFERED=1 GLSD_STOPPED_CODE=75
 }
 
 run_ranks() { # run_ranks SECONDS SCRIPT FLAGS...: sets step, and code to the highest exit code of the ranks
-    local patience=$1 script=$2 options
+    local patience=$1 script=$2 options memory
     shift 2
     options=(--nodes="$nodes" --ntasks="$ranks" --ntasks-per-node="$per_node" --distribution=block --export=ALL --mpi=none)
     # A rank that says why it ends must not kill those that still save.
@@ -87,6 +92,13 @@ run_ranks() { # run_ranks SECONDS SCRIPT FLAGS...: sets step, and code to the hi
     [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun does not inherit it
     # Every rank sees all GPUs of its node, LOCAL_RANK says which is its own. (--gpu-bind=none would hide them all.)
     unset SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_TRES_BIND SLURM_TRES_PER_TASK
+    # What sbatch has handed on from a shell of srun or salloc is about the CPUs and the memory of that shell's job.
+    unset "${!SLURM_CPU_BIND@}"
+    memory=("${!SLURM_MEM_PER_@}")
+    if [ ${#memory[@]} -gt 1 ]; then # srun refuses two; 0 is all that this job has
+        unset "${memory[@]}"
+        options+=(--mem=0)
+    fi
     [ -z "$asked" ] || return 0 # no rank has started: code is still 75
     # shellcheck disable=SC2016  # the variables are those of the task
     srun "${options[@]}" bash -c '
@@ -101,35 +113,48 @@ run_ranks() { # run_ranks SECONDS SCRIPT FLAGS...: sets step, and code to the hi
 }
 
 start_again() { # start_again FOLDER CHECKPOINT_BEFORE: requeue the job, unless something speaks against it
-    local folder=$1 before=$2 after stuck=0 file
+    local folder=$1 before=$2 after state stuck=0 file ended
     trap '' TERM USR1 # at a time limit every process of the job gets TERM, and those that this needs must not die of it
     after=$(last_checkpoint "$folder")
-    if [ "$(job_state)" != RUNNING ] && [ "$(date +%s)" -lt "$ends" ]; then
-        say "the ranks ended with $code at checkpoint $after;" \
-            "SLURM has ended this job itself (scancel, preemption, a dead node)"
+    ended="the ranks ended with $code at checkpoint $after"
+    if ! state=$(persist job_state); then
+        say "$ended; nobody knows whether to start again: submit it again, it goes on there"
         exit 75
     fi
-    if [ -d "$folder" ]; then
+    case $state in
+        RUNNING*) ;;
+        *TimeLimit)
+            [ -n "$saves" ] || refuse "$stage has reached its time limit and saves nothing on the way: give more --time"
+            ;;
+        *)
+            say "$ended; SLURM has ended this job itself (scancel, preemption, a dead node)"
+            exit 75
+            ;;
+    esac
+    if [ -n "$saves" ]; then
         file=$folder/slurm.txt
-        echo "job $SLURM_JOB_ID start $start ended with $code: $before -> $after" >>"$file" || true
-        # How many of its last starts brought no new checkpoint.
-        stuck=$(awk -v job="$SLURM_JOB_ID" '$2 == job { n = $(NF - 2) == $NF ? n + 1 : 0 } END { print n + 0 }' "$file") ||
-            stuck=0
+        # Also where the ranks ended before they made the folder.
+        if mkdir -p "$folder" && echo "job $id start $start ended with $code: $before -> $after" >>"$file"; then
+            # How many of its last starts brought no new checkpoint.
+            stuck=$(awk -v job="$id" '$2 == job { n = $(NF - 2) == $NF ? n + 1 : 0 } END { print n + 0 }' "$file") ||
+                stuck=0
+        else
+            say "cannot write $file: ends without a new checkpoint are not counted"
+        fi
     fi
     if [ "${GLSD_REQUEUE:-1}" = 0 ]; then
-        say "the ranks ended with $code at checkpoint $after: this job is not requeued, the next one goes on"
+        say "$ended: this job is not requeued (GLSD_REQUEUE=0)${saves:+, the next one of this folder goes on there}"
         exit 75
     elif [ "$stuck" -ge 3 ]; then
         say "the ranks ended with $code, the third time without a new checkpoint after $after: not started again"
         exit "$code"
     elif [ "${SLURM_RESTART_COUNT:=0}" -ge "${GLSD_MAX_REQUEUES:-100}" ]; then
-        say "the ranks ended with $code at checkpoint $after," \
-            "after $SLURM_RESTART_COUNT requeues (GLSD_MAX_REQUEUES): not started again"
+        say "$ended, after $SLURM_RESTART_COUNT requeues (GLSD_MAX_REQUEUES): not started again"
         exit "$code"
     fi
-    say "the ranks ended with $code at checkpoint $after: requeued"
+    say "$ended: requeued"
     trap 'exit 75' TERM # what SLURM says next
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
+    if ! persist requeue; then
         say "SLURM does not requeue this job (submitted with --no-requeue?): submit it again, it goes on at $after"
         exit 75
     fi
@@ -142,14 +167,32 @@ last_checkpoint() { # the name of the last checkpoint in a run folder, or "none"
     { [ -n "$1" ] && readlink "$1/checkpoints/latest"; } || echo none
 }
 
-job_state() {
-    scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.*\bJobState=\([A-Z_]*\).*/\1/p'
+persist() { # persist COMMAND: until it succeeds or ends with 2, for some minutes: a busy controller does not answer
+    local pause code
+    for pause in 1 2 4 8 15 30 30 30 30 0; do
+        "$@" && return 0
+        code=$?
+        [ "$code" -ne 2 ] || return 2
+        [ "$pause" -eq 0 ] || say "no answer of SLURM ($1), asked again in $pause s" >&2
+        sleep "$pause" &
+        wait $! || true
+    done
+    say "no answer of SLURM ($1) for minutes" >&2
+    return 1
 }
 
-end_time() { # of the job by its limit, in seconds since 1970
-    date --date="$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null
+job_state() { # the state of this job and SLURM's reason; fails where they cannot be read
+    scontrol --oneliner show job "$id" | sed -n 's/.*\bJobState=\([A-Z_]\+\) Reason=\([A-Za-z]*\).*/\1 \2/p' | grep .
+}
+
+requeue() { # 2 where SLURM has answered, and refuses
+    local said
+    said=$(scontrol requeue "$id" 2>&1) && return 0
+    printf '%s\n' "$said" >&2
+    case $said in *disabled* | *denied* | *nvalid*) return 2 ;; esac
+    return 1
 }
 
 time_left() { # as squeue shows it
-    squeue --noheader --job="$SLURM_JOB_ID" --format=%L || echo 'unknown time'
+    squeue --noheader --job="$id" --format=%L | grep . || echo 'unknown time'
 }

@@ -11,6 +11,8 @@ WARN_SECONDS = 120  # as in the batch scripts
 # minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
 TIME = re.compile(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(\d+)(?::(\d+))?(?::(\d+))?)")
 TEXTS = ("--extra", "--pretrain", "--finetune", "--evaluate")  # whose value looks like flags itself
+# What submit.py says to sbatch itself, in whole or in part: long option and letter.
+OURS = {"--export": "", "--array": "-a", "--wrap": "", "--dependency": "-d"}
 PLAIN = {"partition": "partition", "account": "account", "qos": "qos", "name": "job-name"}
 
 
@@ -28,6 +30,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def error(self, message: str) -> typing.NoReturn:
+        if message.startswith("unrecognized arguments"):
+            message += "; flags of the stage stand behind --"
         raise UserError(f"{message} (all options: {self.prog} --help)")
 
 
@@ -69,6 +73,8 @@ def sbatch_options(args: argparse.Namespace, *, training: bool) -> list[str]:
 
     training: whether the job saves when it is warned of its time limit; an evaluation has nothing to save.
     """
+    if "/" in (args.name or ""):
+        raise UserError(f"--name is {args.name!r}: expected no slash, as it begins the name of the log")
     options = [f"--{theirs}={vars(args)[ours]}" for ours, theirs in PLAIN.items() if vars(args)[ours]]
     if args.nodes is not None:
         options.append(f"--nodes={_checked_nodes(args.nodes)}")
@@ -144,6 +150,14 @@ def extra_options(texts: list[str]) -> list[str]:
     for word in words:
         if not word.startswith("-"):
             raise UserError(f"--extra has {word!r}: expected options of sbatch such as --constraint=a100")
+        for option, letter in OURS.items():
+            # sbatch takes the beginning of an option for the whole.
+            name = word.partition("=")[0]
+            long = len(name) > 3 and (option.startswith(name) or name.startswith(option))
+            if long or (letter and word.startswith(letter)):
+                raise UserError(
+                    f"--extra has {word!r}: submit.py gives {option} to sbatch itself, leave it out"
+                )
     return words
 
 

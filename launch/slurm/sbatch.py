@@ -1,5 +1,6 @@
 """Jobs that depend on each other, and how they get to SLURM."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -19,8 +20,8 @@ class Job:
     options: list[str]
     words: list[str]  # for the script
     requeues: bool = True  # itself; in a chain the next job goes on
-    after: int | None = None  # which of the jobs before this one must have ended
-    needs_success: bool = True  # of that one; False: it may have ended in any way
+    after_any: int | None = None  # which of the jobs before this one must have ended, in any way
+    after_ok: int | None = None  # which must have succeeded; when that fails, this one is cancelled
 
     def line(self, ids: list[str]) -> list[str]:
         """Return the command line; ids: of the jobs submitted before."""
@@ -28,18 +29,25 @@ class Job:
         line = ["sbatch", "--parsable", *self.options, export]
         if not self.requeues:
             line.append("--no-requeue")
-        if self.after is not None and self.needs_success:
-            line += [f"--dependency=afterok:{ids[self.after]}", "--kill-on-invalid-dep=yes"]
-        elif self.after is not None:
-            line.append(f"--dependency=afterany:{ids[self.after]}")
+        waits = {"afterany": self.after_any, "afterok": self.after_ok}
+        wanted = [f"{kind}:{ids[other]}" for kind, other in waits.items() if other is not None]
+        if wanted:
+            line.append(f"--dependency={','.join(wanted)}")
+        if self.after_ok is not None:
+            line.append("--kill-on-invalid-dep=yes")
         return [*line, str(ROOT / "launch" / "slurm" / self.script), *self.words]
 
 
 def submit(jobs: list[Job], *, dry_run: bool) -> None:
     """Give the jobs to sbatch one after the other and print each line and the number of the job; a dry run only prints.
 
-    Raises UserError with what sbatch says where it refuses one; those before it are cancelled then.
+    Raises UserError with what sbatch says where it refuses one; those before it are cancelled then. Also for a checkout
+    whose path cannot be handed to a job.
     """
+    if "," in str(ROOT):
+        raise UserError(
+            f"the path of the checkout, {ROOT}, has a comma, at which sbatch --export would cut it: move it"
+        )
     ids: list[str] = []
     for number, job in enumerate(jobs, start=1):
         line = job.line(ids)
@@ -48,9 +56,18 @@ def submit(jobs: list[Job], *, dry_run: bool) -> None:
         print(f"  {ids[-1]}: not submitted (--dry_run)" if dry_run else f"  job {ids[-1]}", flush=True)
 
 
+def environment() -> dict[str, str]:
+    """Return the variables for sbatch, which hands them on: those of a job that this shell is in are not for the new one."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name == "SLURM_CONF"
+    }
+
+
 def _submitted(job: Job, before: list[str]) -> str:
     try:
-        done = subprocess.run(job.line(before), capture_output=True, text=True)
+        done = subprocess.run(job.line(before), capture_output=True, text=True, env=environment())
     except FileNotFoundError as problem:
         raise UserError(
             "sbatch is not found: submit from a machine of the cluster (--dry_run only prints the lines)"

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import _door  # noqa: E402
-from flags import CONFIGS, check_flags  # noqa: E402
+from flags import CONFIGS, check_flags, refuse_out, sweep_tasks  # noqa: E402
 from resources import Parser, add_resources, sbatch_options, words_of  # noqa: E402
 from sbatch import Job, submit  # noqa: E402
 
@@ -83,8 +83,7 @@ def stage_jobs(name: str, args: argparse.Namespace, flags: list[str]) -> list[Jo
             options=options,
             words=flags,
             requeues=args.chain == 1,
-            after=number - 1 if number else None,
-            needs_success=False,
+            after_any=number - 1 if number else None,
         )
         for number in range(args.chain)
     ]
@@ -106,30 +105,40 @@ def array(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], b
     )
     parser.add_argument("--limit", type=int, metavar="N", help="so many tasks at the same time")
     args = parser.parse_args(options)
-    try:
-        lines = Path(args.file).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(
-            f"cannot read --file {args.file}: {getattr(problem, 'strerror', problem)}"
-        ) from problem
-    tasks = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not tasks:
-        raise UserError(f"--file {args.file} has no line of flags: expected one for each task")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}: expected 1 or more tasks at the same time")
-    for number, line in enumerate(tasks, start=1):
-        where = f"--file {args.file}, task {number}"
+    refuse_out(flags, "what stands behind --")
+    tasks = sweep_tasks(args.file)
+    for number, words in enumerate(tasks, start=1):
         try:
-            check_flags(args.stage, [*flags, *words_of(line, "the line")])
+            check_flags(args.stage, [*flags, *words])
         except UserError as problem:
-            raise UserError(f"{where}: {problem}") from problem
+            raise UserError(f"--file {args.file}, task {number}: {problem}") from problem
     limit = f"%{args.limit}" if args.limit else ""
     job = Job(
         script="array.sbatch",
         options=[f"--array=1-{len(tasks)}{limit}", *sbatch_options(args, training=True)],
-        words=[args.stage, args.file, args.out, *flags],
+        words=[args.stage, str(Path(args.out) / "sweep.txt"), args.out, *flags],
     )
+    if not args.dry_run:
+        keep_sweep(args.file, Path(args.out) / "sweep.txt")
     return [job], args.dry_run
+
+
+def keep_sweep(file: str, kept: Path) -> None:
+    """Copy the file of a sweep to where its tasks read it, at each of their starts: a later edit of the file changes nothing.
+
+    Raises UserError where the folder has another sweep, whose tasks may still wait, or cannot be written.
+    """
+    text = Path(file).read_bytes()
+    try:
+        if kept.exists() and kept.read_bytes() != text:
+            raise UserError(f"{kept} is another sweep than {file}: give another --out, or remove it")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if not kept.exists():
+            kept.write_bytes(text)
+    except OSError as problem:
+        raise UserError(f"cannot write {kept}: {problem.strerror}; give another --out") from problem
 
 
 def pipeline(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], bool]:
@@ -149,7 +158,7 @@ def pipeline(name: str, options: list[str], flags: list[str]) -> tuple[list[Job]
     if not any(texts.values()):
         raise UserError(f"a pipeline needs at least one of {', '.join(f'--{each}' for each in CONFIGS)}")
     jobs: list[Job] = []
-    source = ""
+    source, dry_run = "", args.dry_run
     for each, text in texts.items():
         if not text:
             continue
@@ -162,11 +171,15 @@ def pipeline(name: str, options: list[str], flags: list[str]) -> tuple[list[Job]
         if source and each in SOURCE and not getattr(cfg, SOURCE[each]):
             stage_flags = [*stage_flags, f"--{SOURCE[each]}", source]
         source = cfg.out or source
+        dry_run = dry_run or stage_args.dry_run
+        before = len(jobs)
         for job in stage_jobs(each, stage_args, stage_flags):
-            first = job.after is None
-            after = len(jobs) - 1 if jobs else None
-            jobs.append(dataclasses.replace(job, after=after, needs_success=first))
-    return jobs, args.dry_run
+            # Each of a chain needs the stage before: where the first is cancelled, the next must not start either.
+            after_any = None if job.after_any is None else before + job.after_any
+            jobs.append(
+                dataclasses.replace(job, after_any=after_any, after_ok=before - 1 if before else None)
+            )
+    return jobs, dry_run
 
 
 COMMANDS = {**dict.fromkeys(CONFIGS, stage), "array": array, "pipeline": pipeline}

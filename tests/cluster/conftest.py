@@ -14,7 +14,20 @@ from forks import Forks
 
 ROOT = Path(__file__).parents[2]
 # SLURM looks at time limits twice a minute. The second job is not warned: TERM is the first that it hears.
-TIMED = {"warned": ["--time=1", "--signal=USR1@30"], "time_limit": ["--time=1", "--signal=CONT@1"]}
+TIMED = {
+    "warned": ["--time=1", "--signal=USR1@30"],
+    "time_limit": ["--time=1", "--signal=CONT@1"],
+    "measured": ["--time=1"],
+}
+# In front of SLURM's own: does not answer at first, in the ways that are seen, and squeue never.
+BUSY = """#!/bin/sh
+case $0-$* in
+*squeue-*) exit 1 ;;
+*hostnames*) ;;
+*) echo >>"$0.calls" && case $(wc -l <"$0.calls") in 1) exit 1 ;; 2) exit 0 ;; 4) echo timeout >&2; exit 1 ;; esac ;;
+esac
+PATH=${PATH#*:} && exec scontrol "$@"
+"""
 sys.path.insert(0, str(ROOT / "launch" / "slurm"))  # for submit.py
 import slurm_jobs  # noqa: E402
 
@@ -69,15 +82,28 @@ def stand_ins(jobs) -> dict[str, str]:
         "batch_term": ("wait 0", []),
         "warned": ("wait 0", []),
         "time_limit": ("wait 0", []),
+        "measured": ("wait 0", []),
+        "early": ("75 75 75 0", []),
+        "busy": ("75+ 0", [f"PATH={jobs.folder}/programs:{os.environ['PATH']}"]),
+        "inherited": ("0", ["SLURM_CPU_BIND_TYPE=mask_cpu:", "SLURM_MEM_PER_CPU=1", "SLURM_MEM_PER_NODE=2"]),
     }
+    (jobs.folder / "programs").mkdir()
+    for program in ("scontrol", "squeue"):
+        (jobs.folder / "programs" / program).write_text(BUSY)
+        (jobs.folder / "programs" / program).chmod(0o755)
     ids = {}
     for name, (words, variables) in plans.items():
-        (jobs.folder / name / "checkpoints").mkdir(parents=True)
+        if name != "early":
+            (jobs.folder / name / "checkpoints").mkdir(parents=True)
         options = [*TIMED.get(name, [])]
         export = ["ALL", f"GLSD_ROOT={ROOT}", slurm_jobs.STAND_IN, f"STAND_IN={words}", *variables]
         # The other node loses its power in a test.
         options += ["--nodelist=node1", f"--job-name={name}", f"--export={','.join(export)}"]
-        ids[name] = jobs.sbatch(*options, f"{ROOT}/launch/slurm/pretrain.sbatch", f"--out={name}")
+        script = "evaluate" if name == "measured" else "pretrain"
+        ids[name] = jobs.sbatch(*options, f"{ROOT}/launch/slurm/{script}.sbatch", f"--out={name}")
+    export = f"--export=ALL,GLSD_ROOT={ROOT},{slurm_jobs.STAND_IN},STAND_IN=75 0"
+    script = f"{ROOT}/launch/slurm/array.sbatch"
+    ids["array"] = jobs.sbatch("--array=1-3", "--nodelist=node1", export, script, "pretrain", script, "tasks")
     return ids
 
 

@@ -9,14 +9,15 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import stat
 import subprocess
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from spaces import find, ip, kill_all, undertaker
 
 PORT = 27817  # of slurmctld; slurmd of node i listens on PORT + i, in its own namespace
 CONTROLLER = "ctld"
@@ -24,11 +25,6 @@ CPUS, GPUS = 16, 2  # that each node claims to have
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
 # States that a job does not leave by itself.
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
-
-
-def find(program: str) -> str | None:
-    """Return the path of a program, also of one for administrators."""
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def why_not() -> str:
@@ -40,19 +36,12 @@ def why_not() -> str:
     absent = [name for name in PROGRAMS if find(name) is None]
     if absent:
         return f"no {' '.join(absent)}: run tests/cluster/install.sh"
-    tried = _ip("netns", "add", "glsd-try", check=False)
+    space = f"glsd-try-{os.getpid()}"  # others may try at the same time
+    tried = ip("netns", "add", space, check=False)
     if tried.returncode != 0:
         return f"network namespaces are refused: {tried.stderr.strip()}"
-    _ip("netns", "del", "glsd-try")
+    ip("netns", "del", space)
     return ""
-
-
-def _ip(*words: str, check: bool = True) -> subprocess.CompletedProcess:
-    program = find("ip")
-    assert program is not None
-    done = subprocess.run([program, *words], capture_output=True, text=True)
-    assert done.returncode == 0 or not check, f"ip {' '.join(words)}: {done.stderr}"
-    return done
 
 
 @dataclass
@@ -64,6 +53,7 @@ class Cluster:
     subnet: str  # first three numbers of the addresses
     nodes: tuple[str, ...]
     daemons: list[subprocess.Popen] = field(default_factory=list)
+    undertaker: subprocess.Popen | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -152,6 +142,7 @@ def up(state: Path, *, num_nodes: int = 2) -> Cluster:
     shutil.rmtree(state, ignore_errors=True)
     state.mkdir(parents=True)
     state.chmod(0o755)  # munged refuses folders that others may write to
+    cluster.undertaker = undertaker(cluster.tag, [cluster.namespace(host) for host in (*nodes, CONTROLLER)])
     try:
         build_network(cluster)
         write_configuration(cluster)
@@ -179,18 +170,18 @@ def idle_nodes(cluster: Cluster) -> set[str]:
 
 def build_network(cluster: Cluster) -> None:
     """Make one namespace for each host and join them by a bridge, on which this machine has an address too."""
-    _ip("link", "add", cluster.tag, "type", "bridge")
-    _ip("address", "add", f"{cluster.subnet}.254/24", "dev", cluster.tag)
-    _ip("link", "set", cluster.tag, "up")
+    ip("link", "add", cluster.tag, "type", "bridge")
+    ip("address", "add", f"{cluster.subnet}.254/24", "dev", cluster.tag)
+    ip("link", "set", cluster.tag, "up")
     hosts = "127.0.0.1 localhost\n"
     for number, host in enumerate((*cluster.nodes, CONTROLLER), start=1):
         space, cable = cluster.namespace(host), f"{cluster.tag}v{number}"
-        _ip("netns", "add", space)
-        _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
-        _ip("link", "set", cable, "master", cluster.tag, "up")
-        _ip("-n", space, "address", "add", f"{cluster.subnet}.{number}/24", "dev", "eth0")
+        ip("netns", "add", space)
+        ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
+        ip("link", "set", cable, "master", cluster.tag, "up")
+        ip("-n", space, "address", "add", f"{cluster.subnet}.{number}/24", "dev", "eth0")
         for link in ("lo", "eth0"):
-            _ip("-n", space, "link", "set", link, "up")
+            ip("-n", space, "link", "set", link, "up")
         hosts += f"{cluster.subnet}.{number} {host}\n"
     (cluster.state / "hosts").write_text(hosts)
 
@@ -264,35 +255,17 @@ def down(cluster: Cluster) -> None:
         space = cluster.namespace(host)
         if Path(f"/run/netns/{space}").exists():
             kill_all(space)
-            _ip("netns", "del", space)
+            ip("netns", "del", space)
     for daemon in cluster.daemons:
         daemon.wait(10)
+    if cluster.undertaker:
+        cluster.undertaker.kill()  # before another cluster may have this name
+        cluster.undertaker.communicate()
+        cluster.undertaker = None
     # Cables go with their namespaces, but some time later: a cluster of the same name may come up before.
     for link in [
         *Path(f"/sys/class/net/{cluster.tag}/brif").glob("*"),
         Path(f"/sys/class/net/{cluster.tag}"),
     ]:
-        _ip("link", "del", link.name, check=False)
+        ip("link", "del", link.name, check=False)
     assert not Path(f"/sys/class/net/{cluster.tag}").exists(), f"the bridge {cluster.tag} is still there"
-
-
-def kill_all(space: str, seconds: float = 10) -> None:
-    """Kill -9 all processes of a network namespace, until there is none; AssertionError if one stays."""
-    deadline = time.monotonic() + seconds
-    while pids := _ip("netns", "pids", space).stdout.split():
-        for pid in map(int, pids):
-            # By a handle on the process that is surely in the namespace: a number alone may be another one's by now.
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError), _handle(pid) as handle:
-                if Path(f"/proc/{pid}/ns/net").stat().st_ino == Path(f"/run/netns/{space}").stat().st_ino:
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
-        assert time.monotonic() < deadline, f"{space} still has the processes {pids}"
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def _handle(pid: int) -> Iterator[int]:
-    handle = os.pidfd_open(pid)
-    try:
-        yield handle
-    finally:
-        os.close(handle)

@@ -3,6 +3,7 @@
 # start of the job: an exit code; "CODE+" for one behind a new checkpoint; KILL for an end by
 # kill -9; "wait" for 75 once it is asked to stop.
 set -eu
+[[ $1 != */flags.py || $2 != line ]] || exit 0 # a task of a sweep without flags
 if [[ $1 == */flags.py ]]; then
     for word in "$@"; do [[ $word != --out=* ]] || echo "${word#--out=}"; done
     exit

@@ -14,12 +14,22 @@ ENDS = {
     "killed": (("COMPLETED", "0:0", 2), "start 2 of job"),
     "stuck": (("FAILED", "75:0", 4), "the ranks ended with 75, the third time without a new checkpoint"),
     "limited": (("FAILED", "75:0", 2), "after 1 requeues (GLSD_MAX_REQUEUES): not started again"),
-    "chained": (("FAILED", "75:0", 1), "this job is not requeued, the next one goes on"),
+    "chained": (
+        ("FAILED", "75:0", 1),
+        "this job is not requeued (GLSD_REQUEUE=0), the next one of this folder",
+    ),
     "cancelled": (("CANCELLED", "75:0", 1), "SLURM has ended this job itself"),
     "batch_usr1": (("COMPLETED", "0:0", 2), "start 2 of job"),
     "batch_term": (("COMPLETED", "0:0", 2), "start 2 of job"),
     "warned": (("COMPLETED", "0:0", 2), "start 2 of job"),
     "time_limit": (("COMPLETED", "0:0", 2), "start 2 of job"),
+    "measured": (
+        ("TIMEOUT", "2:0", 1),
+        "error: evaluate has reached its time limit and saves nothing on the way: give more --time",
+    ),
+    "early": (("FAILED", "75:0", 3), "the third time without a new checkpoint after none"),
+    "busy": (("COMPLETED", "0:0", 2), "no answer of SLURM (requeue), asked again in 1 s"),
+    "inherited": (("COMPLETED", "0:0", 1), "rank none of none"),
 }
 SIGNALS = {
     "cancelled": [],
@@ -41,7 +51,18 @@ def test_what_becomes_of_a_job_follows_from_how_its_ranks_end(name, cluster, job
     assert len(re.findall(r"glsd: start \d", said)) == starts
     assert last_words in said
     assert said.count("rank none got USR1") == (name in ("batch_usr1", "batch_term", "warned"))
-    assert said.count("rank none got TERM") == (name in ("cancelled", "time_limit"))
+    assert said.count("rank none got TERM") == (name in ("cancelled", "time_limit", "measured"))
+
+
+def test_each_task_of_an_array_is_started_again_by_itself(cluster, jobs, stand_ins):
+    """Also the last one, whose number is that of the array."""
+    for task in ("1", "2", "3"):
+        name = f"{stand_ins['array']}_{task}"
+        end = cluster.wait_for_end(name, 120)
+        said = (jobs.folder / f"glsd-sweep-{name}.out").read_text()
+        assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), said
+        assert re.findall(r"glsd: start (\d) of job (\S+)", said) == [("1", name), ("2", name)]
+        assert (jobs.folder / "tasks" / task / "slurm.txt").read_text().count("\n") == 1
 
 
 def test_where_a_rank_is_and_which_gpus_it_sees(cluster, jobs):
