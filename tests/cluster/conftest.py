@@ -119,3 +119,11 @@ def forks() -> Iterator[Forks]:
     made = Forks()
     yield made
     made.end()
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Show how long it took until a loss was noticed and until a run went on: what the tests measured."""
+    for report in terminalreporter.getreports("passed"):
+        for line in report.capstdout.splitlines():
+            if report.when == "call" and " after " in line and line.endswith(" s"):
+                terminalreporter.write_line(f"measured: {line}")
