@@ -30,10 +30,12 @@ test: $(STAMP)
 test-remote: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/remote -n $(JOBS) --dist worksteal -m remote
 
-# A SLURM cluster and hosts of network namespaces on this machine: needs root; installs Debian's packages of SLURM.
+# A SLURM cluster and hosts of network namespaces on this machine: needs root; installs Debian's packages of SLURM. The jobs
+# of SLURM, which mostly wait, share one cluster in one process, all others run beside them.
 test-cluster: $(STAMP)
 	bash tests/cluster/install.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -m "slurm or multinode"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster tests/test_cluster_doctor.py tests/test_benchmark_scale.py \
+		-n $(JOBS) --dist loadgroup -m "slurm or multinode"
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not slow and not photos and not remote and not slurm and not multinode"

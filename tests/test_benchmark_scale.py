@@ -48,6 +48,7 @@ def test_predictions_for_clusters_move_as_they_must():
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 def test_two_ranks_send_what_the_model_expects_and_keep_half(capsys, monkeypatch):
     monkeypatch.setattr(benchmark_scale, "WAYS", {way: benchmark_scale.WAYS[way] for way in ("ddp", "fsdp")})
     argv = ["--timm_args={depth: 3, embed_dim: 96}", "--batch_size=2", "--prototypes=512", "--global_size=32"]

@@ -101,6 +101,7 @@ def ranks(server, facts, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 def test_alone(tmp_path, digit_shards, ranks):
     out = tmp_path / "runs" / "x"
     command = [sys.executable, DOCTOR, "--json", "--out", str(out), "--shards", f"{digit_shards}/*.tar"]
@@ -152,6 +153,7 @@ def fake_package(folder: Path, name: str, version: str, body: str = "") -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 def test_a_torchvision_that_does_not_fit_torch(tmp_path):
     body = "raise RuntimeError('operator torchvision::nms does not exist')\n"
     path = fake_package(tmp_path / "fake", "torchvision", "0.77.0+cpu", body)
@@ -167,6 +169,7 @@ def test_a_torchvision_that_does_not_fit_torch(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 def test_the_launcher_that_starts_one_process_of_two(facts):
     line = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "2"]
     done = run(
@@ -191,6 +194,7 @@ def test_the_launcher_that_starts_one_process_of_two(facts):
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 def test_two_ranks_of_the_launcher_of_which_one_has_another_numpy(tmp_path, digit_shards):
     """The README's launch line; local rank 1 is given other metadata by what the launcher starts."""
     path = fake_package(tmp_path / "fake", "numpy", "2.0.99")
@@ -229,6 +233,7 @@ def test_two_ranks_of_the_launcher_of_which_one_has_another_numpy(tmp_path, digi
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 def test_three_ranks(ranks, tmp_path):
     first, *others = ranks(*["as it is"] * 3, arguments=["--out", str(tmp_path / "out")])
     lines = lines_of(first)
@@ -240,6 +245,7 @@ def test_three_ranks(ranks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 def test_a_rank_that_never_comes(ranks, tmp_path):
     arguments = ["--wait", "3", "--out", str(tmp_path / "out")]
     done, second = ranks("waits less", "waits less", None, arguments=arguments)
@@ -251,6 +257,7 @@ def test_a_rank_that_never_comes(ranks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 @pytest.mark.parametrize("what", ["hangs", "dies"])
 def test_a_rank_that_hangs_or_dies_in_a_check(ranks, what):
     """The check is cut short for all, which is the tests' part; the rest goes on."""
@@ -264,6 +271,7 @@ def test_a_rank_that_hangs_or_dies_in_a_check(ranks, what):
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 def test_rank_0_that_dies_is_told_of_by_the_others_in_one_line(ranks):
     _, second = ranks("dies", "as it is", arguments=[])
     assert second.returncode == 1
@@ -273,6 +281,7 @@ def test_rank_0_that_dies_is_told_of_by_the_others_in_one_line(ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 def test_one_number_for_two_ranks(ranks):
     """Of three ranks the third came with the number of the second, as with a --machine_rank given twice."""
     ended = ranks(*["waits less"] * 3, numbers=(0, 1, 1), arguments=["--wait", "3"])
@@ -283,6 +292,7 @@ def test_one_number_for_two_ranks(ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 def test_announcements_that_make_no_sense(ranks):
     """One of them was a traceback, one was silence, one was told of as a host that cannot be reached."""
     for extra, said in (
@@ -302,6 +312,7 @@ def test_announcements_that_make_no_sense(ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.multinode
 @pytest.mark.parametrize(
     ("dead_from", "names"), [("start", ["disk", "shared out"]), ("sharing", ["out disk"])]
 )

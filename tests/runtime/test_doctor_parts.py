@@ -311,7 +311,7 @@ def test_the_clock_that_is_off_is_named():
 
 
 def test_a_file_that_is_not_replaced_at_once_is_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor_files, "RENAME_SECONDS", 0.2)
+    monkeypatch.setattr(doctor_files, "RENAME_SECONDS", 1.0)
     folder = Path(doctor_files.prepare(tmp_path, "token")["folder"])
     assert doctor_files.see(folder, "token", 1)["seen"]
     assert doctor_files.seen_back(folder, "token", [0, 1]) == []
@@ -325,7 +325,7 @@ def test_a_file_that_is_not_replaced_at_once_is_seen(tmp_path, monkeypatch):
 
     def in_place(path, text):
         path.write_text("")
-        time.sleep(0.002)  # a disk takes some time between the two
+        time.sleep(0.05)  # a disk takes some time between the two
         path.write_text(text)
 
     (folder / "held").unlink()
