@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-remote test-cluster test-fast check format lock clean
+.PHONY: install demo test test-remote test-cluster test-doctor test-fast check format lock clean
 
 install: $(STAMP)
 
@@ -34,8 +34,14 @@ test-remote: $(STAMP)
 # of SLURM, which mostly wait, share one cluster in one process, all others run beside them.
 test-cluster: $(STAMP)
 	bash tests/cluster/install.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster tests/test_cluster_doctor.py tests/test_benchmark_scale.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster --ignore-glob='*/test_doctor_*' --ignore-glob='*/test_traffic*' \
 		-n $(JOBS) --dist loadgroup -m "slurm or multinode"
+
+# The doctor on ranks and hosts with faults, and what ranks send to each other.
+test-doctor: $(STAMP)
+	bash tests/cluster/install.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster/test_doctor_*.py tests/cluster/test_traffic.py tests/test_cluster_doctor.py \
+		tests/test_benchmark_scale.py -n $(JOBS) --dist worksteal -m multinode
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not slow and not photos and not remote and not slurm and not multinode"
