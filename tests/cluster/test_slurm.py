@@ -10,7 +10,7 @@ import pytest
 from slurm_jobs import ROOT, Jobs, check
 from tiny_run import argv_of
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 LONG = {"optim__epochs": 4}  # 80 steps
 SHORT = {"optim__epochs": 1, "optim__warmup_epochs": 0, "loss__warmup_teacher_temp_epochs": 0}  # 20 steps

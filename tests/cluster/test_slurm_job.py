@@ -5,7 +5,7 @@ import re
 import pytest
 from slurm_jobs import ROOT, STAND_IN
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 # (state, exit code, starts) and what the job says at last, for each of the stand_ins.
 ENDS = {
