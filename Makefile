@@ -34,7 +34,7 @@ test-remote: $(STAMP)
 # after the other: several of them keep all cores busy with the start of ranks.
 test-cluster: $(STAMP)
 	bash tests/cluster/install.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster --ignore-glob='*/test_doctor_*' --ignore-glob='*/test_traffic*' \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster --ignore-glob='*/test_doctor_*' --ignore-glob='*/test_traffic*' --durations=25 \
 		-m "slurm or multinode"
 
 # The doctor on ranks and hosts with faults, and what ranks send to each other.
