@@ -137,14 +137,8 @@ def prepared(flags: dict[str, Any]) -> Iterator[Setup]:
         meters = Meters(Path(folder), total_steps=1, start_step=0, device=accelerator.device)
         with contextlib.closing(meters):
             num_images = cfg.optim.batch_size
-            plan = Plan(
-                num_samples=num_images,
-                steps_per_epoch=1,
-                total_steps=1,
-                last_step=1,
-                micro_batches=(num_images,),
-                shares=(1.0,),
-            )
+            one = {"steps_per_epoch": 1, "total_steps": 1, "last_step": 1}
+            plan = Plan(num_samples=num_images, micro_batches=(num_images,), shares=(1.0,), **one)
             yield Setup(cfg, plan, state, random_batch(cfg, num_images), meters, accelerator)
 
 
