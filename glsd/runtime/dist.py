@@ -18,6 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from glsd.contracts import UserError
+from glsd.runtime.talk import collective
 
 Object = TypeVar("Object")
 
@@ -47,6 +48,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
+@collective
 def barrier() -> None:
     """Wait until every rank has come here."""
     if world_size() > 1:
@@ -66,12 +68,11 @@ def all_reduce_mean(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
 
 
 def all_reduce_max(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
-    """Return the elementwise largest over ranks; the input itself when alone, else a new tensor without
-    gradient.
-    """
+    """Return the elementwise largest over ranks; the input itself when alone, else a new tensor without gradient."""
     return _all_reduce(tensor, "max")
 
 
+@collective
 def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
     if world_size() == 1:
         return tensor
@@ -83,27 +84,27 @@ def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
 
 
 def gather_rows(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
-    """Return the rows of all ranks, rank 0's first, on every rank; the number of rows may differ between
-    ranks.
-    """
+    """Return the rows of all ranks, rank 0's first, on every rank; their number may differ between ranks."""
     if world_size() == 1:
         return tensor
     counts = gather_objects(len(tensor))
     padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor.detach()
-    parts = [torch.empty_like(padded) for _ in counts]
-    torch_dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return torch.cat([part[:count] for part, count in zip(_all_gather(padded), counts, strict=True)])
 
 
 def gather_equal(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     """Return the rows of all ranks as gather_rows does, but without asking for their number: it is the same on each."""
     if world_size() == 1:
         return tensor
-    own = tensor.detach().contiguous()
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    torch_dist.all_gather(parts, own)
-    return torch.cat(parts)
+    return torch.cat(_all_gather(tensor.detach().contiguous()))
+
+
+@collective
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    torch_dist.all_gather(parts, tensor)
+    return parts
 
 
 class _GatherRows(torch.autograd.Function):
@@ -130,6 +131,7 @@ def gather_with_grad(tensor: Float[Tensor, "b e"]) -> Float[Tensor, "m e"]:
     return _GatherRows.apply(tensor)
 
 
+@collective
 def gather_objects(obj: Object) -> list[Object]:
     """Return every rank's object, in rank order, on every rank (small host objects, not for the hot path)."""
     if world_size() == 1:
@@ -139,6 +141,7 @@ def gather_objects(obj: Object) -> list[Object]:
     return gathered
 
 
+@collective
 def broadcast_object(obj: Object) -> Object:
     """Return rank 0's object on every rank."""
     if world_size() == 1:
@@ -149,9 +152,7 @@ def broadcast_object(obj: Object) -> Object:
 
 
 def raise_together(error: UserError | None) -> None:
-    """Raise on every rank if any rank has a UserError (the lowest rank's), so that none waits for one that
-    stopped.
-    """
+    """Raise on every rank if any rank has a UserError (the lowest rank's), so that none waits for one that stopped."""
     first = next((message for message in gather_objects(str(error) if error else None) if message), None)
     if first is not None:
         raise UserError(first)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from glsd.contracts import UserError
-from glsd.runtime import dist
+from glsd.runtime import dist, talk
 from glsd.runtime.life import Progress, Signs
 from glsd.runtime.verdict import Verdict, propose, read
 
@@ -41,6 +41,7 @@ class Watch:
         name = f"glsd_end/{dist.broadcast_object(secrets.token_hex(8))}"
         self.notes, self.main_notes = dist.notes(name), dist.notes(name)  # the second for the main thread
         self.doing = "-"  # of the main thread: the number of steps done, or something else
+        self.step, self.num_steps = "", 0  # the last step done, and how many this process has done
         self.notes.set(_beat(dist.rank()), "0 -")
         self.hosts = dist.gather_objects(platform.node())  # and from here on every rank has left a sign
         watched = range(dist.world_size()) if dist.is_main() else range(1)
@@ -66,7 +67,7 @@ class Watch:
         try:
             for count in self._rounds():
                 began = time.monotonic()
-                self.notes.set(_beat(dist.rank()), f"{count} {self.doing}")
+                self.notes.set(_beat(dist.rank()), f"{count} {self._state()}")
                 if self.notes.check(["end"]):
                     self._end(lambda: read(self.notes))
                 if self.notes.check(["trouble"]):
@@ -110,11 +111,22 @@ class Watch:
         silent = self.signs.silent(self.patience())
         if silent:  # and those that were lost with them, whose last sign came a little later
             silent = self.signs.silent(self.patience() - 2 * self.period)
-        if dist.is_main():
-            self.progress.note([self.doing, *(beat.decode().partition(" ")[2] for beat in beats)])
-        if seconds := max(silent.values(), default=0.0) or self.progress.still(self.lost_after):
+        if seconds := max(silent.values(), default=0.0) or self._still(beats):
             verdict = self._lost(tuple(silent), seconds)
             self._end(lambda: propose(self.notes, verdict))
+
+    def _still(self, beats: list[bytes]) -> float:
+        """Return for how long too long no rank has come further, as rank 0 knows; 0 if they do."""
+        num_steps = self.num_steps  # before the states, which may be of a later step then
+        if not dist.is_main() or num_steps == 0:
+            return 0.0
+        self.progress.note([self._state(), *(beat.decode().partition(" ")[2] for beat in beats)])
+        # With the second step it is known how long a step takes: the first one may compile.
+        return self.progress.still(self.lost_after) if num_steps > 1 else 0.0
+
+    def _state(self) -> str:
+        """What the main thread does, as Progress wants it."""
+        return f"{self.doing}/{talk.now()}"
 
     def _judge_notes(self) -> None:
         """Take rank 0's host for lost: the notes lie there."""
@@ -174,6 +186,8 @@ def doing(what: str) -> str:
     if _watch is None:
         return ""
     before, _watch.doing = _watch.doing, what
+    if what.isdecimal() and what != _watch.step:
+        _watch.step, _watch.num_steps = what, _watch.num_steps + 1
     return before
 
 

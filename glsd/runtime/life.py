@@ -38,28 +38,37 @@ class Signs:
 class Progress:
     """For how long ranks that are all alive have not come any further, as when the link between two of them is cut.
 
-    Nothing is said of times in which a rank does something else than steps (saves, waits for data), nor of the first step.
+    Nothing is said while a rank does something else than steps (saves, waits for data) and waits for no other rank, nor of
+    the first step.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._steps: tuple[str, ...] = ()
+        self._states: tuple[str, ...] = ()
         self._since: float | None = None
         self._longest = 0.0
 
-    def note(self, steps: Sequence[str]) -> None:
-        """Take how many steps every rank has done; anything but a number: it does something else."""
+    def note(self, states: Sequence[str]) -> None:
+        """Take what every rank does: ``steps/call``, the number of steps done or a word, and which collective call it is in.
+
+        A rank that works on a step, or waits in a call, should come further; one with a word and no call takes its time.
+        """
+        if self._states == tuple(states):
+            return
         now = self._clock()
-        if not all(step.isdecimal() for step in steps):
-            self._since = None
-        elif self._since is None or self._steps != tuple(steps):
-            if self._since is not None:
-                self._longest = max(self._longest, now - self._since)
-            self._steps, self._since = tuple(steps), now
+        if self._since is not None:
+            self._longest = max(self._longest, now - self._since)
+        self._states = tuple(states)
+        self._since = now if all(map(_counts, states)) else None
 
     def still(self, patience: float) -> float:
-        """Return the seconds since the last step if they are more than ``patience`` and ten of the longest step, else 0."""
-        if self._since is None or not self._longest:
+        """Return the seconds since a rank came further if they are more than ``patience`` and ten of the longest so far, else 0."""
+        if self._since is None:
             return 0.0
         seconds = self._clock() - self._since
         return seconds if seconds > patience + STEPS * self._longest else 0.0
+
+
+def _counts(state: str) -> bool:
+    steps, _, call = state.partition("/")
+    return steps.isdecimal() or call != ""

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from glsd.runtime import dist
+from glsd.runtime.talk import collective
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -177,6 +178,7 @@ def _rows(tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@collective
 def _full(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -181,22 +181,23 @@ def test_progress_of_ranks_that_are_all_alive():
     now = [0.0]
     progress = Progress(clock=lambda: now[0])
 
-    def after(seconds, *steps):
+    def after(seconds, *states):
         now[0] += seconds
-        progress.note(steps)
+        progress.note(states)
         return progress.still(5.0)
 
-    assert after(0, "-", "-") == 0
-    assert after(100, "7", "-") == 0
-    assert after(100, "7", "7") == 0
-    assert after(100, "7", "7") == 0, "of the first step nothing is known"
-    assert after(0, "8", "7") == 0  # the longest step took 100 s
-    assert after(1004, "8", "7") == 0
-    assert after(2, "8", "7") == 1006
-    assert after(0, "8", "aside") == 0
-    assert after(1, "8", "8") == 0
-    assert after(1004, "8", "8") == 0
-    assert after(2, "8", "8") == 1006
+    assert after(0, "7/", "7/") == 0
+    assert after(100, "8/", "7/") == 0  # the longest step took 100 s
+    assert after(1004, "8/", "7/") == 0
+    assert after(2, "8/", "7/") == 1006
+    assert after(0, "8/", "aside/") == 0, "rank 1 saves, rank 0 waits for it"
+    assert after(9999, "8/", "aside/") == 0
+    assert after(0, "aside/11", "aside/10") == 0
+    assert after(9, "aside/11", "aside/11") == 0
+    assert after(99_999, "aside/11", "aside/11") == 99_999, "both wait for each other"
+    assert after(0, "aside/12", "9/") == 0
+    assert after(0, "waiting/", "9/") == 0
+    assert after(999_999, "waiting/", "9/") == 0
 
 
 @pytest.mark.slow
@@ -219,20 +220,27 @@ ending.finish()
 
 
 @pytest.mark.slow
-def test_ranks_that_live_but_get_nowhere_say_so():
-    """As when the link between two ranks is cut, none of which is rank 0: rank 2 never comes to the 60th step."""
+@pytest.mark.parametrize("where", ["step", "aside"])
+def test_ranks_that_live_but_get_nowhere_say_so(where):
+    """As when the link between two ranks is cut, none of which is rank 0: rank 2 never comes to the 60th step, or out of a call
+    of the save after it."""
     codes, said, _ = ended(
         """
+from glsd.runtime.talk import collective
 try:
     for step in range(1, 100):
         ending.doing(str(step))
         if step == 60 and rank == 2:
-            time.sleep(1000)
-        torch_dist.all_reduce(torch.ones(1))
+            if "WHERE" == "aside":
+                ending.doing("aside")
+            (time.sleep if "WHERE" == "step" else collective(time.sleep))(1000)
+        if step == 60 and "WHERE" == "aside":
+            ending.doing("aside")
+        dist.all_reduce_sum(torch.ones(1))
         time.sleep(0.02)
 except RuntimeError as problem:  # the others leave
     ending.end_with_lost(problem)
-"""
+""".replace("WHERE", where)
     )
     assert codes == [75, 75, 75], said
     assert all(text.count("all ranks are alive, but none has finished a step since") == 1 for text in said), (
