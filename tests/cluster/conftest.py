@@ -10,7 +10,7 @@ import hosts
 import pytest
 import slurm_cluster
 import tiny_run
-from forks import Forks
+from warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 # SLURM looks at time limits twice a minute. The second job is not warned: TERM is the first that it hears.
@@ -62,9 +62,9 @@ def cluster(tmp_path_factory) -> Iterator[slurm_cluster.Cluster]:
 
 
 @pytest.fixture(scope="session")
-def jobs(cluster, tmp_path_factory) -> "slurm_jobs.Jobs":
+def jobs(cluster, python, tmp_path_factory) -> "slurm_jobs.Jobs":
     """Submits jobs to the cluster and waits for them."""
-    return slurm_jobs.Jobs(cluster, tmp_path_factory.mktemp("jobs"))
+    return slurm_jobs.Jobs(cluster, tmp_path_factory.mktemp("jobs"), python)
 
 
 @pytest.fixture(scope="session")
@@ -114,11 +114,10 @@ def uneven_shards(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    """Starts ranks on hosts within a second."""
-    made = Forks()
-    yield made
-    made.end()
+def python(tmp_path_factory) -> Iterator[str]:
+    """A program that runs python scripts, without the seconds of their imports."""
+    with warm_python(tmp_path_factory.mktemp("python")) as program:
+        yield program
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

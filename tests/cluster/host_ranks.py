@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forks import Forks
 from hosts import Host, Started, wait_until
 from launch_lines import SCRIPT
 from namespaces import stat_of
@@ -18,7 +17,7 @@ ERROR = re.compile(
 
 
 def start_ranks(
-    forks: Forks,
+    python: str,
     hosts: Sequence[Host],
     argv: Sequence[str],
     logs: Path,
@@ -42,8 +41,8 @@ def start_ranks(
             "MASTER_ADDR": hosts[0].address,
             "MASTER_PORT": str(port),
         }
-        log = logs / f"rank{rank}.log"
-        started.append(forks.start(host, argv, log, alone | joined if len(hosts) > 1 else alone))
+        variables = alone | joined if len(hosts) > 1 else alone
+        started.append(host.run([python, SCRIPT, *argv], logs / f"rank{rank}.log", variables))
     return started
 
 

@@ -110,12 +110,8 @@ class Host:
                 preexec_fn=enter,
                 start_new_session=True,
             )
-        return self.watch(Started(process.pid, log, process.poll))
-
-    def watch(self, started: Started) -> Started:
-        """Note what was started here: it ends with the host."""
-        self.started.append(started)
-        return started
+        self.started.append(Started(process.pid, log, process.poll))
+        return self.started[-1]
 
     def alive(self) -> bool:
         """Return whether it was not killed."""

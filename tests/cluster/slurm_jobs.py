@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import re
-import sys
 from pathlib import Path
 
 import check_run
@@ -20,17 +19,17 @@ STAND_IN = f"GLSD_PYTHON={ROOT}/tests/cluster/stand_in.sh"
 class Jobs:
     """Submits from one folder, where the logs come to lie."""
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, python: str) -> None:
         self.cluster, self.folder = cluster, folder
         # One thread, so that sums are the same in each run.
-        self.environment = {**cluster.environment, "OMP_NUM_THREADS": "1", "GLSD_PYTHON": sys.executable}
+        self.environment = {**cluster.environment, "OMP_NUM_THREADS": "1", "GLSD_PYTHON": python}
 
-    def submit(self, *words: str) -> list[str]:
-        """Call submit.py and return the ids of the jobs."""
+    def submit(self, *words: str, **variables: str) -> list[str]:
+        """Call submit.py, with more variables of the environment, and return the ids of the jobs."""
         said = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
             patch.chdir(self.folder)
-            for name, value in self.environment.items():
+            for name, value in {**self.environment, **variables}.items():
                 patch.setenv(name, value)
             submit.main(list(words))
         return re.findall(r"^  job (\d+)$", said.getvalue(), re.MULTILINE)

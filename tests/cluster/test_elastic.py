@@ -14,7 +14,7 @@ from tiny_run import argv_of, steps_written
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 
 
-def test_the_hosts_that_are_left_start_again_by_themselves(tmp_path, uneven_shards):
+def test_the_hosts_that_are_left_start_again_by_themselves(tmp_path, python, uneven_shards):
     """Of three hosts the one that keeps the rendezvous and another one stay."""
     run = tmp_path / "run"
     argv = argv_of(run, uneven_shards, optim__epochs=4, cluster__lost_after=6)
@@ -24,7 +24,7 @@ def test_the_hosts_that_are_left_start_again_by_themselves(tmp_path, uneven_shar
             host.name: host.run(
                 elastic(argv, address="h1", port=29400, nodes="1:3"),
                 tmp_path / f"{host.name}.log",
-                RESTARTS,
+                RESTARTS | {"PYTHON_EXEC": python},  # of the ranks
             )
             for host in hosts
         }
@@ -50,14 +50,14 @@ def test_the_hosts_that_are_left_start_again_by_themselves(tmp_path, uneven_shar
     assert check_run.main([str(run), "--shards", uneven_shards]) == 0
 
 
-def test_a_killed_rank_is_started_again(tmp_path, uneven_shards):
+def test_a_killed_rank_is_started_again(tmp_path, python, uneven_shards):
     run = tmp_path / "run"
     argv = argv_of(run, uneven_shards, cluster__lost_after=6)
     with made_hosts(1, tmp_path / "hosts") as hosts:
         host = hosts["h1"]
         extra = ["--max_restarts", "3", "--rdzv_backend", "c10d", "--rdzv_conf", RENDEZVOUS]
         line = accelerate_launch(argv, address="h1", port=29500, each=2, extra=extra)
-        launcher = host.run(line, tmp_path / "h1.log", RESTARTS)
+        launcher = host.run(line, tmp_path / "h1.log", RESTARTS | {"PYTHON_EXEC": python})
         wait_for_step(run, 6, [launcher], seconds=120)
         moment = time.time()
         (_, victim) = ranks_of(launcher, host)

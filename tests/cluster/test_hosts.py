@@ -91,7 +91,7 @@ CHAINS = {
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_the_rest_says_who_is_missing_and_goes_on(tmp_path, forks, uneven_shards, name):
+def test_the_rest_says_who_is_missing_and_goes_on(tmp_path, python, uneven_shards, name):
     """Every leg has lost a host of the one before; the epoch is finished with every sample exactly once."""
     batch_size, legs = CHAINS[name]
     run = tmp_path / "run"
@@ -101,7 +101,7 @@ def test_the_rest_says_who_is_missing_and_goes_on(tmp_path, forks, uneven_shards
     with made_hosts(3, tmp_path / "hosts") as hosts:
         for number, leg in enumerate(legs):
             on = [hosts[host] for host in leg.on]
-            started = start_ranks(forks, on, argv, tmp_path / f"logs{number}", port=29500 + number)
+            started = start_ranks(python, on, argv, tmp_path / f"logs{number}", port=29500 + number)
             if not leg.event:
                 assert_all_end(started)
                 assert "resumed from" in started[0].said()
@@ -171,12 +171,19 @@ def test_launchers_end_with_their_ranks(tmp_path, uneven_shards, launcher, event
     assert_intact(run)
 
 
-def test_two_hosts_that_cannot_reach_each_other_while_both_reach_the_first(tmp_path, forks, uneven_shards):
-    """Nobody is missing, but nobody gets on: every rank says so within lost_after and ten of the longest step."""
+@pytest.mark.parametrize("checkpoint_every", [1, 30])
+def test_two_hosts_that_cannot_reach_each_other_while_both_reach_the_first(
+    tmp_path, python, uneven_shards, checkpoint_every
+):
+    """Nobody is missing, but nobody gets on: every rank says so within lost_after and ten of the longest step.
+
+    One run saves most of the time, the other one does not at that moment.
+    """
     run = tmp_path / "run"
-    argv = argv_of(run, uneven_shards, optim__epochs=20, cluster__lost_after=3)
+    changes = {"optim__epochs": 20, "cluster__lost_after": 3, "watch__checkpoint_every": checkpoint_every}
+    argv = argv_of(run, uneven_shards, **changes)
     with made_hosts(3, tmp_path / "hosts") as hosts:
-        ranks = start_ranks(forks, list(hosts), argv, tmp_path / "logs", port=29500)
+        ranks = start_ranks(python, list(hosts), argv, tmp_path / "logs", port=29500)
         wait_for_step(run, 40, ranks)
         hosts["h2"].lose(hosts["h3"])
         moment = hosts["h3"].lose(hosts["h2"])
@@ -186,17 +193,18 @@ def test_two_hosts_that_cannot_reach_each_other_while_both_reach_the_first(tmp_p
             assert len(lines) == 1, rank.said()
             assert "all ranks are alive, but none has finished a step since" in lines[0]
         print(
-            f"3 hosts, h2 and h3 cut from each other: the last rank ended after {time.time() - moment:.1f} s"
+            f"3 hosts, h2 and h3 cut from each other, a checkpoint every {checkpoint_every} steps: "
+            f"the last rank ended after {time.time() - moment:.1f} s"
         )
         assert_nobody_left(list(hosts))
     assert_intact(run)
 
 
-def test_a_link_that_comes_back_in_time_changes_nothing(tmp_path, forks, uneven_shards):
+def test_a_link_that_comes_back_in_time_changes_nothing(tmp_path, python, uneven_shards):
     run = tmp_path / "run"
     argv = argv_of(run, uneven_shards, cluster__lost_after=LOST_AFTER)
     with made_hosts(2, tmp_path / "hosts") as hosts:
-        ranks = start_ranks(forks, list(hosts), argv, tmp_path / "logs", port=29500)
+        ranks = start_ranks(python, list(hosts), argv, tmp_path / "logs", port=29500)
         wait_for_step(run, 6, ranks)
         hosts["h2"].cut()
         time.sleep(CUT)

@@ -45,7 +45,7 @@ def send(stop: Stop, launcher: Started, host: Host) -> None:
         os.kill(pid, stop.number)
 
 
-def test_stops_under_a_launcher_change_nothing(tmp_path, forks, uneven_shards):
+def test_stops_under_a_launcher_change_nothing(tmp_path, python, uneven_shards):
     """One run is stopped in every way, one after the other; then it is the one that nobody stopped, to the bit."""
     run, twin = tmp_path / "run", tmp_path / "twin"
     changes = {
@@ -56,13 +56,14 @@ def test_stops_under_a_launcher_change_nothing(tmp_path, forks, uneven_shards):
     with made_hosts(1, tmp_path / "hosts") as hosts:
         host = hosts["h1"]
         straight = start_ranks(
-            forks, [host, host], argv_of(twin, uneven_shards, **changes), tmp_path / "twin_logs", port=29600
+            python, [host, host], argv_of(twin, uneven_shards, **changes), tmp_path / "twin_logs", port=29600
         )
         assert_all_end(straight)
         for number, stop in enumerate(STOPS):
             line = LAUNCHERS[stop.launcher](argv, address=host.address, port=29500 + number, each=2)
             log = tmp_path / f"{number}.log"
-            launcher = host.run([*TRAP, *line] if stop.trap else line, log, ENVIRONMENT)
+            variables = ENVIRONMENT | {"PYTHON_EXEC": python}  # of the ranks
+            launcher = host.run([*TRAP, *line] if stop.trap else line, log, variables)
             wait_for_step(run, steps_written(run) + 3, [launcher])
             moment = time.time()
             send(stop, launcher, host)
@@ -72,10 +73,10 @@ def test_stops_under_a_launcher_change_nothing(tmp_path, forks, uneven_shards):
             assert f"stopped by {stop.number.name} after step" in launcher.said()
             assert check_run.main([str(run)]) == 0  # also: the last checkpoint is of the last step
         # Without a launcher: one rank alone gets the signal. Then the run is finished.
-        ranks = start_ranks(forks, [host, host], argv, tmp_path / "one", port=29601)
+        ranks = start_ranks(python, [host, host], argv, tmp_path / "one", port=29601)
         wait_for_step(run, steps_written(run) + 3, ranks)
         os.kill(ranks[1].pid, signal.SIGUSR1)
         assert_all_end(ranks)
         assert "stopped by SIGUSR1 after step" in ranks[0].said()
-        assert_all_end(start_ranks(forks, [host, host], argv, tmp_path / "logs", port=29602))
+        assert_all_end(start_ranks(python, [host, host], argv, tmp_path / "logs", port=29602))
     assert check_run.main([str(run), "--shards", uneven_shards, "--like", str(twin)]) == 0

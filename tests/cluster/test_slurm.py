@@ -67,16 +67,16 @@ def uninterrupted(jobs: Jobs, stand_ins, uneven_shards: str) -> Path:
     return run
 
 
-def start_long(jobs: Jobs, run: Path, shards: str, *options: str) -> str:
+def start_long(jobs: Jobs, run: Path, shards: str, *options: str, **variables: str) -> str:
     words = ["--nodes", "2", "--name", run.name, *options, "--", *argv_of(run, shards, **LONG)]
-    return jobs.submit("pretrain", *words)[0]
+    return jobs.submit("pretrain", *words, **variables)[0]
 
 
 def test_asked_to_stop_it_requeues_itself_and_ends_as_if_never_stopped(
     cluster, jobs, aside, uninterrupted, uneven_shards
 ):
     run = jobs.folder / "usr1"
-    job = start_long(jobs, run, uneven_shards)
+    job = start_long(jobs, run, uneven_shards, GLSD_PYTHON=sys.executable)
     jobs.wait_for_step(job, run, 20)
     cluster.call("scancel", "--signal=USR1", job)
     assert jobs.wait_for_end(job)["Restarts"] == "1"

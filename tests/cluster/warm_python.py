@@ -1,0 +1,178 @@
+"""A python that has imported everything: what it runs starts within a tenth of a second, where torch alone takes seconds.
+
+A process behind a socket forks what is to run; what is started in place of python is the process that everybody sees. Signals
+sent to it are passed on, the fork begins in its namespaces, and both end together.
+"""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import platform
+import runpy
+import selectors
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+# What runs import, also late.
+IMPORTED = ("pretrain", "finetune_dml", "evaluate", "flags", "torch.utils.tensorboard", "docstring_parser")
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LONGEST = 1 << 17  # bytes of an order
+
+
+@contextlib.contextmanager
+def warm_python(folder: Path) -> Iterator[str]:
+    """Yields the path of a program that runs python scripts as python does; the folder takes what it needs."""
+    path, program = folder / "socket", folder / "python"
+    words = shlex.join([sys.executable, "-IS", __file__, str(path)])
+    program.write_text(f'#!/bin/sh\n[ "$1" != -u ] || shift\nexec {words} "$@"\n')
+    program.chmod(0o755)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(path))
+        listening.listen(64)
+        server = subprocess.Popen(
+            [sys.executable, __file__, str(listening.fileno())],
+            pass_fds=[listening.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+    try:
+        yield str(program)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def run(path: str, words: list[str]) -> None:
+    """Be python: have the server run ``words``, a script and its arguments, and end as that does."""
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server.connect(path)
+    deaf = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
+    for number in PASSED_ON:
+        signal.signal(number, lambda number, _: server.send(str(number).encode()))
+    order = {"argv": words, "env": dict(os.environ), "folder": os.getcwd(), "deaf": deaf}
+    socket.send_fds(server, [json.dumps(order).encode()], [0, 1, 2])
+    code = int(server.recv(100) or -signal.SIGKILL)  # nothing: the server is gone
+    if code < 0:
+        with contextlib.suppress(OSError):  # the action of KILL cannot be set
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+class Server:
+    """Forks what is asked for, passes signals on to it and its end back."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self._events = selectors.DefaultSelector()
+        self._events.register(listening, selectors.EVENT_READ)
+        self._listening = listening
+        self._forks: dict[socket.socket, int] = {}  # pids
+
+    def next_fork(self) -> dict[str, Any]:
+        """Serve until a fork comes out of here, with its order."""
+        while True:
+            for key, _ in self._events.select():
+                if key.fileobj is self._listening:
+                    client, _ = self._listening.accept()
+                    self._events.register(client, selectors.EVENT_READ)
+                elif isinstance(key.fileobj, socket.socket):
+                    if order := self._hear(key.fileobj):
+                        return order
+                else:
+                    self._bury(key.fd, *key.data)
+
+    def _hear(self, client: socket.socket) -> dict[str, Any] | None:
+        """Take what a client sends, nothing when it is gone; return the order in the fork that was made for it."""
+        message, files, _, _ = socket.recv_fds(client, LONGEST, 3)
+        if files:
+            order = json.loads(message)
+            if self._fork(client):
+                for target, file in enumerate(files):
+                    os.dup2(file, target)
+                return order
+            for file in files:
+                os.close(file)
+        elif client in self._forks:
+            os.kill(self._forks[client], int(message or signal.SIGKILL))
+        if not message:
+            self._events.unregister(client)
+        return None
+
+    def _fork(self, client: socket.socket) -> bool:
+        """Return True in the fork."""
+        inside, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        with contextlib.suppress(FileNotFoundError), entering(inside) as enter:  # it was killed since
+            pid = os.fork()
+            if pid == 0:
+                enter()
+                return True
+            self._forks[client] = pid
+            self._events.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, client))
+        return False
+
+    def _bury(self, pidfd: int, pid: int, client: socket.socket) -> None:
+        """Tell a client how its fork has ended."""
+        self._events.unregister(pidfd)
+        os.close(pidfd)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        del self._forks[client]
+        with contextlib.suppress(OSError):  # it is gone
+            client.send(str(code).encode())
+        with contextlib.suppress(KeyError):  # for it is gone
+            self._events.unregister(client)
+        client.close()
+
+
+def serve(listening: socket.socket) -> None:
+    """Be the warm process. A fork comes out of ``next_fork`` and ends as a program does."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "launch"), str(ROOT / "launch" / "slurm")]
+    for module in IMPORTED:
+        importlib.import_module(module)
+    Image.init()
+    assert threading.active_count() == 1, f"a thread would not survive a fork: {threading.enumerate()}"
+    gc.freeze()  # a fork that ends would look at every object, and copy its page, for seconds
+    order = Server(listening).next_fork()
+    libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    os.setsid()
+    for number in order["deaf"]:
+        signal.signal(number, signal.SIG_IGN)
+    os.chdir(order["folder"])
+    os.environ.clear()
+    os.environ.update(order["env"])
+    platform._uname_cache = None  # type: ignore[attr-defined]  # the name of the host where it was warmed
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.argv = order["argv"]
+    sys.orig_argv[:] = [sys.executable, *sys.argv]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    end = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as asked:
+        end = int(asked.code or 0)
+    # The interpreter itself is not torn down: libraries would report as leaked what is frozen.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(end)
+
+
+if __name__ == "__main__":
+    if sys.argv[2:]:
+        run(sys.argv[1], sys.argv[2:])
+    else:
+        from namespaces import DIE_WITH_PARENT, entering, libc
+        from PIL import Image
+
+        serve(socket.socket(fileno=int(sys.argv[1])))
