@@ -19,7 +19,6 @@ from glsd.pretrain_plan import Plan
 from glsd.runtime import dist, health
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run
-from glsd.show.matches import draw_matches
 
 NUM_DRAWN = 4  # images in a picture
 
@@ -67,6 +66,8 @@ def draw_first_batch(run: Run, state: State, pixels: Pixels, batch: CropBatch) -
     student, teacher = state.backbone("student"), state.backbone("teacher")
     if not dist.is_main():
         return
+    from glsd.show.matches import draw_matches  # half a second of import, for one process and once
+
     b = len(batch.keys)
     with as_written():
         features = [

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import platform
@@ -59,11 +60,13 @@ def run(path: str, words: list[str]) -> None:
     """Be python: have the server run ``words``, a script and its arguments, and end as that does."""
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.connect(path)
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is somebody to pass them on to
     deaf = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
     for number in PASSED_ON:
         signal.signal(number, lambda number, _: server.send(str(number).encode()))
     order = {"argv": words, "env": dict(os.environ), "folder": os.getcwd(), "deaf": deaf}
     socket.send_fds(server, [json.dumps(order).encode()], [0, 1, 2])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     code = int(server.recv(100) or -signal.SIGKILL)  # nothing: the server is gone
     if code < 0:
         with contextlib.suppress(OSError):  # the action of KILL cannot be set
@@ -96,6 +99,8 @@ class Server:
 
     def _hear(self, client: socket.socket) -> dict[str, Any] | None:
         """Take what a client sends, nothing when it is gone; return the order in the fork that was made for it."""
+        if client.fileno() < 0:  # its fork has just been buried
+            return None
         message, files, _, _ = socket.recv_fds(client, LONGEST, 3)
         if files:
             order = json.loads(message)
@@ -153,7 +158,8 @@ def serve(listening: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(order["env"])
     platform._uname_cache = None  # type: ignore[attr-defined]  # the name of the host where it was warmed
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
     sys.argv = order["argv"]
     sys.orig_argv[:] = [sys.executable, *sys.argv]
     sys.path[0] = str(Path(sys.argv[0]).parent)
