@@ -103,7 +103,8 @@ def finetune(cfg: FinetuneConfig) -> Path:
             if is_due(cfg, plan, state.step):
                 with meters.aside():
                     measure(cfg, plan, state, sets, meters, accelerator)
-        summarise(cfg, plan, state, sets, run, meters)
+        with meters.aside():
+            summarise(cfg, plan, state, sets, run, meters)
     return run.folder
 
 

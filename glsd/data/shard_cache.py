@@ -29,8 +29,15 @@ TOUCH_EVERY = 10.0  # seconds between two notes that a copy is in use
 
 
 def cache_folder(kind: str) -> Path:
-    """Return the folder of one kind of cached files below ``$GLSD_CACHE``, by default ``~/.cache/glsd``."""
-    return Path(os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "glsd") / kind
+    """Return the folder of one kind of cached files below ``$GLSD_CACHE``, by default ``~/.cache/glsd``; UserError for none."""
+    if named := os.environ.get(FOLDER_VARIABLE):
+        return Path(named) / kind
+    try:
+        return Path.home() / ".cache" / "glsd" / kind
+    except RuntimeError as problem:
+        raise UserError(
+            f"this user has no home folder for indices and copies of shards: set {FOLDER_VARIABLE} to a folder"
+        ) from problem
 
 
 def cache_bytes() -> int:

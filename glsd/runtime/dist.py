@@ -21,6 +21,7 @@ from glsd.contracts import UserError
 from glsd.runtime.talk import collective
 
 Object = TypeVar("Object")
+PIECE_BYTES = 64 * 2**20  # that gather_rows takes from each rank at once
 
 # What really starts N ranks on CPUs; `accelerate launch --cpu --num_processes N` starts one and says nothing.
 CPU_LAUNCH_LINE = (
@@ -62,9 +63,7 @@ def all_reduce_sum(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
 
 def all_reduce_mean(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
     """Return the mean over ranks; the input itself when alone, else a new tensor without gradient."""
-    if world_size() == 1:
-        return tensor
-    return _all_reduce(tensor, "sum") / world_size()
+    return tensor if world_size() == 1 else _all_reduce(tensor, "sum") / world_size()
 
 
 def all_reduce_max(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
@@ -90,7 +89,12 @@ def gather_rows(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     counts = gather_objects(len(tensor))
     padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor.detach()
-    return torch.cat([part[:count] for part, count in zip(_all_gather(padded), counts, strict=True)])
+    # In pieces: a rank that waits in one call for very long is taken for stuck (runtime/ending.py).
+    pieces = [_all_gather(piece) for piece in padded.split(max(1, PIECE_BYTES // max(1, padded[:1].nbytes)))]
+    if padded.is_cuda:
+        collective(torch.cuda.synchronize)()
+    of_ranks = [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+    return torch.cat([rows[:count] for rows, count in zip(of_ranks, counts, strict=True)])
 
 
 def gather_equal(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
@@ -172,9 +176,9 @@ def together(prepare: Callable[[], Object]) -> Object:
 def check_world(num_processes: int, script: str = "launch/pretrain.py") -> None:
     """Raise UserError if the launcher was asked for several processes but each of them runs alone.
 
-    Call it right after the Accelerator was made. Two launch lines do that silently on CPUs, and N copies of
-    the same run would then write into one folder. num_processes: the Accelerator's (it can be 1 although a
-    process group of N exists); script: name for the launch line in the message.
+    Call it right after the Accelerator was made. Two launch lines do that silently on CPUs, and N copies of the same run would
+    then write into one folder. num_processes: the Accelerator's (it can be 1 although a process group of N exists); script:
+    name for the launch line in the message.
     """
     _soften_exit()
     asked = os.environ.get("WORLD_SIZE")
@@ -242,9 +246,8 @@ def leave() -> None:
 def _soften_exit() -> None:
     """Give gloo's threads a moment before the interpreter goes.
 
-    They take the Python lock once more when their last work object dies; if the interpreter is already
-    being torn down, the process aborts with exit code -6 after a good run (10-50 % of CPU runs, upstream
-    pytorch #190489).
+    They take the Python lock once more when their last work object dies; if the interpreter is already being torn down, the
+    process aborts with exit code -6 after a good run (10-50 % of CPU runs, upstream pytorch #190489).
     """
     if _running() and torch_dist.get_backend() != "nccl":
         _sleep_at_exit()

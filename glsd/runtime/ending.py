@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from glsd.contracts import UserError
 from glsd.runtime import dist, talk
-from glsd.runtime.life import Progress, Signs
+from glsd.runtime.life import Progress, Signs, waits
 from glsd.runtime.verdict import Verdict, propose, read
 
 EXIT_LOST = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong with the run, start it again
@@ -26,6 +26,7 @@ LOST_AFTER = 60.0  # seconds
 BEAT_EVERY = 0.5  # seconds between two signs of life; more with very many ranks
 BEATS_TO_MISS = 6  # after a connection broke: a rank that is silent for so many signs is taken for the cause
 WAIT_FOR_OTHERS = 10.0  # seconds
+EARLY = 10  # times lost_after, in which ranks may all wait for each other before the second step
 
 
 class Watch:
@@ -42,7 +43,7 @@ class Watch:
         self.notes, self.main_notes = dist.notes(name), dist.notes(name)  # the second for the main thread
         self.doing = "-"  # of the main thread: the number of steps done, or something else
         self.step, self.num_steps = "", 0  # the last step done, and how many this process has done
-        self.notes.set(_beat(dist.rank()), "0 -")
+        self.notes.set(_beat(dist.rank()), "0 -/")
         self.hosts = dist.gather_objects(platform.node())  # and from here on every rank has left a sign
         watched = range(dist.world_size()) if dist.is_main() else range(1)
         self.signs = Signs([rank for rank in watched if rank != dist.rank()])
@@ -103,6 +104,7 @@ class Watch:
         late = time.monotonic() - since > min(self.lost_after, 4 * self.period + 1)
         if late and not self.trouble.is_set():
             self.signs.forgive()
+            self.progress.forgive()
             self.talked = time.monotonic()
 
     def _look(self, beats: list[bytes]) -> None:
@@ -117,12 +119,16 @@ class Watch:
 
     def _still(self, beats: list[bytes]) -> float:
         """Return for how long too long no rank has come further, as rank 0 knows; 0 if they do."""
-        num_steps = self.num_steps  # before the states, which may be of a later step then
-        if not dist.is_main() or num_steps == 0:
+        if not dist.is_main():
             return 0.0
-        self.progress.note([self._state(), *(beat.decode().partition(" ")[2] for beat in beats)])
-        # With the second step it is known how long a step takes: the first one may compile.
-        return self.progress.still(self.lost_after) if num_steps > 1 else 0.0
+        num_steps = self.num_steps  # before the states, which may be of a later step then
+        states = [self._state(), *(beat.decode().partition(" ")[2] for beat in beats)]
+        self.progress.note(states)
+        if num_steps > 1:
+            return self.progress.still(self.lost_after)
+        # With the second step it is known how long a step takes: the first one may compile. Until then, and where nobody counts
+        # steps, only ranks that all wait for each other are looked at, the first time over connections that are still made.
+        return self.progress.still(EARLY * self.lost_after) if all(map(waits, states)) else 0.0
 
     def _state(self) -> str:
         """What the main thread does, as Progress wants it."""

@@ -1,6 +1,7 @@
 """How a training process joins the others."""
 
 import os
+import warnings
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,8 @@ def start(
     choose_interface()
     # glsd.runtime.ending says who is lost; NCCL would end the process first, without a word.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    # accelerate knows the argument by its old name only.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,

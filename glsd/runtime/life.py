@@ -38,15 +38,18 @@ class Signs:
 class Progress:
     """For how long ranks that are all alive have not come any further, as when the link between two of them is cut.
 
-    Nothing is said while a rank does something else than steps (saves, waits for data) and waits for no other rank, nor of
-    the first step.
+    Nothing is said while a rank does something else than steps (saves, waits for data) and waits for no other rank.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
+        self._longest = 0.0
+        self.forgive()
+
+    def forgive(self) -> None:
+        """Begin anew: this process itself stood still, and cannot know for how long the others did."""
         self._states: tuple[str, ...] = ()
         self._since: float | None = None
-        self._longest = 0.0
 
     def note(self, states: Sequence[str]) -> None:
         """Take what every rank does: ``steps/call``, the number of steps done or a word, and which collective call it is in.
@@ -55,20 +58,25 @@ class Progress:
         """
         if self._states == tuple(states):
             return
-        now = self._clock()
-        if self._since is not None:
-            self._longest = max(self._longest, now - self._since)
+        now, since = self._clock(), self._since
+        if since is not None:
+            self._longest = max(self._longest, now - since)
         self._states = tuple(states)
         self._since = now if all(map(_counts, states)) else None
 
     def still(self, patience: float) -> float:
         """Return the seconds since a rank came further if they are more than ``patience`` and ten of the longest so far, else 0."""
-        if self._since is None:
+        since = self._since  # another thread may forgive
+        if since is None:
             return 0.0
-        seconds = self._clock() - self._since
+        seconds = self._clock() - since
         return seconds if seconds > patience + STEPS * self._longest else 0.0
 
 
+def waits(state: str) -> bool:
+    """Tell whether a rank in this state waits for others."""
+    return not state.endswith("/")
+
+
 def _counts(state: str) -> bool:
-    steps, _, call = state.partition("/")
-    return steps.isdecimal() or call != ""
+    return waits(state) or state.removesuffix("/").isdecimal()

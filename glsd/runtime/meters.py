@@ -146,6 +146,7 @@ class Meters:
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
+        before = ending.doing("aside")
         try:
             yield
         except OSError as problem:
@@ -153,6 +154,8 @@ class Meters:
                 f"cannot write the metrics of {self._folder}: {problem.strerror}; free space or make it writable, "
                 "then go on with --resume auto"
             ) from problem
+        finally:
+            ending.doing(before)
 
     def close(self) -> None:
         """Close the files and the bar."""

@@ -151,7 +151,7 @@ def blueprint(module: Module) -> Module:
 def filled(plan: Module, module: Module) -> Module:
     """Return a plain copy of a module in parts, made after its ``blueprint``: whole on every rank, for uses that differ
     between ranks."""
-    whole = {name: _full(tensor) for name, tensor in module.state_dict().items()}
+    whole = {name: _here(tensor) for name, tensor in module.state_dict().items()}
     made = copy.deepcopy(plan)
     made.load_state_dict(whole, assign=True)
     return made
@@ -178,7 +178,6 @@ def _rows(tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@collective
 def _full(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -191,6 +190,15 @@ def _whole(rows: Tensor, like: DTensor) -> DTensor:
     )
 
 
+@collective
+def _here(tensor: Tensor) -> Tensor:
+    whole = _full(tensor)
+    if whole.is_cuda:
+        torch.cuda.synchronize()  # who waits for ever does so here
+    return whole
+
+
+@collective
 def _to_main(tensor: Tensor) -> Tensor | None:
     """Return the whole tensor in rank 0's host memory, None on the others, which hold it for a moment."""
     whole = _full(tensor)

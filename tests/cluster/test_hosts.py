@@ -177,7 +177,7 @@ def test_two_hosts_that_cannot_reach_each_other_while_both_reach_the_first(
 ):
     """Nobody is missing, but nobody gets on: every rank says so within lost_after and ten of the longest step.
 
-    One run saves most of the time, the other one does not at that moment.
+    One run saves most of the time, and is mostly cut in a save; the other one saves nothing at that moment.
     """
     run = tmp_path / "run"
     changes = {"optim__epochs": 20, "cluster__lost_after": 3, "watch__checkpoint_every": checkpoint_every}

@@ -1,7 +1,9 @@
 """A python that has imported everything: what it runs starts within a tenth of a second, where torch alone takes seconds.
 
 A process behind a socket forks what is to run; what is started in place of python is the process that everybody sees. Signals
-sent to it are passed on, the fork begins in its namespaces, and both end together.
+sent to it are passed on, the fork begins in its namespaces, and one ends with the other. It is not python in all: a fork is no
+child of its launcher, has the server's limits and CPUs, and ends after what atexit does, without the interpreter's own end.
+Some tests start the real one for that.
 """
 
 import atexit
@@ -63,7 +65,7 @@ def run(path: str, words: list[str]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until there is somebody to pass them on to
     deaf = [number for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
     for number in PASSED_ON:
-        signal.signal(number, lambda number, _: server.send(str(number).encode()))
+        signal.signal(number, lambda number, _: pass_on(server, number))
     order = {"argv": words, "env": dict(os.environ), "folder": os.getcwd(), "deaf": deaf}
     socket.send_fds(server, [json.dumps(order).encode()], [0, 1, 2])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
@@ -73,6 +75,11 @@ def run(path: str, words: list[str]) -> None:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def pass_on(server: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # the server is gone, which its silence tells
+        server.send(str(number).encode())
 
 
 class Server:
@@ -99,50 +106,52 @@ class Server:
 
     def _hear(self, client: socket.socket) -> dict[str, Any] | None:
         """Take what a client sends, nothing when it is gone; return the order in the fork that was made for it."""
-        if client.fileno() < 0:  # its fork has just been buried
-            return None
         message, files, _, _ = socket.recv_fds(client, LONGEST, 3)
         if files:
-            order = json.loads(message)
             if self._fork(client):
                 for target, file in enumerate(files):
                     os.dup2(file, target)
-                return order
+                return json.loads(message)
             for file in files:
                 os.close(file)
         elif client in self._forks:
             os.kill(self._forks[client], int(message or signal.SIGKILL))
         if not message:
             self._events.unregister(client)
+            client.close()
         return None
 
     def _fork(self, client: socket.socket) -> bool:
         """Return True in the fork."""
         inside, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        with contextlib.suppress(FileNotFoundError), entering(inside) as enter:  # it was killed since
-            pid = os.fork()
+        pid = -1
+        try:
+            with entering(inside) as enter:
+                pid = os.fork()
+                if pid == 0:
+                    enter()
+                    return True
+        except OSError:  # its host is being killed, and the client with it
             if pid == 0:
-                enter()
-                return True
-            self._forks[client] = pid
-            self._events.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, client))
+                os._exit(1)
+            return False
+        self._forks[client] = pid
+        self._events.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, client))
         return False
 
     def _bury(self, pidfd: int, pid: int, client: socket.socket) -> None:
-        """Tell a client how its fork has ended."""
+        """Tell a client how its fork has ended, which ends it."""
         self._events.unregister(pidfd)
         os.close(pidfd)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         del self._forks[client]
         with contextlib.suppress(OSError):  # it is gone
             client.send(str(code).encode())
-        with contextlib.suppress(KeyError):  # for it is gone
-            self._events.unregister(client)
-        client.close()
 
 
 def serve(listening: socket.socket) -> None:
-    """Be the warm process. A fork comes out of ``next_fork`` and ends as a program does."""
+    """Be the warm process, which ends with the tests. A fork comes out of ``next_fork`` and is a program of its own."""
+    libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
     sys.path[:0] = [str(ROOT), str(ROOT / "launch"), str(ROOT / "launch" / "slurm")]
     for module in IMPORTED:
         importlib.import_module(module)
@@ -171,6 +180,7 @@ def serve(listening: socket.socket) -> None:
     # The interpreter itself is not torn down: libraries would report as leaked what is frozen.
     atexit._run_exitfuncs()
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(end)
 
 

@@ -17,7 +17,7 @@ from glsd.data.addresses import beside, identity, shown
 from glsd.data.pack import pack_samples
 from glsd.data.prefetch import Prefetcher
 from glsd.data.remote import copy_to, look_up, patience, read_all
-from glsd.data.shard_cache import PART, WHOLE, ShardCache, cache_bytes
+from glsd.data.shard_cache import PART, WHOLE, ShardCache, cache_bytes, cache_folder
 from glsd.data.shard_files import find_shards, index_remote, shard_headers
 from glsd.data.shards import open_shards
 
@@ -195,6 +195,18 @@ def test_bad_addresses_and_settings(server, monkeypatch):
             with pytest.raises(UserError, match=f"{name} is '{wrong}'"):
                 read()
         monkeypatch.delenv(name)
+
+
+def test_a_user_without_a_home_is_asked_for_a_folder(monkeypatch):
+    """As in a container that runs with a number that its system does not know."""
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GLSD_CACHE")
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(UserError, match=r"no home folder .* set GLSD_CACHE"):
+        cache_folder("shards")
 
 
 def test_a_shard_without_index_is_refused_until_it_is_made(server, folder):

@@ -39,6 +39,9 @@ def test_two_ranks(tmp_path):
         rows = torch.full((rank * 2 + 1, 2), float(rank), requires_grad=True)  # 1 row, 3 rows
         assert dist.gather_rows(rows)[:, 0].tolist() == [0.0, 1.0, 1.0, 1.0]
         assert dist.gather_rows(torch.zeros(0 if rank else 2, 3, dtype=torch.int64)).shape == (2, 3)
+        assert dist.gather_rows(torch.zeros(0, 3)).shape == (0, 3)
+        dist.PIECE_BYTES = 17  # two rows of 8 bytes
+        assert dist.gather_rows(rows + torch.arange(len(rows))[:, None])[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
         assert dist.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
         assert dist.broadcast_object(f"from {rank}") == "from 0"
         dist.barrier()

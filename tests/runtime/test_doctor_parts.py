@@ -328,7 +328,8 @@ def test_a_file_that_is_not_replaced_at_once_is_seen(tmp_path, monkeypatch):
         time.sleep(0.05)  # a disk takes some time between the two
         path.write_text(text)
 
-    (folder / "held").unlink()
+    for left in ("held", "turn"):
+        (folder / left).unlink()
     monkeypatch.setattr(doctor_files, "replace", in_place)
     line = the(both(), "rename")
     assert line.verdict == "FIX"

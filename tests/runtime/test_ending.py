@@ -198,6 +198,13 @@ def test_progress_of_ranks_that_are_all_alive():
     assert after(0, "aside/12", "9/") == 0
     assert after(0, "waiting/", "9/") == 0
     assert after(999_999, "waiting/", "9/") == 0
+    progress = Progress(clock=lambda: now[0])
+    assert after(0, "9/", "9/") == 0
+    now[0] += 999_999
+    progress.forgive()  # all slept
+    assert after(0, "9/", "9/") == 0
+    assert after(0, "10/", "9/") == 0
+    assert after(6, "10/", "9/") == 6, "the sleep was no step"
 
 
 @pytest.mark.slow
@@ -209,7 +216,8 @@ import os, subprocess
 pids = " ".join(map(str, dist.gather_objects(os.getpid())))
 if rank == 0:
     subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {pids}; sleep SLEEP; kill -CONT {pids}"])
-for _ in range(150):
+for step in range(150):
+    ending.doing(str(step))
     torch_dist.all_reduce(torch.ones(1))
     time.sleep(0.02)
 ending.finish()
@@ -217,6 +225,24 @@ ending.finish()
     )
     assert (codes, said) == ([0, 0, 0], ["", "", ""])
     assert seconds > PATIENCE + 4
+
+
+@pytest.mark.slow
+def test_ranks_that_wait_for_each_other_before_any_step_say_so():
+    codes, said, _ = ended(
+        """
+from glsd.runtime.talk import collective
+ending.EARLY = 2
+try:
+    collective(time.sleep)(1000) if rank == 2 else dist.all_reduce_sum(torch.ones(1))
+except RuntimeError as problem:  # the others leave
+    ending.end_with_lost(problem)
+"""
+    )
+    assert codes == [75, 75, 75], said
+    assert all("none has finished a step since" in text for text in said), said
+    (seconds,) = re.findall(r"\(([\d.]+) s\)", said[0])
+    assert 2 * PATIENCE <= float(seconds) < 4 * PATIENCE
 
 
 @pytest.mark.slow
