@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from warm_python import warm_python
 
 from glsd.data.pack import pack_samples
 
@@ -26,6 +27,12 @@ def _own_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    """A program that runs python scripts, without the seconds of their imports."""
+    return warm_python()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,11 @@
 """Every YAML loads and survives a round trip; every mistake is one line that names the key and its nearest neighbour."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from warm_python import warm_python
 
 from glsd.command_line import differences, dump, load, load_file
 from glsd.config import PretrainConfig
@@ -110,7 +110,7 @@ def test_wrong_files_are_one_clear_line(tmp_path, monkeypatch, text, expected):
 def test_help_explains_every_field_and_print_config_resolves(script):
     kinds = {"pretrain.py": PretrainConfig, "evaluate.py": EvalConfig, "finetune_dml.py": FinetuneConfig}
     kind: type[PretrainConfig | EvalConfig | FinetuneConfig] = kinds[script]
-    command = [sys.executable, str(ROOT / "launch" / script)]
+    command = [warm_python(), str(ROOT / "launch" / script)]
     text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     for key in _leaves(yaml.safe_load(dump(kind()))):
         line = text.split(f"--{key} ", 2)[-1][:300]

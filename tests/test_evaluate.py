@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from warm_python import warm_python
 
 from glsd.command_line import dump
 from glsd.config import DataConfig, HeadConfig, ModelConfig, PretrainConfig, TimmArg
@@ -272,7 +273,7 @@ def two_processes(arguments):
     shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
     running = [
         subprocess.Popen(
-            [sys.executable, *arguments],
+            [warm_python(), *arguments],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

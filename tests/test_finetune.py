@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from test_pretrain import ROOT, rows, train, wait_for
+from warm_python import warm_python
 
 from glsd.command_line import load
 from glsd.command_line import load_file as load_config
@@ -171,7 +171,7 @@ def test_killed_twice_it_goes_on_as_if_nothing_happened(tiny_finetune, workers):
 
 def start_process(argv: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "launch" / "finetune_dml.py"), *argv]
+    command = [warm_python(), str(ROOT / "launch" / "finetune_dml.py"), *argv]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

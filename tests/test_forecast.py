@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from warm_python import warm_python
 
 from glsd import forecast as forecast_module
 from glsd.command_line import load
@@ -100,7 +100,7 @@ def test_other_errors_of_torch_stay_errors(tiny_run, monkeypatch):
 
 def dry_run(argv: list[str]) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--dry_run", *argv]
+    command = [warm_python(), str(SCRIPT), "--dry_run", *argv]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from warm_python import warm_python
 
 from glsd.command_line import load
 from glsd.config import PretrainConfig
@@ -29,7 +29,7 @@ def train(argv: list[str]) -> Path:
 
 def start_process(argv: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *argv]
+    command = [warm_python(), str(ROOT / "launch" / "pretrain.py"), *argv]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -187,6 +187,37 @@ def test_probes_are_repeated_exactly_on_resume(tiny_run, digit_shards):
     resumed = train(tiny_run("resumed", optim__max_steps=6, resume="auto", **options))
     assert_same_run(straight, resumed)
     assert len([row for row in rows(resumed) if "probe" in row]) == 4
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_in_a_probe_has_lost_no_step(tiny_run, digit_shards, monkeypatch):
+    """What a scheduler leaves between its signal and the end may be shorter than a probe."""
+    import glsd.pretrain as story
+
+    options = {
+        "watch__probe_every": 2,
+        "watch__probe_k": 5,
+        "watch__probe_train_shards": f"{digit_shards}/train-*.tar",
+        "watch__probe_val_shards": f"{digit_shards}/val-*.tar",
+        "watch__checkpoint_every": 100,
+    }
+    straight = train(tiny_run("straight", optim__max_steps=6, **options))
+    probe = story.probe
+
+    def dies(cfg, sets, meters, state, accelerator):
+        if state.step == 4:
+            raise TimeoutError("the time is up")
+        return probe(cfg, sets, meters, state, accelerator)
+
+    monkeypatch.setattr(story, "probe", dies)
+    with pytest.raises(TimeoutError):
+        train(tiny_run("resumed", optim__max_steps=6, **options))
+    monkeypatch.setattr(story, "probe", probe)
+    saved = checkpoint.load_latest(straight.with_name("resumed") / "checkpoints")
+    assert saved is not None
+    assert saved.step == 4
+    resumed = train(tiny_run("resumed", optim__max_steps=6, resume="auto", **options))
+    assert_same_run(straight, resumed)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import hosts
 import pytest
 import slurm_cluster
 import tiny_run
-from warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 # SLURM looks at time limits twice a minute. The second job is not warned: TERM is the first that it hears.
@@ -111,13 +110,6 @@ def stand_ins(jobs) -> dict[str, str]:
 def uneven_shards(tmp_path_factory) -> str:
     """The pattern of a few small shards of very different sizes."""
     return tiny_run.pack_uneven(tmp_path_factory.mktemp("uneven"))
-
-
-@pytest.fixture(scope="session")
-def python(tmp_path_factory) -> Iterator[str]:
-    """A program that runs python scripts, without the seconds of their imports."""
-    with warm_python(tmp_path_factory.mktemp("python")) as program:
-        yield program
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

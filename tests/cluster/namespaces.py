@@ -40,6 +40,14 @@ def entering(inside: int) -> Iterator[Callable[[], None]]:
             os.close(file)
 
 
+def is_elsewhere(inside: int) -> bool:
+    """Tell whether a process is in other namespaces than this one; where it is not, nobody needs to be root."""
+    return any(
+        os.readlink(f"/proc/{inside}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
+        for name in FILES.values()
+    )
+
+
 def first_process(argv: Sequence[str]) -> subprocess.Popen:
     """Start a command in new namespaces of its own; it ends with this process."""
 

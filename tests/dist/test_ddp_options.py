@@ -1,18 +1,18 @@
 """Two gloo ranks under each option of launch.start have the gradients of one process with the whole batch."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_ranks import launch_line, run
+from test_ranks import run, warm_launch_line
+from warm_python import warm_python
 
 
 @pytest.mark.slow
 def test_two_ranks_have_the_gradients_of_one(tmp_path):
     body = str(Path(__file__).parent / "ddp_options.py")
-    environment, command = launch_line()
-    alone = run([sys.executable, body, str(tmp_path / "one.pt")])
+    environment, command = warm_launch_line()
+    alone = run([warm_python(), body, str(tmp_path / "one.pt")])
     assert alone.returncode == 0, alone.stderr
     together = run([*command, body, str(tmp_path / "two.pt")], environment)
     assert together.returncode == 0, together.stderr

@@ -1,12 +1,12 @@
 """Metric learning on two gloo processes is metric learning on one with the whole batch, for every loss and regulariser."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from test_pretrain import rows
-from test_ranks import HERE, ROOT, compare, launch_line, run
+from test_ranks import HERE, ROOT, compare, run, warm_launch_line
+from warm_python import warm_python
 
 from glsd.losses.ranking import RANKING
 
@@ -15,9 +15,9 @@ from glsd.losses.ranking import RANKING
 def test_two_ranks_are_one_rank_for_every_loss(tiny_finetune, tmp_path):
     argv = tiny_finetune(optim__steps_per_epoch=2, optim__epochs=4, optim__lr=1e-3, sd__weight=20.0)
     body = str(HERE / "joined_dml.py")
-    alone = run([sys.executable, body, str(tmp_path / "one.pt"), *argv])
+    alone = run([warm_python(), body, str(tmp_path / "one.pt"), *argv])
     assert alone.returncode == 0, alone.stderr
-    environment, command = launch_line()
+    environment, command = warm_launch_line()
     together = run([*command, body, str(tmp_path / "two.pt"), *argv], environment)
     assert together.returncode == 0, together.stderr
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
@@ -44,7 +44,7 @@ def test_two_ranks_are_one_rank_for_every_loss(tiny_finetune, tmp_path):
 @pytest.mark.slow
 def test_the_launch_line_fine_tunes_on_two_ranks_and_resumes_in_mid_epoch(tiny_finetune):
     """The whole program in float32: two ranks, stop, go on; close to one rank, no row lost or doubled."""
-    environment, command = launch_line()
+    environment, command = warm_launch_line()
     script = str(ROOT / "launch" / "finetune_dml.py")
     options = {
         "reg": "obdsd+mdr",
@@ -56,7 +56,7 @@ def test_the_launch_line_fine_tunes_on_two_ranks_and_resumes_in_mid_epoch(tiny_f
         done = run([*command, script, *tiny_finetune("two", **options, **extra)], environment)
         assert done.returncode == 0, done.stderr
         assert "over 2 ranks" in done.stdout
-    done = run([sys.executable, script, *tiny_finetune("one", **options)])
+    done = run([warm_python(), script, *tiny_finetune("one", **options)])
     assert done.returncode == 0, done.stderr
     assert "final     test" in done.stdout
     two, one = (rows(Path(tiny_finetune(name)[0].removeprefix("--out="))) for name in ("two", "one"))

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from test_pretrain import assert_same_run, rows
+from warm_python import warm_python
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -31,6 +32,12 @@ def launch_line(readme: Path = ROOT / "README.md") -> tuple[dict[str, str], list
     command = [word for word in words if "=" not in word or word.startswith("-")]
     command[0] = str(Path(sys.executable).parent / command[0])
     return environment, command
+
+
+def warm_launch_line() -> tuple[dict[str, str], list[str]]:
+    """As above, but the ranks that it starts need no time for their imports."""
+    environment, command = launch_line()
+    return environment | {"PYTHON_EXEC": warm_python()}, command
 
 
 def run(command: list[str], extra: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -57,9 +64,9 @@ def test_ranks_are_one_rank_with_the_joined_batch(tiny_run, tmp_path, world, opt
         model__drop_path=0.0, optim__freeze_prototypes_epochs=0, optim__warmup_epochs=0, **options
     )
     body = str(HERE / "joined_batch.py")
-    alone = run([sys.executable, body, str(tmp_path / "one.pt"), *argv])
+    alone = run([warm_python(), body, str(tmp_path / "one.pt"), *argv])
     assert alone.returncode == 0, alone.stderr
-    environment, command = launch_line()
+    environment, command = warm_launch_line()
     command[command.index("--num_processes") + 1] = str(world)
     together = run([*command, body, str(tmp_path / "two.pt"), *argv], environment)
     assert together.returncode == 0, together.stderr
@@ -97,7 +104,7 @@ def test_the_readme_launch_line_trains_on_two_ranks_and_resumes(tiny_run):
         done = run([*command, script, *tiny_run("two", **options, **extra)], environment)
         assert done.returncode == 0, done.stderr
         assert "2 ranks x 1 x 4 images" in done.stdout
-    done = run([sys.executable, script, *tiny_run("one", **options, optim__max_steps=6)])
+    done = run([warm_python(), script, *tiny_run("one", **options, optim__max_steps=6)])
     assert done.returncode == 0, done.stderr
     two, one = (rows(Path(tiny_run(name)[0].removeprefix("--out="))) for name in ("two", "one"))
     assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2, 3, 4, 5, 6]
@@ -118,7 +125,7 @@ def test_a_launch_line_that_starts_one_rank_in_silence_is_refused(tiny_run):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_they_go_on(tiny_run):
     """USR1 reaches one worker only: both save the same step, exit 0, and the resumed run is the straight one."""
-    environment, command = launch_line()
+    environment, command = warm_launch_line()
     script = str(ROOT / "launch" / "pretrain.py")
     options = {"model__drop_path": 0.2, "optim__epochs": 60, "optim__max_steps": 150, "watch__log_every": 2}
     straight, stopped = (tiny_run(name, **options) for name in ("straight", "stopped"))

@@ -2,9 +2,10 @@
 
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
+
+from warm_python import warm_python
 
 PROLOGUE = """
 import sys
@@ -21,14 +22,14 @@ torch_dist.init_process_group(
 """
 
 
-def run_ranks(body: str, folder: Path, *, world: int = 2) -> list[str]:
+def run_ranks(body: str, folder: Path, *, world: int = 2, python: str = "") -> list[str]:
     """Run ``body`` in ``world`` processes and return what each printed; AssertionError if one does not exit with 0.
 
-    The body sees torch, dist, UserError, folder, rank and world.
+    The body sees torch, dist, UserError, folder, rank and world. python: what runs them, a warm one by default.
     """
     script = folder / "ranks_body.py"
     script.write_text(PROLOGUE + textwrap.dedent(body) + "\ndist.leave()\n")
-    command = [sys.executable, str(script), str(folder)]
+    command = [python or warm_python(), str(script), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     (folder / "rendezvous").unlink(missing_ok=True)
     running = [

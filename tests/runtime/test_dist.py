@@ -1,5 +1,7 @@
 """Collectives alone and between two gloo processes."""
 
+import sys
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -97,4 +99,5 @@ def test_ddp_processes_end_with_exit_code_zero_every_time(tmp_path):
                 model(torch.ones(2, 64)).sum().backward()
             """,
             tmp_path,
+            python=sys.executable,  # which is torn down at the end: there it happened
         )
