@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-remote test-cluster test-doctor test-fast check format lock clean
+.PHONY: install demo test test-ranks test-remote test-cluster test-doctor test-fast check format lock clean
 
 install: $(STAMP)
 
@@ -24,7 +24,11 @@ demo: $(STAMP)
 JOBS ?= 2
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not remote and not slurm and not multinode"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/dist -n $(JOBS) --dist worksteal -m "not remote and not slurm and not multinode"
+
+# Training on several ranks of this machine: equal to one rank, sharded or not, stopped and resumed.
+test-ranks: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/dist -n $(JOBS) --dist worksteal
 
 # Runs that are killed, and servers that fail, on nginx and an S3-compatible server that the tests start.
 test-remote: $(STAMP)

@@ -344,6 +344,7 @@ def test_two_ranks_give_the_numbers_of_one(cfg):
     )
     launcher += " --mixed_precision no --dynamo_backend no --main_process_port 0"
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHON_EXEC"] = warm_python()  # of the ranks
     done = subprocess.run([*launcher.split(), *command(cfg)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("k=5       top-1") == 1  # one rank talks
