@@ -127,6 +127,7 @@ def test_tasks_of_a_sweep_read_a_copy_that_another_sweep_does_not_change(cluster
     assert kept.read_bytes() == b"--seed 1\n"
 
 
+@pytest.mark.slow
 def test_a_task_of_a_sweep_gets_the_words_that_were_checked(tmp_path):
     """Of lines on which xargs and shlex do not agree, and such as Windows ends them."""
     text = b"# none\r\n--a 'x y' --b=\"\\q\"\r\n\r\n--c \\# d\r\n"

@@ -76,6 +76,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "name"), CASES, ids=lambda value: getattr(value, "stem", value))
 def test_a_spoiled_result_fails(tmp_path, path, name):
     ok, line = check.check_file(spoil(path, tmp_path, name, shift_largest))

@@ -57,6 +57,7 @@ def assert_equal_steps(
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [VIT, EVA])
 @pytest.mark.parametrize("drop_path", [0.0, 0.7])
 def test_compiled_blocks_share_a_graph_per_resolution(name, drop_path):

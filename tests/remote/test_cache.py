@@ -78,6 +78,7 @@ def test_samples_come_back_bit_exact_and_are_downloaded_once(server, folder):
         )  # this server tells no version by which to know it again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -131,6 +132,7 @@ def test_a_server_without_ranges_sends_everything_at_once(server, folder, tmp_pa
     assert len(server.gets("s1-000000.tar")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options", "message", "at_once"),
     [

@@ -310,6 +310,7 @@ def test_the_clock_that_is_off_is_named():
 # Files, and ranks that do not answer.
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_replaced_at_once_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_files, "RENAME_SECONDS", 1.0)
     folder = Path(doctor_files.prepare(tmp_path, "token")["folder"])

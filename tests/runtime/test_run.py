@@ -170,6 +170,7 @@ def test_an_impatient_second_interrupt_stops_at_once(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "code"), [("SIGTERM", 0), ("SIGUSR1", 0), (None, -signal.SIGTERM)])
 def test_a_repeated_signal_does_not_kill_a_process_on_its_way_out(first, code):
     """Launchers send SIGTERM two to four times; without any signal in the block the old handlers are back."""
