@@ -1,44 +1,15 @@
-"""What the rooms of the house hand to each other: the shape alphabet, the batch types, the user's error.
+"""What the rooms of the house hand to each other: the shape alphabet and the batch types.
 
 Shape letters in signatures: b images, v views, g global, l local, n patches, d backbone width, k prototypes,
 e bottleneck or embedding width, h w pixels, c channels, m crops. Rows of several views are view-major: row = view * b + image.
 """
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
-
-
-class StoppedEarly(Exception):
-    """A run was asked to stop before its end; it has saved what it needs to go on."""
-
-
-class UserError(Exception):
-    """A mistake in what the user gave us: one line that names the file, key or value, what was expected, what to do.
-
-    The launch scripts print it without a traceback and exit with code 2; anything else that is raised is our bug.
-    """
-
-
-def pick(choices: dict, name: str, what: str):
-    """Return ``choices[name]``; an unknown name raises UserError with the nearest known one."""
-    if name in choices:
-        return choices[name]
-    raise UserError(
-        f"unknown {what} {name!r}: expected one of {', '.join(map(str, choices))}{nearest(name, choices)}"
-    )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
 
 # Columns of the photometric parameters of one crop. Every column has a value that means "leave as it is", so no apply
 # flags are needed: brightness/contrast/saturation 1, hue 0, grayscale 0, blur_sigma 0, solarize 0.

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 
 def patch_centers(boxes: Float[Tensor, "m 4"], crop_size: int, stride: int) -> Float[Tensor, "m n 2"]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
 

@@ -1,17 +1,6 @@
-"""Fine-tune a backbone for retrieval: finetune_dml.py --init RUN|timm:NAME --loss NAME --reg NAME --data.train_shards TARS."""
+"""Fine-tune a backbone for retrieval: ``launch/finetune_dml.py --init RUN --reg obdsd ...``."""
 
-import _door
-
-from glsd.command_line import load
-from glsd.finetune import finetune
-from glsd.finetune_config import FinetuneConfig
-from glsd.runtime import ending
-
-
-def main(argv: list[str]) -> None:
-    finetune(load(FinetuneConfig, argv))
-    ending.finish()
-
+from glsd.cli.main import run
 
 if __name__ == "__main__":
-    _door.run(main)
+    run("finetune")

@@ -10,9 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from warm_python import warm_python
 
-from glsd.data.pack import pack_samples
+from glsd.packing.folder import pack_samples
+from tests.helpers.warm_python import warm_python
+
+# Programs that tests start find this checkout, its tests and its laboratory.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+)
 
 
 @pytest.fixture(autouse=True, scope="session")

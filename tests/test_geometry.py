@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.geometry import patch_centers, squared_half_diagonals
 
 

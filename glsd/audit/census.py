@@ -11,13 +11,13 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8, UInt64
 from tqdm import tqdm
 
-from glsd.contracts import UserError
-from glsd.data.addresses import shown
-from glsd.data.decode import BrokenImage, decode
-from glsd.data.near_duplicates import THUMB_SIDE, fingerprint
-from glsd.data.pack_source import in_workers
-from glsd.data.shard_files import find_shards
-from glsd.data.shards import ShardSet, open_shards
+from glsd.audit.near_duplicates import THUMB_SIDE, fingerprint
+from glsd.data.decode import decode
+from glsd.errors import BrokenImage, UserError
+from glsd.packing.source import in_workers
+from glsd.shards.addresses import shown
+from glsd.shards.find import find_shards
+from glsd.shards.store import ShardSet, open_shards
 
 IMAGES_AT_ONCE = 16
 DIGEST_BYTES = 16  # of SHA-256: two other files with the same are not to be expected among 10^12

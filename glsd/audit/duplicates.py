@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int64
 
-from glsd.data.doctor_finding import Finding, some
-from glsd.data.doctor_scan import Census
-from glsd.data.near_duplicates import find_near_duplicates
+from glsd.audit.census import Census
+from glsd.audit.finding import Finding, some
+from glsd.audit.near_duplicates import find_near_duplicates
 
 
 def contents_of(census: Census) -> Int64[np.ndarray, " n"]:

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from glsd.contracts import UserError
-from glsd.data.addresses import is_remote, shown
-from glsd.data.doctor_duplicates import contents_of, exact_duplicates, near_duplicates
-from glsd.data.doctor_finding import Finding, some
-from glsd.data.doctor_scan import UNNAMED, Census, take_census
-from glsd.data.near_duplicates import BITS, FLAT, MAX_BITS, contrast
-from glsd.data.shard_index import index_path
-from glsd.data.shards import CLASSES_FILE, read_classes
+from glsd.audit.census import UNNAMED, Census, take_census
+from glsd.audit.duplicates import contents_of, exact_duplicates, near_duplicates
+from glsd.audit.finding import Finding, some
+from glsd.audit.near_duplicates import (
+    BITS,
+    FLAT,
+    MAX_BITS,
+    contrast,
+)
+from glsd.errors import UserError
+from glsd.shards.addresses import is_remote, shown
+from glsd.shards.index import index_path
+from glsd.shards.store import CLASSES_FILE, read_classes
 
 TINY = 32  # pixels of the short side: little is left to crop
 HUGE = 50e6  # pixels: decoding takes a second and hundreds of megabytes

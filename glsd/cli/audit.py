@@ -1,24 +1,23 @@
-"""pack.py doctor: examine shards, print what was found."""
+"""glsd audit: examine shards, print what was found."""
 
 import argparse
 import json
 from pathlib import Path
 
-from _door import printable
-from pack_sources import add_workers
-
-from glsd.contracts import UserError
-from glsd.data.doctor import Examination, SplitSummary, examine
-from glsd.data.doctor_finding import Finding
-from glsd.data.doctor_scan import parse_splits
-from glsd.data.near_duplicates import MAX_BITS
+from glsd.audit.census import parse_splits
+from glsd.audit.finding import Finding
+from glsd.audit.near_duplicates import MAX_BITS
+from glsd.audit.report import Examination, SplitSummary, examine
+from glsd.cli.door import printable
+from glsd.cli.pack_sources import add_workers
+from glsd.errors import UserError
 
 SHOWN = 3
 
 
-def doctor(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="pack.py doctor",
+        prog="glsd audit",
         description="Read every image of some shards and say what is wrong. Ends with code 1 if something must be fixed: a "
         "damaged shard, an image that cannot be read, labels in part of a split only, a picture that is in two splits.",
     )

@@ -8,24 +8,23 @@ import shutil
 import time
 from pathlib import Path
 
-import _door
 import torch
 
-from glsd.command_line import load
-from glsd.config import PretrainConfig
+from glsd.config.evaluate import EvalConfig
+from glsd.config.finetune import FinetuneConfig
+from glsd.config.parse import load
+from glsd.config.pretrain import PretrainConfig
 from glsd.data.decode import decode
-from glsd.data.embedded import CANVAS, NUM_VAL_DIGITS, digit_canvases
 from glsd.data.eval_loader import eval_loader
-from glsd.data.pack import pack_samples
-from glsd.data.retrieval_split import split_shards
-from glsd.data.shards import open_shards
-from glsd.eval_config import EvalConfig
-from glsd.evals.embed import Embedded, embed
-from glsd.evals.knn import knn_accuracy, nearest_neighbours
-from glsd.evaluate import evaluate, load_model
-from glsd.finetune import finetune
-from glsd.finetune_config import FinetuneConfig
-from glsd.pretrain import pretrain
+from glsd.evaluate.embed import Embedded, embed
+from glsd.evaluate.run import evaluate, load_model
+from glsd.finetune.train import finetune
+from glsd.metrics.knn import knn_accuracy, nearest_neighbours
+from glsd.packing.embedded import CANVAS, NUM_VAL_DIGITS, digit_canvases
+from glsd.packing.folder import pack_samples
+from glsd.packing.split import split_shards
+from glsd.pretrain.train import pretrain
+from glsd.shards.store import open_shards
 from glsd.show.neighbours import draw_neighbours
 
 OUT = Path("demo_out")
@@ -156,7 +155,3 @@ def draw_neighbours_of(run: Path, features: str, queries: str, gallery: str | No
         neighbour_labels=found.labels[rows],
         cosines=cosines,
     )
-
-
-if __name__ == "__main__":
-    _door.run(main)

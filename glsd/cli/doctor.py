@@ -7,31 +7,31 @@ accelerate launch ... launch/doctor.py --out runs/x --shards 'shards/train-*.tar
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 # Before torch is imported: where a rank goes, its store would add forty lines of its own stack to ours.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 # Nothing beyond Python itself and two modules that need nothing either: broken packages are what this is to tell of.
-ROOT = Path(__file__).resolve().parents[1]
-INSTALLED = importlib.util.find_spec("glsd") is not None
-if not INSTALLED:
-    sys.path.append(str(ROOT))
+from glsd.doctor import packages as doctor_packages
+from glsd.doctor.line import Line, plain, summary, table
 
-from glsd.runtime import doctor_packages  # noqa: E402
-from glsd.runtime.doctor_line import Line, plain, summary, table  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 WAIT_HELP = (
     "seconds in which all ranks must have come (%(default).0f: the first import from a network disk is slow)"
 )
 
 
-def main(argv: list[str]) -> int:
-    """Print the table on rank 0; returns 1 where something is to be fixed."""
+def main(argv: list[str], *, installed: bool = True) -> int:
+    """Print the table on rank 0; returns 1 where something is to be fixed.
+
+    installed: False where glsd itself was found beside the door only.
+    """
     parser = argparse.ArgumentParser(
         prog="doctor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,12 +47,12 @@ def main(argv: list[str]) -> int:
     if not 0 < args.wait < 1e5:
         parser.error(f"--wait is {args.wait:g}: expected seconds above 0")
     packages = doctor_packages.facts(ROOT / "pyproject.toml")
-    if not INSTALLED:
+    if not installed:
         packages["needed"] = {"glsd": "", **packages["needed"]}
     if not doctor_packages.usable(packages):
         return report_packages(packages, args.json)
-    from glsd.cluster_doctor import examine
-    from glsd.runtime.doctor_panel import Lost
+    from glsd.doctor.panel import Lost
+    from glsd.doctor.run import examine
 
     try:
         code, panel, details = examine(packages, shards=args.shards, out=args.out, wait=args.wait)
@@ -96,9 +96,8 @@ def report(lines: list[Line], as_json: bool, **details: object) -> None:
         print(json.dumps({"lines": [vars(line) for line in lines], **details}))
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
+def exit_with(code: int) -> NoReturn:
+    """End at once: a check that hangs has a thread that would be waited for, and gloo's threads may abort at the end."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # At once: a check that hangs has a thread that would be waited for, and gloo's threads may abort at the end.
     os._exit(code)

@@ -8,19 +8,19 @@ from collections.abc import Callable
 # Where another host goes, torch's store would add forty lines of its own stack to the one that says who is missing.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from glsd.contracts import StoppedEarly, UserError
-from glsd.runtime import dist, ending
+from glsd.cluster import dist, shutdown
+from glsd.errors import StoppedEarly, UserError
 
 STOPPED_CODE = (
     "GLSD_STOPPED_CODE"  # environment: exit code of a run that was asked to stop and saved, by default 0
 )
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
+def run(main: Callable[[list[str]], int | None], words: list[str] | None = None) -> None:
     """Run ``main(argv)`` and exit with its code (None = 0); a UserError is printed as one line, exit code 2.
 
     Whatever ends one rank ends all of them, and what several ranks have to say is said once. Where another rank is lost,
-    each says who is missing; exit code ending.EXIT_LOST.
+    each says who is missing; exit code shutdown.EXIT_LOST.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -29,20 +29,20 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     try:
         when_stopped = stopped_code()
         try:
-            code = main(sys.argv[1:])
+            code = main(sys.argv[1:] if words is None else words)
         except StoppedEarly as stopped:
             if dist.is_main():
                 print(stopped, flush=True)
             code = when_stopped
-            ending.finish(code)
+            shutdown.finish(code)
     except UserError as problem:
-        if ending.end_others(2):
+        if shutdown.end_others(2):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Exception as problem:
         if dist.is_broken_connection(problem):
-            ending.end_with_lost(problem)
-        ending.end_others(1)
+            shutdown.end_with_lost(problem)
+        shutdown.end_others(1)
         raise
     sys.exit(code or 0)
 

@@ -3,7 +3,6 @@
 python launch/pack.py photos/ shards/ --prefix train           a folder; subfolders are classes
 python launch/pack.py list train.csv shards/                   a list with the columns path, label: .csv .tsv .parquet
 python launch/pack.py torchvision CIFAR10 data/ shards/ --split train   a set that torchvision reads
-python launch/pack.py doctor train='shards/train-*.tar' test='shards/test-*.tar'   what is wrong with them
 python launch/pack.py index 'shards/train-{000000..000146}.tar'  the index beside shards that have none
 python launch/pack.py cub200 CUB_200_2011/ shards/cub200       also: cars196, sop, inshop
 python launch/pack.py split 'all/*.tar' shards/ --test_share 0.5   training and test without a class in common
@@ -19,14 +18,19 @@ import functools
 import sys
 from collections.abc import Callable
 
-from _door import printable, run
-from pack_doctor import doctor
-from pack_sources import add_output, folder, listed, report_unreadable, torchvision
-
-from glsd.data.pack import index_shards
-from glsd.data.retrieval_sets import RETRIEVAL_SETS, prepare
-from glsd.data.retrieval_split import assign_roles, parse_roles, split_shards
-from glsd.data.roles import RoleSummary
+from glsd.cli import audit
+from glsd.cli.door import printable
+from glsd.cli.pack_sources import (
+    add_output,
+    folder,
+    listed,
+    report_unreadable,
+    torchvision,
+)
+from glsd.packing.folder import index_shards
+from glsd.packing.retrieval_sets import RETRIEVAL_SETS, prepare
+from glsd.packing.roles import RoleSummary
+from glsd.packing.split import assign_roles, parse_roles, split_shards
 
 STOPPED = 130  # as shells report a program ended by Ctrl-C
 
@@ -120,14 +124,11 @@ def report_roles(summaries: dict[str, RoleSummary]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "doctor": audit.main,
     "list": listed,
     "torchvision": torchvision,
-    "doctor": doctor,
     "index": index,
     "split": split,
     "roles": roles,
     **{name: functools.partial(benchmark, name) for name in RETRIEVAL_SETS},
 }
-
-if __name__ == "__main__":
-    run(main)

@@ -3,11 +3,10 @@
 import argparse
 import os
 
-from _door import printable
-
-from glsd.data.pack import PackSummary, pack_folder
-from glsd.data.pack_list import pack_list
-from glsd.data.pack_torchvision import TORCHVISION_SETS, pack_torchvision
+from glsd.cli.door import printable
+from glsd.packing.folder import PackSummary, pack_folder
+from glsd.packing.lists import pack_list
+from glsd.packing.torchvision_sets import TORCHVISION_SETS, pack_torchvision
 
 SHOWN = 5
 

@@ -15,17 +15,22 @@ where they are not given. All options: submit.py STAGE --help.
 import argparse
 import copy
 import dataclasses
-import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-import _door  # noqa: E402
-from flags import CONFIGS, check_flags, refuse_out, sweep_tasks  # noqa: E402
-from resources import Parser, add_resources, sbatch_options, words_of  # noqa: E402
-from sbatch import Job, submit  # noqa: E402
-
-from glsd.contracts import UserError, pick  # noqa: E402
+from glsd.errors import UserError, pick
+from glsd.slurm.flags import (
+    CONFIGS,
+    check_flags,
+    refuse_out,
+    sweep_tasks,
+)
+from glsd.slurm.resources import (
+    Parser,
+    add_resources,
+    sbatch_options,
+    words_of,
+)
+from glsd.slurm.sbatch import Job, submit
 
 SWEEPABLE = ("pretrain", "finetune")
 # What a stage learns from, where the flags do not say it: field and flag.
@@ -183,6 +188,3 @@ def pipeline(name: str, options: list[str], flags: list[str]) -> tuple[list[Job]
 
 
 COMMANDS = {**dict.fromkeys(CONFIGS, stage), "array": array, "pipeline": pipeline}
-
-if __name__ == "__main__":
-    _door.run(main)

@@ -17,8 +17,8 @@ import torch.distributed as torch_dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from glsd.contracts import UserError
-from glsd.runtime.talk import collective
+from glsd.cluster.collectives import collective
+from glsd.errors import UserError
 
 Object = TypeVar("Object")
 PIECE_BYTES = 64 * 2**20  # that gather_rows takes from each rank at once

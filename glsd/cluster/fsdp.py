@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from glsd.runtime import dist
-from glsd.runtime.talk import collective
+from glsd.cluster import dist
+from glsd.cluster.collectives import collective
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -5,7 +5,7 @@ import socket
 
 import psutil
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
 NOWHERE = ("127.0.0.1", "::1")  # where no other host can come to

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
-from glsd.runtime import dist
-from glsd.runtime.interface import choose_interface
+from glsd.cluster import dist
+from glsd.cluster.interface import choose_interface
 
 # What travels between ranks, by optim.grad_compression.
 HOOKS = {"no": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
@@ -24,7 +24,7 @@ def start(
     if the launcher was asked for several processes but each runs alone.
     """
     choose_interface()
-    # glsd.runtime.ending says who is lost; NCCL would end the process first, without a word.
+    # glsd.cluster.shutdown says who is lost; NCCL would end the process first, without a word.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     # accelerate knows the argument by its old name only.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from glsd.contracts import UserError
-from glsd.runtime import dist, talk
-from glsd.runtime.life import Progress, Signs, waits
-from glsd.runtime.verdict import Verdict, propose, read
+from glsd.cluster import collectives, dist
+from glsd.cluster.heartbeat import Progress, Signs, waits
+from glsd.cluster.verdict import Verdict, propose, read
+from glsd.errors import UserError
 
 EXIT_LOST = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong with the run, start it again
 LOST_AFTER = 60.0  # seconds
@@ -132,7 +132,7 @@ class Watch:
 
     def _state(self) -> str:
         """What the main thread does, as Progress wants it."""
-        return f"{self.doing}/{talk.now()}"
+        return f"{self.doing}/{collectives.now()}"
 
     def _judge_notes(self) -> None:
         """Take rank 0's host for lost: the notes lie there."""

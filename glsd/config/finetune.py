@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from glsd.config import TimmArg
+from glsd.config.pretrain import TimmArg
 
 Pool = Literal["cls", "mean", "mean+max"]
 Reg = Literal["none", "psd", "obdsd", "mdr", "obdsd+mdr"]

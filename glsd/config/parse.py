@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from glsd.contracts import UserError, nearest
+from glsd.errors import UserError, nearest
 
 Config = TypeVar("Config")
 

@@ -1,4 +1,4 @@
-"""The typed configuration: these frozen dataclasses hold the only defaults; glsd.command_line reads YAML and flags over them.
+"""The typed configuration: these frozen dataclasses hold the only defaults; glsd.config.parse reads YAML and flags over them.
 
 Only the stories see these classes; the parts below take plain keyword values.
 """

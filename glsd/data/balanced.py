@@ -9,12 +9,12 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from glsd.contracts import BrokenSample, LabelledCrops, UserError
+from glsd.batches import BrokenSample, LabelledCrops
 from glsd.data.crops import random_crop, require
-from glsd.data.decode import BrokenImage
 from glsd.data.order import permutation, random_words
-from glsd.data.shards import ShardSet
 from glsd.data.workers import make_loader, raised
+from glsd.errors import BrokenImage, UserError
+from glsd.shards.store import ShardSet
 
 # What draws from the same seed stays apart by these (order.py, crops.py).
 CLASS_STREAM, IMAGE_STREAM = 0x626174636C617373, 0x626174696D616765

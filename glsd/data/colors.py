@@ -5,7 +5,7 @@ Two arrangements of the same arithmetic follow them: photometric.py (any torch d
 
 import itertools
 
-from glsd.contracts import PHOTOMETRIC_FIELDS
+from glsd.batches import PHOTOMETRIC_FIELDS
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, in 0..1, as the published backbones expect
 STD = (0.229, 0.224, 0.225)

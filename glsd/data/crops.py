@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor
 
-from glsd.contracts import PHOTOMETRIC_FIELDS, UserError
+from glsd.batches import PHOTOMETRIC_FIELDS
 from glsd.data.decode import decode_reduced
 from glsd.data.opencv import single_threaded
 from glsd.data.reduced import choose_reduction
+from glsd.errors import UserError
 
 NUM_GLOBAL = 2
 NUM_TRIES = 10  # draws of a box before the centred fallback

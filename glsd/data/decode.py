@@ -16,7 +16,13 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from glsd.data.opencv import single_threaded
-from glsd.data.reduced import REDUCTIONS, Grid, turned, upright_grid
+from glsd.data.reduced import (
+    REDUCTIONS,
+    Grid,
+    turned,
+    upright_grid,
+)
+from glsd.errors import BrokenImage
 
 # Pillow's own hard limit, applied to every format: a few bytes of header may claim any size, and the memory for
 # it would be taken before a single pixel is read.
@@ -59,10 +65,6 @@ MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 # torchvision and OpenCV put their own source file and line before the message.
 OWN_PLACES = re.compile(r"^(decode_jpeg, .*?:[0-9]+, |OpenCV\(.*?\) .*?:[0-9]+: )")
 ORIENTATION = 0x0112  # the EXIF tag
-
-
-class BrokenImage(Exception):
-    """These bytes are not an image that can be used; the message is the reason, in a few words."""
 
 
 def decode(raw: bytes) -> UInt8[Tensor, "3 h w"]:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from glsd.contracts import LabelledBatch, UserError
-from glsd.data.decode import BrokenImage, decode
+from glsd.batches import LabelledBatch
+from glsd.data.decode import decode
 from glsd.data.photometric import normalise
-from glsd.data.shards import ShardSet
 from glsd.data.workers import make_loader, raised
+from glsd.errors import BrokenImage, UserError
+from glsd.shards.store import ShardSet
 
 # Of the part that is resized: only the centre is used, and a 1 x 100000 image must not become gigabytes.
 MAX_ASPECT = 8

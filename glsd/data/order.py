@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 # The high word of each Philox key: what else draws from the same seed (crops.py) stays apart from these
 # numbers.

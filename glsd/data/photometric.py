@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from glsd.data.colours import (
+from glsd.data.colors import (
     AFTER_JITTERS,
     COLUMN,
     JITTERS,

@@ -14,7 +14,16 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from glsd.data.colours import AFTER_JITTERS, COLUMN, JITTERS, LUMA, MEAN, NEUTRAL, ORDERS, STD
+from glsd.data.colors import (
+    AFTER_JITTERS,
+    COLUMN,
+    JITTERS,
+    LUMA,
+    MEAN,
+    NEUTRAL,
+    ORDERS,
+    STD,
+)
 from glsd.data.opencv import single_threaded
 
 # A colour change is 4 x 4 on (red, green, blue, 1), values in 0..255; OpenCV takes its first three rows.

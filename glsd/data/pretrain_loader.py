@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from glsd.contracts import BrokenSample, CropBatch, UserError
-from glsd.data.crops import NUM_GLOBAL, CroppedSample, CropSpec, crop_sample
-from glsd.data.decode import BrokenImage
-from glsd.data.order import EpochOrder, epoch_length, random_words, rank_positions
-from glsd.data.shards import ShardSet
+from glsd.batches import BrokenSample, CropBatch
+from glsd.data.crops import (
+    NUM_GLOBAL,
+    CroppedSample,
+    CropSpec,
+    crop_sample,
+)
+from glsd.data.order import (
+    EpochOrder,
+    epoch_length,
+    epoch_samples,
+    random_words,
+    rank_positions,
+)
 from glsd.data.workers import make_loader, raised
+from glsd.errors import BrokenImage, UserError
+from glsd.shards.store import ShardSet
 
 STAND_IN_STREAM = 0x7374616E64696E
 MAX_STAND_INS = 20
@@ -139,7 +150,7 @@ def pretrain_loader(
     shards.check_room(2 * window_shards, f"two windows of data.window_shards {window_shards}")
     batches = rank_positions(
         consumed=consumed,
-        epoch_length=epoch_length(shards.epoch_samples, batch_size),
+        epoch_length=epoch_length(epoch_samples(shards.shard_sizes, shards.shard_weights), batch_size),
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 LOOK_EVERY = 2.0  # seconds between two looks whether the training process is still there
 

@@ -6,9 +6,9 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from glsd.runtime import dist
-from glsd.runtime.doctor_line import Line, first_line
-from glsd.runtime.doctor_panel import SLACK, Lost, Panel
+from glsd.cluster import dist
+from glsd.doctor.line import Line, first_line
+from glsd.doctor.panel import SLACK, Lost, Panel
 
 OVER_SECONDS = 60.0
 

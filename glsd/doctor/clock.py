@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from glsd.runtime.doctor_line import Line
+from glsd.doctor.line import Line
 
 SECONDS, TRIES = 30.0, 3
 PATIENCE = 5.0  # seconds for one answer of one rank

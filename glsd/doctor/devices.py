@@ -11,8 +11,13 @@ from typing import Any
 
 import torch
 
-from glsd.runtime.doctor_launch import local_rank
-from glsd.runtime.doctor_line import Line, first_line, plain, who
+from glsd.doctor.launch import local_rank
+from glsd.doctor.line import (
+    Line,
+    first_line,
+    plain,
+    who,
+)
 
 FILES_NEEDED, FILES_WISHED = 512, 4096  # open ones of a process
 SHM_NEEDED, SHM_WISHED = 128e6, 512e6  # bytes of a rank: two loader processes with two batches of crops each

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glsd.runtime.doctor_line import Line, who
+from glsd.doctor.line import Line, who
 
 SEE_SECONDS = 20.0  # until a file of another host must be seen: network disks remember for a while that it was not there
 RENAME_SECONDS = 1.0

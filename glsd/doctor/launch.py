@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glsd.runtime import dist
-from glsd.runtime.doctor_line import Line, ranges, who
+from glsd.cluster import dist
+from glsd.doctor.line import Line, ranges, who
 
 ANNOUNCED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS")

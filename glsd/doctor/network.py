@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from glsd.runtime import dist
-from glsd.runtime.doctor_launch import local_rank
-from glsd.runtime.doctor_line import Line, ranges
+from glsd.cluster import dist
+from glsd.doctor.launch import local_rank
+from glsd.doctor.line import Line, ranges
 
 JOIN_SECONDS = 30.0  # to connect all ranks, and for any single message
 LINKS_SECONDS = 8.0  # for all rounds together

@@ -17,7 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glsd.runtime.doctor_line import Line, first_line, plain, who
+from glsd.doctor.line import (
+    Line,
+    first_line,
+    plain,
+    who,
+)
 
 OLDEST, NEWEST = (3, 11), (3, 13)  # of Python
 IMPORTED = ("torch", "torchvision", "numpy", "safetensors", "timm", "accelerate", "webdataset", "jaxtyping")

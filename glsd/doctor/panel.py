@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from glsd.contracts import UserError
-from glsd.runtime.doctor_line import Line, first_line, who
+from glsd.doctor.line import Line, first_line, who
+from glsd.errors import UserError
 
 SILENT = "no answer within"
 SLACK = 5.0  # seconds between the bound of a check and the end of waiting for its answers

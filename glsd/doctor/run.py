@@ -7,18 +7,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glsd.runtime import (
-    doctor_clock,
-    doctor_devices,
-    doctor_files,
-    doctor_launch,
-    doctor_network,
-    doctor_packages,
+from glsd.cluster.interface import choose_interface
+from glsd.doctor import (
+    clock as doctor_clock,
 )
-from glsd.runtime.doctor_arrival import arrive, part, twice
-from glsd.runtime.doctor_line import Line, first_line
-from glsd.runtime.doctor_panel import SLACK, Lost, Panel, bounded
-from glsd.runtime.interface import choose_interface
+from glsd.doctor import (
+    devices as doctor_devices,
+)
+from glsd.doctor import (
+    files as doctor_files,
+)
+from glsd.doctor import (
+    launch as doctor_launch,
+)
+from glsd.doctor import (
+    network as doctor_network,
+)
+from glsd.doctor import (
+    packages as doctor_packages,
+)
+from glsd.doctor.arrival import arrive, part, twice
+from glsd.doctor.line import Line, first_line
+from glsd.doctor.panel import (
+    SLACK,
+    Lost,
+    Panel,
+    bounded,
+)
 
 QUICK = 20.0  # seconds for a check that takes none
 DEVICE_SECONDS = 90.0  # the first use of a GPU on a busy host
@@ -212,7 +227,7 @@ def data(panel: Panel, shards: Sequence[str]) -> None:
     """The shards, as every rank sees them; where packages are missing, that was said already."""
     try:
         # Only here: what it imports may be broken, and the other checks can do without.
-        from glsd.cluster_doctor_shards import read_shards
+        from glsd.doctor.shards import read_shards
     except ImportError as problem:
         panel.ask("shards", lambda: None, QUICK)
         skipped = f"not looked at: {first_line(problem)}"

@@ -5,12 +5,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glsd.data.addresses import is_remote
-from glsd.data.decode import BrokenImage
-from glsd.data.remote import TIMEOUT_VARIABLE
-from glsd.data.shards import open_shards
-from glsd.runtime.doctor_line import Line, who
-from glsd.runtime.doctor_panel import Panel
+from glsd.doctor.line import Line, who
+from glsd.doctor.panel import Panel
+from glsd.errors import BrokenImage
+from glsd.shards.addresses import is_remote
+from glsd.shards.remote import TIMEOUT_VARIABLE
+from glsd.shards.store import open_shards
 
 SECONDS = 150.0
 SHARDS_READ, SAMPLES_READ = 4, 8  # by each rank; of remote shards, which are downloaded, one

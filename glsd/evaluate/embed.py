@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from glsd.contracts import LabelledBatch, UserError
-from glsd.runtime import dist
+from glsd.batches import LabelledBatch
+from glsd.cluster import dist
+from glsd.errors import UserError
 
 
 class Embedded(NamedTuple):

@@ -6,15 +6,15 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from glsd.command_line import load_file
-from glsd.config import PretrainConfig
-from glsd.contracts import UserError, pick
-from glsd.eval_config import EvalConfig
-from glsd.eval_sets import Sizes, choose_sizes
-from glsd.finetune_build import NATIVE_SIZE, build_embedder, resolve
-from glsd.finetune_config import FinetuneConfig
+from glsd.config.evaluate import EvalConfig
+from glsd.config.finetune import FinetuneConfig
+from glsd.config.parse import load_file
+from glsd.config.pretrain import PretrainConfig
+from glsd.errors import UserError, pick
+from glsd.evaluate.sets import Sizes, choose_sizes
+from glsd.finetune.networks import NATIVE_SIZE, build_embedder, resolve
+from glsd.load import find_run, is_finetuned, read_checkpoint
 from glsd.models.backbone import Backbone, build_backbone, check_crop_size
-from glsd.run_folder import find_run, is_finetuned, read_checkpoint
 from glsd.runtime import checkpoint
 
 POOLS = {

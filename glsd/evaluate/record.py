@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 FILE = "evals.json"
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from glsd.contracts import UserError
-from glsd.evals.embed import Embedded
-from glsd.evals.retrieval import retrieval_scores
-from glsd.runtime import dist
+from glsd.cluster import dist
+from glsd.errors import UserError
+from glsd.evaluate.embed import Embedded
+from glsd.metrics.retrieval import retrieval_scores
 
 DEFINITIONS = (
     "Recall@K: share of all queries with an item of their class among the first K (hit@K); MAP@R, R-precision: means over "

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from glsd.contracts import UserError
-from glsd.data.shards import ShardSet, check_disjoint, check_same_classes
-from glsd.eval_config import EvalConfig
-from glsd.eval_model import Measured, load_model
-from glsd.eval_retrieval import describe_scores, describe_search, score_retrieval
-from glsd.eval_sets import embed_set, open_labelled, open_retrieval
-from glsd.evals.clusters import kmeans_nmi
-from glsd.evals.embed import Embedded
-from glsd.evals.knn import knn_accuracy
-from glsd.evals.linear import check_settings, linear_probe
-from glsd.evals.record import append_record, cannot_write
-from glsd.runtime import dist, ending
-from glsd.runtime.interface import choose_interface
+from glsd.cluster import dist, shutdown
+from glsd.cluster.interface import choose_interface
+from glsd.config.evaluate import EvalConfig
+from glsd.errors import UserError
+from glsd.evaluate.embed import Embedded
+from glsd.evaluate.model import Measured, load_model
+from glsd.evaluate.record import append_record, cannot_write
+from glsd.evaluate.retrieval import describe_scores, describe_search, score_retrieval
+from glsd.evaluate.sets import embed_set, open_labelled, open_retrieval
+from glsd.metrics.clusters import kmeans_nmi
+from glsd.metrics.knn import knn_accuracy
+from glsd.metrics.linear import check_settings, linear_probe
+from glsd.shards.store import ShardSet, check_disjoint, check_same_classes
 
 
 def evaluate(cfg: EvalConfig) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     choose_interface()
     processes = PartialState(cpu=not torch.cuda.is_available())
     dist.check_world(processes.num_processes, "launch/evaluate.py")
-    ending.watch_others()
+    shutdown.watch_others()
     device = processes.device
     sets = dist.together(lambda: OPENERS[cfg.protocol](cfg))
     measured = dist.together(lambda: load_model(cfg))
@@ -56,7 +56,7 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     }
     main = dist.is_main()
     # The rest may take long or fail on rank 0 alone: nobody is left waiting for it.
-    ending.finish()
+    shutdown.finish()
     if not main:
         return {}
     record: dict[str, Any] = {

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glsd.contracts import UserError
+from glsd.cluster import dist
+from glsd.config.evaluate import EvalDataConfig
+from glsd.config.finetune import FinetuneDataConfig
 from glsd.data.eval_loader import eval_loader
-from glsd.data.shards import ShardSet, check_disjoint, check_same_classes, open_shards
-from glsd.eval_config import EvalDataConfig
-from glsd.evals.embed import Embedded, embed
-from glsd.finetune_config import FinetuneDataConfig
-from glsd.runtime import dist
+from glsd.errors import UserError
+from glsd.evaluate.embed import Embedded, embed
+from glsd.shards.store import (
+    ShardSet,
+    check_disjoint,
+    check_same_classes,
+    open_shards,
+)
 
 RESIZE_TO_CROP = 256 / 224  # the margin around the centre crop in DINO's protocol (arXiv 2104.14294)
 

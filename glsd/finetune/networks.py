@@ -11,17 +11,22 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from glsd.command_line import load_file
-from glsd.config import PretrainConfig
-from glsd.contracts import UserError
-from glsd.finetune_config import FinetuneConfig, Pool
+from glsd.cluster import dist
+from glsd.config.finetune import FinetuneConfig, Pool
+from glsd.config.parse import load_file
+from glsd.config.pretrain import PretrainConfig
+from glsd.errors import UserError
+from glsd.load import (
+    find_run,
+    has_checkpoint,
+    is_finetuned,
+    read_checkpoint,
+)
 from glsd.losses.mdr import MdrStatistics, initial_statistics
 from glsd.losses.ranking import RANKING, RankingLoss, build_ranking
 from glsd.models.backbone import build_backbone
 from glsd.models.embedder import Embedder
 from glsd.optim.param_groups import param_groups
-from glsd.run_folder import find_run, has_checkpoint, is_finetuned, read_checkpoint
-from glsd.runtime import dist
 
 HEAD_SEED = 1  # added to the run's seed: the layer must not repeat a random backbone's numbers
 NATIVE_SIZE = 224  # pixels, where neither the user nor a run says
@@ -39,7 +44,7 @@ class State:
     levels: nn.Parameter  # of MDR
     mdr_statistics: MdrStatistics
     optimizer: torch.optim.Optimizer
-    bad_step: Tensor  # see glsd.guard
+    bad_step: Tensor  # see glsd.runtime.guard
     bad_loss: Tensor
     step: int = 0  # optimizer steps done
     num_broken: int = 0  # samples replaced so far, over all ranks

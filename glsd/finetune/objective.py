@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from glsd.finetune_build import State
-from glsd.finetune_config import FinetuneConfig
-from glsd.finetune_plan import diffusion_share
+from glsd.config.finetune import FinetuneConfig
+from glsd.finetune.networks import State
+from glsd.finetune.plan import diffusion_share
 from glsd.losses.mdr import (
     MdrStatistics,
     level_penalty,
@@ -18,7 +18,12 @@ from glsd.losses.mdr import (
     observe,
     pairwise_distances,
 )
-from glsd.losses.obd_sd import diffusion_target, distillation_kl, similarity_target, target_statistics
+from glsd.losses.obd_sd import (
+    diffusion_target,
+    distillation_kl,
+    similarity_target,
+    target_statistics,
+)
 from glsd.losses.ranking import RANKING
 
 

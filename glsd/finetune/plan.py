@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from glsd.contracts import UserError, pick
-from glsd.finetune_config import FinetuneConfig
+from glsd.cluster import dist
+from glsd.config.finetune import FinetuneConfig
+from glsd.errors import UserError, pick
 from glsd.losses import obd_sd
 from glsd.losses.ranking import RANKING
-from glsd.runtime import dist
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,20 +6,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from accelerate import Accelerator
 
-from glsd.command_line import differences
-from glsd.contracts import UserError
+from glsd.cluster import dist
+from glsd.config.finetune import FinetuneConfig
+from glsd.config.parse import differences
 from glsd.data.balanced import ClassGroups, class_groups, split_classes
-from glsd.data.shards import ShardSet, check_disjoint, check_same_classes
-from glsd.eval_retrieval import describe_scores, describe_search, score_retrieval
-from glsd.eval_sets import choose_sizes, embed_set, open_labelled, open_retrieval
-from glsd.evals.record import append_record, read_records
-from glsd.finetune_build import State
-from glsd.finetune_config import FinetuneConfig
-from glsd.finetune_plan import Plan
+from glsd.errors import UserError
+from glsd.evaluate.record import append_record, read_records
+from glsd.evaluate.retrieval import describe_scores, describe_search, score_retrieval
+from glsd.evaluate.sets import (
+    choose_sizes,
+    embed_set,
+    open_labelled,
+    open_retrieval,
+)
+from glsd.finetune.networks import State
+from glsd.finetune.plan import Plan
 from glsd.models.embedder import Embedder
-from glsd.runtime import dist
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run
+from glsd.shards.store import ShardSet, check_disjoint, check_same_classes
 
 
 class Sets(NamedTuple):

@@ -9,16 +9,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from glsd.command_line import dump
-from glsd.contracts import LabelledCrops, StoppedEarly, UserError
+from glsd.batches import LabelledCrops
+from glsd.cluster import dist, shutdown
+from glsd.cluster.launch import start
+from glsd.config.finetune import FinetuneConfig
+from glsd.config.parse import dump
 from glsd.data.balanced import balanced_loader
 from glsd.data.photometric import normalise
-from glsd.evals.record import cannot_write
-from glsd.finetune_build import State, build, resolve
-from glsd.finetune_config import FinetuneConfig
-from glsd.finetune_losses import batch_losses
-from glsd.finetune_plan import Plan, Rates, make_plan, rates_at
-from glsd.finetune_watch import (
+from glsd.errors import StoppedEarly, UserError
+from glsd.evaluate.record import cannot_write
+from glsd.finetune.networks import State, build, resolve
+from glsd.finetune.objective import batch_losses
+from glsd.finetune.plan import (
+    Plan,
+    Rates,
+    make_plan,
+    rates_at,
+)
+from glsd.finetune.report import (
     Sets,
     describe,
     is_due,
@@ -26,15 +34,25 @@ from glsd.finetune_watch import (
     open_sets,
     summarise,
 )
-from glsd.guard import StepReport, check_gradients, check_samples, note_bad_gradient
 from glsd.losses.mdr import MdrStatistics
 from glsd.optim.clip import clip_global
-from glsd.pretrain_plan import step_seed
-from glsd.runtime import checkpoint, dist, ending
+from glsd.rng import step_seed
+from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
-from glsd.runtime.launch import start
+from glsd.runtime.guard import (
+    StepReport,
+    check_gradients,
+    check_samples,
+    note_bad_gradient,
+)
 from glsd.runtime.meters import Meters
-from glsd.runtime.run import Run, StopVote, catch_signals, open_run, rewind
+from glsd.runtime.run import (
+    Run,
+    StopVote,
+    catch_signals,
+    open_run,
+    rewind,
+)
 
 ROLES = ("test", "query", "gallery")
 BATCH_SEED = -1  # in place of a rank: draws that all ranks share
@@ -47,7 +65,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
     data, the weights or the checkpoint cannot work, before the first step where that can be known.
     """
     accelerator = start(cfg.optim.precision, "launch/finetune_dml.py")
-    ending.watch_others(cfg.cluster.lost_after)
+    shutdown.watch_others(cfg.cluster.lost_after)
     run = Run(Path(cfg.out))
     cfg, source = dist.together(lambda: resolve(cfg))
     sets = dist.together(lambda: open_sets(cfg))

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from glsd.cluster import dist
 from glsd.losses.products import operand, operand_dtype, product
-from glsd.runtime import dist
 
 SINKHORN_BUDGET = 2**28  # bytes of logits and what is made of them at a time
 COPIES = 4

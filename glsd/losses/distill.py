@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from glsd.contracts import Match, UserError, pick
+from glsd.batches import Match
+from glsd.cluster import dist
+from glsd.errors import UserError, pick
 from glsd.losses.match import geometric, similarity
 from glsd.losses.prototype_ce import PrototypeCE, prototype_ce
 from glsd.losses.row_plan import send
-from glsd.runtime import dist
 
 # For every pair (q, v) the matches of all matchers in use, with the matcher's share already in the weight.
 Matches = dict[tuple[int, int], tuple[Match, ...]]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from glsd.contracts import Match
+from glsd.batches import Match
 
 
 @torch.no_grad()

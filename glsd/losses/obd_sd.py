@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from glsd.contracts import UserError, pick
+from glsd.errors import UserError, pick
 
 # At w = 1 the system is singular; its condition number is (1 + w) / (1 - w), 1999 at the largest w allowed.
 LARGEST_W = 0.999

@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glsd.losses.logit_terms import student_terms, teacher_terms
-from glsd.losses.products import add_product, operand, operand_dtype, product
+from glsd.losses.products import (
+    add_product,
+    operand,
+    operand_dtype,
+    product,
+)
 from glsd.losses.row_plan import RowPlan, plan_rows
 
 # Bytes of logits and what is made of them that are held at a time: a third for the teacher's distributions, the rest for the

@@ -13,9 +13,14 @@ from jaxtyping import Float, Int
 from pytorch_metric_learning import distances, losses, miners
 from torch import Tensor, nn
 
-from glsd.contracts import UserError, nearest, pick
+from glsd.errors import UserError, nearest, pick
 from glsd.losses.mining import triplet_per_anchor, triplet_per_pair
-from glsd.losses.tuple_losses import margin_loss, multi_similarity, smooth_ap, triplet_loss
+from glsd.losses.tuple_losses import (
+    margin_loss,
+    multi_similarity,
+    smooth_ap,
+    triplet_loss,
+)
 
 # (z, labels, seed) -> loss: a plain function, or a module where the loss has parameters of its own.
 Compute = Callable[[Tensor, Tensor, int], Tensor]

@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
-from glsd.contracts import UserError, pick
+from glsd.errors import UserError, pick
 
 _ITERATIONS = 20
 _NORMALISED = {"cosine": True, "euclidean": False}

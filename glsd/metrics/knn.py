@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-from glsd.contracts import UserError, pick
+from glsd.errors import UserError, pick
 
 _STEPS = (
     1e9  # cosines are compared in steps of 1e-9: closer ones count as equal, and the lower row comes first

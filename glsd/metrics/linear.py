@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 _MOMENTUM = 0.9
 _INIT_STD = 0.01

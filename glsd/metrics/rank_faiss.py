@@ -4,8 +4,15 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from glsd.evals.rank_tiles import float32_factors, rank_by_tiles
-from glsd.evals.ranks import NOTHING, QueryRanks, Search, ahead_of, precision_at_r, write
+from glsd.metrics.rank_tiles import float32_factors, rank_by_tiles
+from glsd.metrics.ranks import (
+    NOTHING,
+    QueryRanks,
+    Search,
+    ahead_of,
+    precision_at_r,
+    write,
+)
 
 _SPARE = 32
 _NUMBERS_HELD = 2**23  # coordinates gathered in float64 at a time: 64 MiB

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float32, Float64, Int64
 from torch import Tensor
 
-from glsd.evals.ranks import NOTHING, QueryRanks, Search, ahead_of, precision_at_r, write
+from glsd.metrics.ranks import (
+    NOTHING,
+    QueryRanks,
+    Search,
+    ahead_of,
+    precision_at_r,
+    write,
+)
 
 CHUNK = 64
 _TILE = {"cpu": 2048, "cuda": 8192}

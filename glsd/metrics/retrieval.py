@@ -9,10 +9,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from glsd.contracts import UserError, pick
-from glsd.evals.rank_faiss import rank_by_faiss
-from glsd.evals.rank_tiles import rank_by_tiles
-from glsd.evals.ranks import QueryRanks, as_search, positive_keys, rank_every_pair
+from glsd.errors import UserError, pick
+from glsd.metrics.rank_faiss import rank_by_faiss
+from glsd.metrics.rank_tiles import rank_by_tiles
+from glsd.metrics.ranks import (
+    QueryRanks,
+    as_search,
+    positive_keys,
+    rank_every_pair,
+)
 
 DISTANCES = {"cosine": False, "euclidean": True}
 BACKENDS: dict[str, Callable[..., Tensor]] = {"faiss": rank_by_faiss, "torch": rank_by_tiles}

@@ -11,7 +11,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from glsd.contracts import UserError, nearest, pick
+from glsd.errors import UserError, nearest, pick
 from glsd.models.drop_path import skip_dropped_rows
 from glsd.models.tokens import POOLS, TOKENS
 from glsd.models.weights import LoadReport, load_weights, read_weights

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.models.backbone import Backbone
 
 

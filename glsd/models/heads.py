@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 
 class Prototypes(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from timm.models import eva, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor, nn
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.models.pos_embed import resample_pos_embed
 
 State = dict[str, Tensor]

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
-from glsd.runtime import dist
+from glsd.cluster import dist
 
 # Added to the norm before dividing, as published.
 EPSILON = 1e-6

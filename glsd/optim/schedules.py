@@ -4,7 +4,7 @@ epoch.
 
 import math
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 
 def cosine(

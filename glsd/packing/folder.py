@@ -13,16 +13,31 @@ from typing import Any
 
 from tqdm import tqdm
 
-from glsd.contracts import UserError
-from glsd.data.addresses import is_remote
-from glsd.data.pack_resize import check_short_side
-from glsd.data.pack_resume import Packing, resumable_staging
-from glsd.data.pack_source import Source, load_images, reading_order, source_digest
-from glsd.data.pack_writer import Sample, staging, write_classes, write_shards
-from glsd.data.retrieval_files import check_regular
-from glsd.data.shard_files import find_shards, index_remote
-from glsd.data.shard_index import IMAGE_EXTENSIONS, build_index, index_path, write_index
-from glsd.data.shards import CLASSES_FILE, read_classes
+from glsd.errors import UserError
+from glsd.packing.resize import check_short_side
+from glsd.packing.resume import Packing, resumable_staging
+from glsd.packing.retrieval_files import check_regular
+from glsd.packing.source import (
+    Source,
+    load_images,
+    reading_order,
+    source_digest,
+)
+from glsd.packing.write import (
+    Sample,
+    staging,
+    write_classes,
+    write_shards,
+)
+from glsd.shards.addresses import is_remote
+from glsd.shards.find import find_shards, index_remote
+from glsd.shards.index import (
+    IMAGE_EXTENSIONS,
+    build_index,
+    index_path,
+    write_index,
+)
+from glsd.shards.store import CLASSES_FILE, read_classes
 
 
 @dataclass(frozen=True, kw_only=True)

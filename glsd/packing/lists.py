@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glsd.contracts import UserError, nearest
-from glsd.data.decode import BrokenImage
-from glsd.data.pack import FileReader, PackSummary, number_classes, pack_source
-from glsd.data.pack_parquet import ParquetReader, RowGroup, read_parquet
-from glsd.data.pack_source import Source
-from glsd.data.retrieval_files import check_regular
-from glsd.data.shards import CLASSES_FILE, read_classes
+from glsd.errors import BrokenImage, UserError, nearest
+from glsd.packing.folder import (
+    FileReader,
+    PackSummary,
+    number_classes,
+    pack_source,
+)
+from glsd.packing.parquet import ParquetReader, RowGroup, read_parquet
+from glsd.packing.retrieval_files import check_regular
+from glsd.packing.source import Source
+from glsd.shards.store import CLASSES_FILE, read_classes
 
 NEGATIVE = re.compile(r"-[0-9]+")
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # as str(int) writes it: class names such as 007 are names

@@ -1,4 +1,4 @@
-"""A program, run by glsd.data.retrieval_files: variables of the MATLAB file on its standard input as JSON.
+"""A program, run by glsd.packing.retrieval_files: variables of the MATLAB file on its standard input as JSON.
 
 Damaged files can crash SciPy's reader or make it ask for any amount of memory, which a caller can only survive in
 another process. It imports nothing of glsd, so that it starts fast and needs little memory. Arguments: the limit of its

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from glsd.contracts import UserError
-from glsd.data.decode import BrokenImage
-from glsd.data.pack_source import first_line
+from glsd.errors import BrokenImage, UserError
+from glsd.packing.source import first_line
 
 
 class RowGroup(NamedTuple):

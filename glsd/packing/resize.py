@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from glsd.contracts import UserError
-from glsd.data.decode import DECODE_ERRORS, FORMATS, BrokenImage, decode
+from glsd.data.decode import DECODE_ERRORS, FORMATS, decode
+from glsd.errors import BrokenImage, UserError
 
 JPEG_QUALITY = (
     95  # with colour as fine as brightness (4:4:4): the second coding costs next to nothing visible

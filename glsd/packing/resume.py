@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glsd.contracts import UserError
-from glsd.data.pack_source import Loaded
-from glsd.data.pack_writer import (
+from glsd.errors import UserError
+from glsd.packing.source import Loaded
+from glsd.packing.write import (
     JOURNAL_FILE,
     Sample,
     fill_shards,
@@ -27,8 +27,8 @@ from glsd.data.pack_writer import (
     sync_folder,
     table_row,
 )
-from glsd.data.shard_files import SOURCES_SUFFIX
-from glsd.data.shard_index import index_path
+from glsd.shards.find import SOURCES_SUFFIX
+from glsd.shards.index import index_path
 
 VERSION = 1
 

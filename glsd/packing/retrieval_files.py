@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 CARS_OWNER = (
     "its owner published it at https://ai.stanford.edu/~jkrause/cars/car_dataset.html, which is no longer served: "

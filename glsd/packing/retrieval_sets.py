@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from glsd.contracts import UserError
-from glsd.data.retrieval_files import (
+from glsd.errors import UserError
+from glsd.packing.retrieval_files import (
     CARS_OWNER,
     Listing,
     check_regular,
@@ -17,7 +17,7 @@ from glsd.data.retrieval_files import (
     read_inshop,
     read_sop,
 )
-from glsd.data.roles import RoleImage, RoleSummary, pack_roles
+from glsd.packing.roles import RoleImage, RoleSummary, pack_roles
 
 
 @dataclass(frozen=True, kw_only=True)

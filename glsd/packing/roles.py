@@ -9,12 +9,16 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from glsd.contracts import UserError
-from glsd.data.decode import BrokenImage
 from glsd.data.order import permutation
-from glsd.data.pack_source import SHUFFLE_STREAM, image_extension
-from glsd.data.pack_writer import Sample, staging, write_classes, write_shards
-from glsd.data.shards import CLASSES_FILE, read_classes
+from glsd.errors import BrokenImage, UserError
+from glsd.packing.source import SHUFFLE_STREAM, image_extension
+from glsd.packing.write import (
+    Sample,
+    staging,
+    write_classes,
+    write_shards,
+)
+from glsd.shards.store import CLASSES_FILE, read_classes
 
 
 class RoleImage(NamedTuple):

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
-from glsd.contracts import UserError
-from glsd.data.decode import FORMATS, BrokenImage, decode
+from glsd.data.decode import FORMATS, decode
 from glsd.data.order import permutation
-from glsd.data.pack_resize import shorten
-from glsd.data.shard_index import IMAGE_EXTENSIONS
 from glsd.data.workers import make_loader
+from glsd.errors import BrokenImage, UserError
+from glsd.packing.resize import shorten
+from glsd.shards.index import IMAGE_EXTENSIONS
 
 SHUFFLE_STREAM = 0x7061636B
 IMAGES_AT_ONCE = (

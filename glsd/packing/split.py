@@ -10,9 +10,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from glsd.contracts import UserError
-from glsd.data.roles import RoleImage, RoleSummary, pack_roles
-from glsd.data.shards import CLASSES_FILE, ShardSet, open_shards, read_classes
+from glsd.errors import UserError
+from glsd.packing.roles import RoleImage, RoleSummary, pack_roles
+from glsd.shards.store import (
+    CLASSES_FILE,
+    ShardSet,
+    open_shards,
+    read_classes,
+)
 
 JSON_LINES, TSV = (".jsonl", ".jsonl.gz"), (".tsv", ".tsv.gz")
 MAX_LINE = 2**20  # characters: a small .gz can hold a line that fills the memory

@@ -11,11 +11,15 @@ import numpy as np
 import torchvision.datasets as library
 from PIL import Image
 
-from glsd.contracts import UserError, pick
-from glsd.data.decode import BrokenImage
-from glsd.data.pack import FileReader, PackSummary, number_classes, pack_source
-from glsd.data.pack_source import Source, first_line
-from glsd.data.shards import CLASSES_FILE
+from glsd.errors import BrokenImage, UserError, pick
+from glsd.packing.folder import (
+    FileReader,
+    PackSummary,
+    number_classes,
+    pack_source,
+)
+from glsd.packing.source import Source, first_line
+from glsd.shards.store import CLASSES_FILE
 
 
 class _Set(NamedTuple):

@@ -13,10 +13,15 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from glsd.contracts import UserError
-from glsd.data.shard_files import SOURCES_SUFFIX
-from glsd.data.shard_index import BLOCK, build_index, index_path, write_index
-from glsd.data.shards import CLASSES_FILE
+from glsd.errors import UserError
+from glsd.shards.find import SOURCES_SUFFIX
+from glsd.shards.index import (
+    BLOCK,
+    build_index,
+    index_path,
+    write_index,
+)
+from glsd.shards.store import CLASSES_FILE
 
 SAMPLE_OVERHEAD = 4 * BLOCK  # image header, padding of the image, label header, label
 LOCK_FILE = ".packing.lock"

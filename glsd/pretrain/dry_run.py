@@ -11,18 +11,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from glsd.config import PretrainConfig
-from glsd.contracts import UserError
-from glsd.data.shards import open_shards
-from glsd.pretrain import make_batches, restore, train_step
-from glsd.pretrain_build import State, build
-from glsd.pretrain_plan import Plan, make_plan, rates_at
-from glsd.runtime import dist, ending
-from glsd.runtime.launch import start
+from glsd.cluster import dist, shutdown
+from glsd.cluster.launch import start
+from glsd.config.pretrain import PretrainConfig
+from glsd.data.order import epoch_samples
+from glsd.errors import UserError
+from glsd.pretrain.networks import State, build
+from glsd.pretrain.plan import Plan, make_plan, rates_at
+from glsd.pretrain.report import describe, open_probe
+from glsd.pretrain.train import make_batches, restore, train_step
 from glsd.runtime.memory import grown_since, mark_memory, total_memory
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run
-from glsd.watch import describe, open_probe
+from glsd.shards.store import open_shards
 
 MIB, GIB = 2**20, 2**30
 # Seconds after which no further step is taken, and how many are at most. Warming up takes at least one step and ends when
@@ -62,9 +63,9 @@ def forecast(cfg: PretrainConfig) -> Forecast:
         static_graph=cfg.optim.micro_batch == 0,
         grad_compression=cfg.optim.grad_compression,
     )
-    ending.watch_others(cfg.cluster.lost_after)
+    shutdown.watch_others(cfg.cluster.lost_after)
     shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
-    plan = make_plan(cfg, shards.epoch_samples)
+    plan = make_plan(cfg, epoch_samples(shards.shard_sizes, shards.shard_weights))
     state = build(cfg, accelerator)
     if cfg.resume == "auto":
         restore(cfg, state, Run(Path(cfg.out)), shards)

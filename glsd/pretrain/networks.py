@@ -7,15 +7,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from glsd.config import PretrainConfig
-from glsd.contracts import UserError
-from glsd.distillation import Distillation
+from glsd.cluster import dist, fsdp
+from glsd.config.pretrain import PretrainConfig
+from glsd.errors import UserError
 from glsd.models.backbone import Backbone, build_backbone, check_crop_size
 from glsd.models.blocks import blocks_of, compile_blocks, compile_obstacle
 from glsd.models.heads import ProjectionHead
 from glsd.models.multicrop import MultiCrop
 from glsd.optim.param_groups import param_groups
-from glsd.runtime import dist, sharding
+from glsd.pretrain.objective import Distillation
 
 LOCAL_HEAD_SEED = 1  # added to the run's seed: the two heads must start differently
 
@@ -30,7 +30,7 @@ class State:
     model: nn.Module  # the same as accelerate wrapped it (DDP, autocast)
     own: dict[
         str, nn.Parameter
-    ]  # what this rank keeps of the student's parameters, by name (sharding.own_parameters)
+    ]  # what this rank keeps of the student's parameters, by name (fsdp.own_parameters)
     own_teacher: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     centers: dict[str, Tensor]  # 'global', 'local': (k) float32
@@ -44,7 +44,7 @@ class State:
     def backbone(self, name: str) -> Backbone:
         """Return the backbone of 'student' or 'teacher' for use outside of steps: whole, by itself (a collective call)."""
         backbone = {"student": self.student, "teacher": self.teacher}[name].backbone
-        return sharding.filled(self.plans[name], backbone) if self.plans else backbone
+        return fsdp.filled(self.plans[name], backbone) if self.plans else backbone
 
 
 def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
@@ -132,7 +132,7 @@ def build(cfg: PretrainConfig, accelerator: Accelerator) -> State:
     )
     zero = torch.zeros(cfg.head.num_prototypes, device=accelerator.device)
     plans = cut(cfg, losses, teacher) if cfg.cluster.parallel == "fsdp" and dist.world_size() > 1 else {}
-    own = sharding.own_parameters(student)
+    own = fsdp.own_parameters(student)
     # Not prepared: without a gradient scaler accelerate's wrapper adds nothing. lr and decay are set at every step.
     optimizer = torch.optim.AdamW(param_groups(own.items()), lr=0.0, weight_decay=0.0, fused=True)
     return State(
@@ -141,7 +141,7 @@ def build(cfg: PretrainConfig, accelerator: Accelerator) -> State:
         losses=losses,
         model=accelerator.prepare_model(losses, evaluation_mode=bool(plans)),  # in parts without DDP
         own=own,
-        own_teacher=sharding.own_parameters(teacher),
+        own_teacher=fsdp.own_parameters(teacher),
         optimizer=optimizer,
         centers={"global": zero, "local": zero.clone()},
         bad_step=torch.tensor(-1, device=accelerator.device),
@@ -153,7 +153,7 @@ def build(cfg: PretrainConfig, accelerator: Accelerator) -> State:
 def cut(cfg: PretrainConfig, losses: Distillation, teacher: MultiCrop) -> dict[str, Backbone]:
     """Leave every rank its part of student and teacher, in place, and return the plans of their backbones."""
     networks = {"student": losses.student, "teacher": teacher}
-    plans = {name: sharding.blueprint(network.backbone) for name, network in networks.items()}
+    plans = {name: fsdp.blueprint(network.backbone) for name, network in networks.items()}
     for root, network in ((losses, losses.student), (teacher, teacher)):
-        sharding.shard(root, blocks_of(network.backbone.net), grad_compression=cfg.optim.grad_compression)
+        fsdp.shard(root, blocks_of(network.backbone.net), grad_compression=cfg.optim.grad_compression)
     return plans

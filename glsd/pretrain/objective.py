@@ -9,13 +9,19 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor, nn
 
+from glsd.cluster import dist, fsdp
 from glsd.geometry import patch_centers, squared_half_diagonals
 from glsd.losses.center import sinkhorn_center
-from glsd.losses.distill import LocalLoss, Matches, global_loss, local_loss, match_views
+from glsd.losses.distill import (
+    LocalLoss,
+    Matches,
+    global_loss,
+    local_loss,
+    match_views,
+)
 from glsd.losses.prototype_ce import PrototypeCE
 from glsd.models.heads import ProjectionHead
 from glsd.models.multicrop import MultiCrop, Views
-from glsd.runtime import dist, sharding
 
 NUM_GLOBAL = 2
 
@@ -168,7 +174,7 @@ def run_teacher(
     sinkhorn_iterations: None takes ``centers``; a number replaces them by the Sinkhorn-Knopp centres of this micro-batch
     over all ranks.
     """
-    with sharding.without_gradients(teacher):
+    with fsdp.without_gradients(teacher):
         views = teacher(global_crops, num_images=len(global_crops) // NUM_GLOBAL)
 
         def center(name: str, head: ProjectionHead, vectors: Float[Tensor, "r e"]) -> Float[Tensor, " k"]:

@@ -1,14 +1,13 @@
 """From configuration to numbers: how a pretraining run is cut into steps, and what the schedules say at each."""
 
-import hashlib
 import math
 from dataclasses import dataclass
 
-from glsd.config import PretrainConfig
-from glsd.contracts import UserError
+from glsd.cluster import dist
+from glsd.config.pretrain import PretrainConfig
 from glsd.data.order import micro_batches
+from glsd.errors import UserError
 from glsd.optim.schedules import check_schedule, cosine, teacher_temp
-from glsd.runtime import dist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +143,3 @@ def rates_at(cfg: PretrainConfig, plan: Plan, step: int) -> Rates:
         epoch=epoch,
         freeze_prototypes=epoch < o.freeze_prototypes_epochs,
     )
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of the random draws that a rank makes inside a step (stochastic depth)."""
-    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1  # torch takes signed 64-bit seeds

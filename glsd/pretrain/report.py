@@ -6,19 +6,26 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from glsd.command_line import differences
-from glsd.config import PretrainConfig
-from glsd.contracts import CropBatch, UserError
-from glsd.data.shards import ShardSet, check_disjoint, check_same_classes, open_shards
-from glsd.distillation import NUM_GLOBAL, Pixels
-from glsd.eval_sets import choose_sizes, embed_set
-from glsd.evals.knn import knn_accuracy
+from glsd.batches import CropBatch
+from glsd.cluster import dist
+from glsd.config.parse import differences
+from glsd.config.pretrain import PretrainConfig
+from glsd.errors import UserError
+from glsd.evaluate.sets import choose_sizes, embed_set
+from glsd.metrics.knn import knn_accuracy
 from glsd.models.blocks import as_written
-from glsd.pretrain_build import State
-from glsd.pretrain_plan import Plan
-from glsd.runtime import dist, health
+from glsd.pretrain.networks import State
+from glsd.pretrain.objective import NUM_GLOBAL, Pixels
+from glsd.pretrain.plan import Plan
+from glsd.runtime import health
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run
+from glsd.shards.store import (
+    ShardSet,
+    check_disjoint,
+    check_same_classes,
+    open_shards,
+)
 
 NUM_DRAWN = 4  # images in a picture
 
@@ -66,7 +73,7 @@ def draw_first_batch(run: Run, state: State, pixels: Pixels, batch: CropBatch) -
     student, teacher = state.backbone("student"), state.backbone("teacher")
     if not dist.is_main():
         return
-    from glsd.show.matches import draw_matches  # half a second of import, for one process and once
+    from glsd.show.matches import draw_matches
 
     b = len(batch.keys)
     with as_written():

@@ -9,26 +9,58 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from glsd.command_line import dump
-from glsd.config import PretrainConfig
-from glsd.contracts import CropBatch, StoppedEarly, UserError
+from glsd.batches import CropBatch
+from glsd.cluster import dist, fsdp, shutdown
+from glsd.cluster.launch import start
+from glsd.config.parse import dump
+from glsd.config.pretrain import PretrainConfig
 from glsd.data.crops import CropSpec
+from glsd.data.order import epoch_samples
 from glsd.data.photometric import photometric
 from glsd.data.pretrain_loader import pretrain_loader
-from glsd.data.shards import ShardSet, open_shards
-from glsd.distillation import Pixels, mean_logits, mean_values, run_teacher
-from glsd.guard import StepReport, check_gradients, check_samples, log_samples, note_bad_gradient
+from glsd.errors import StoppedEarly, UserError
 from glsd.losses.center import ema_center
 from glsd.optim.clip import CLIPPERS
 from glsd.optim.ema import ema_update
-from glsd.pretrain_build import State, build
-from glsd.pretrain_plan import Plan, Rates, make_plan, rates_at, step_seed
-from glsd.runtime import checkpoint, dist, ending, sharding
+from glsd.pretrain.networks import State, build
+from glsd.pretrain.objective import (
+    Pixels,
+    mean_logits,
+    mean_values,
+    run_teacher,
+)
+from glsd.pretrain.plan import (
+    Plan,
+    Rates,
+    make_plan,
+    rates_at,
+)
+from glsd.pretrain.report import (
+    advise,
+    describe,
+    draw_first_batch,
+    open_probe,
+    probe,
+)
+from glsd.rng import step_seed
+from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
-from glsd.runtime.launch import start
+from glsd.runtime.guard import (
+    StepReport,
+    check_gradients,
+    check_samples,
+    log_samples,
+    note_bad_gradient,
+)
 from glsd.runtime.meters import Meters
-from glsd.runtime.run import Run, StopVote, catch_signals, open_run, rewind
-from glsd.watch import advise, describe, draw_first_batch, open_probe, probe
+from glsd.runtime.run import (
+    Run,
+    StopVote,
+    catch_signals,
+    open_run,
+    rewind,
+)
+from glsd.shards.store import ShardSet, open_shards
 
 
 def pretrain(cfg: PretrainConfig) -> Path:
@@ -45,9 +77,9 @@ def pretrain(cfg: PretrainConfig) -> Path:
         static_graph=cfg.optim.micro_batch == 0,
         grad_compression=cfg.optim.grad_compression,
     )
-    ending.watch_others(cfg.cluster.lost_after)
+    shutdown.watch_others(cfg.cluster.lost_after)
     shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
-    plan = make_plan(cfg, shards.epoch_samples)
+    plan = make_plan(cfg, epoch_samples(shards.shard_sizes, shards.shard_weights))
     state = build(cfg, accelerator)
     run = Run(Path(cfg.out))
     saved = restore(cfg, state, run, shards) if cfg.resume == "auto" else None
@@ -181,12 +213,12 @@ def train_step(
                 else None,
             )
         # Gradients travel between ranks with the last micro-batch only.
-        sharding.synchronise_gradients(state.losses, number == len(plan.shares))
+        fsdp.synchronise_gradients(state.losses, number == len(plan.shares))
         with contextlib.nullcontext() if number == len(plan.shares) else accelerator.no_sync(state.model):
             out = state.model(pixels, targets)
             accelerator.backward(out.loss * share)
         outs.append(out)
-    sharding.hand_over_gradients(state.student, state.own)
+    fsdp.hand_over_gradients(state.student, state.own)
     norms = CLIPPERS[cfg.optim.clip_mode](state.own.values(), cfg.optim.clip_grad, in_parts=bool(state.plans))
     values = {**mean_values(outs, plan.shares), "grad_norm": torch.linalg.vector_norm(norms)}
     note_bad_gradient(state, values)
@@ -216,8 +248,8 @@ def save(cfg: PretrainConfig, state: State, meters: Meters, run: Run, shards: Sh
         run.checkpoints,
         step=state.step,
         tensors={
-            "student": sharding.gather_state(state.student),
-            "teacher": sharding.gather_state(state.teacher),
+            "student": fsdp.gather_state(state.student),
+            "teacher": fsdp.gather_state(state.teacher),
             "centers": state.centers,
         },
         state={
@@ -225,7 +257,7 @@ def save(cfg: PretrainConfig, state: State, meters: Meters, run: Run, shards: Sh
             "num_broken": state.num_broken,
             "order": order_of(cfg, shards),
         },
-        optimizer=sharding.gather_optimizer(state.optimizer, state.student),
+        optimizer=fsdp.gather_optimizer(state.optimizer, state.student),
         keep=cfg.watch.keep_checkpoints,
     )
 
@@ -249,7 +281,7 @@ def restore(cfg: PretrainConfig, state: State, run: Run, shards: ShardSet) -> Ch
         )
     for name, network in (("student", state.student), ("teacher", state.teacher)):
         checkpoint.restore(network, saved.tensors[name], source=f"{saved.path}/{name}.safetensors")
-    sharding.load_optimizer(state.optimizer, saved.optimizer, state.student)
+    fsdp.load_optimizer(state.optimizer, saved.optimizer, state.student)
     for name, center in saved.tensors["centers"].items():
         state.centers[name] = center.to(state.centers[name].device)
     state.step, state.num_broken = saved.step, saved.state["num_broken"]

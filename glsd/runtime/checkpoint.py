@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from glsd.contracts import UserError
-from glsd.runtime import dist, sharding
+from glsd.cluster import dist, fsdp
+from glsd.errors import UserError
 
 VERSION = 1
 _OPTIMIZER, _STATE, _MANIFEST = "optimizer.pt", "state.json", "manifest.json"
@@ -147,7 +147,7 @@ def restore(module: nn.Module, saved: Mapping[str, Tensor], *, source: str) -> N
     if unknown:
         found = tuple(saved[unknown[0]].shape)
         raise UserError(f"{source} has a tensor {unknown[0]} {found} that this model lacks; {advice}")
-    sharding.load_state(module, saved)
+    fsdp.load_state(module, saved)
 
 
 def _name(step: int) -> str:

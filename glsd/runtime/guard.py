@@ -6,11 +6,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from glsd.config import PretrainConfig
-from glsd.contracts import BrokenSample, UserError
-from glsd.finetune_config import FinetuneConfig
-from glsd.pretrain_plan import Plan
-from glsd.runtime import dist
+from glsd.batches import BrokenSample
+from glsd.cluster import dist
+from glsd.config.finetune import FinetuneConfig
+from glsd.config.pretrain import PretrainConfig
+from glsd.errors import UserError
+from glsd.pretrain.plan import Plan
 from glsd.runtime.run import Run, append_rows
 
 

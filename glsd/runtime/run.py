@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from glsd.contracts import UserError
-from glsd.runtime import dist
+from glsd.cluster import dist
+from glsd.errors import UserError
 
 PACKAGES = (
     "torch",

@@ -2,7 +2,7 @@
 
 import re
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 # Parameters of a query that say who may read, not what: of Amazon, Google, Microsoft, CloudFront.

@@ -15,11 +15,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from glsd.contracts import UserError
-from glsd.data.addresses import identity, shown
-from glsd.data.file_locks import FAILED, POLL, exclusive, locked, noted, removed_if_abandoned
-from glsd.data.remote import copy_to, from_environment, look_up, patience
-from glsd.data.shard_index import IndexHeader, marks_digest
+from glsd.errors import UserError
+from glsd.shards.addresses import identity, shown
+from glsd.shards.file_locks import (
+    FAILED,
+    POLL,
+    exclusive,
+    locked,
+    noted,
+    removed_if_abandoned,
+)
+from glsd.shards.index import IndexHeader, marks_digest
+from glsd.shards.remote import (
+    copy_to,
+    from_environment,
+    look_up,
+    patience,
+)
 
 FOLDER_VARIABLE, SIZE_VARIABLE = "GLSD_CACHE", "GLSD_CACHE_GB"
 DEFAULT_GIGABYTES = 100.0

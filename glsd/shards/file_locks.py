@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from glsd.contracts import UserError
-from glsd.data.remote import TIMEOUT_VARIABLE, patience
+from glsd.errors import UserError
+from glsd.shards.remote import TIMEOUT_VARIABLE, patience
 
 FAILED = ".failed"  # suffix of the notes
 POLL = 0.05  # seconds between two looks at what another process does

@@ -13,11 +13,23 @@ from pathlib import Path
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from glsd.contracts import UserError
-from glsd.data.addresses import beside, check_scheme, identity, is_remote, shown
-from glsd.data.remote import MAX_CONNECTIONS, RemoteFile, copy_to, glob_remote, look_up, write_all
-from glsd.data.shard_cache import FOLDER_VARIABLE, PART, ShardCache, cache_bytes, cache_folder, check_size
-from glsd.data.shard_index import (
+from glsd.errors import UserError
+from glsd.shards.addresses import (
+    beside,
+    check_scheme,
+    identity,
+    is_remote,
+    shown,
+)
+from glsd.shards.cache import (
+    FOLDER_VARIABLE,
+    PART,
+    ShardCache,
+    cache_bytes,
+    cache_folder,
+    check_size,
+)
+from glsd.shards.index import (
     REBUILD,
     SUFFIX,
     VERSION,
@@ -27,6 +39,14 @@ from glsd.data.shard_index import (
     map_index,
     read_header,
     write_index,
+)
+from glsd.shards.remote import (
+    MAX_CONNECTIONS,
+    RemoteFile,
+    copy_to,
+    glob_remote,
+    look_up,
+    write_all,
 )
 
 HIDDEN = frozenset((403, 404))  # what a store that may not be listed says of a file that is not there

@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from safetensors.numpy import save
 
-from glsd.contracts import UserError
-from glsd.data.tar_members import BLOCK, TarError
-from glsd.data.tar_samples import IMAGE_EXTENSIONS, scan_samples
+from glsd.errors import UserError
+from glsd.shards.tar import BLOCK, TarError
+from glsd.shards.tar_samples import IMAGE_EXTENSIONS, scan_samples
 
 VERSION = 3
 SUFFIX = ".index"

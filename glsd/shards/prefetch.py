@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 
 class Prefetcher:

@@ -14,9 +14,15 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 
-from glsd.contracts import UserError
-from glsd.data.addresses import check_scheme, shown
-from glsd.data.remote_errors import CLIENTS, error_types, is_wrong, reason_of, status_of
+from glsd.errors import UserError
+from glsd.shards.addresses import check_scheme, shown
+from glsd.shards.remote_errors import (
+    CLIENTS,
+    error_types,
+    is_wrong,
+    reason_of,
+    status_of,
+)
 
 Result = TypeVar("Result")
 

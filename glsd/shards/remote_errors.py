@@ -4,7 +4,7 @@ import importlib
 import re
 from collections.abc import Iterator
 
-from glsd.data.addresses import shown
+from glsd.shards.addresses import shown
 
 # What to install for a scheme, and the error types of its client that are no OSError.
 CLIENTS: dict[str, tuple[str, tuple[str, ...]]] = {

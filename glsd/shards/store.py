@@ -11,15 +11,23 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from glsd.contracts import UserError
-from glsd.data.addresses import identity, is_remote, shown
-from glsd.data.decode import BrokenImage
-from glsd.data.order import epoch_samples
-from glsd.data.prefetch import Prefetcher
-from glsd.data.remote import look_up, read_all
-from glsd.data.shard_cache import ShardCache, check_digest
-from glsd.data.shard_files import HIDDEN, find_sources, shard_cache, shard_headers
-from glsd.data.shard_index import REBUILD, IndexHeader, ShardIndex, map_index
+from glsd.errors import BrokenImage, UserError
+from glsd.shards.addresses import identity, is_remote, shown
+from glsd.shards.cache import ShardCache, check_digest
+from glsd.shards.find import (
+    HIDDEN,
+    find_sources,
+    shard_cache,
+    shard_headers,
+)
+from glsd.shards.index import (
+    REBUILD,
+    IndexHeader,
+    ShardIndex,
+    map_index,
+)
+from glsd.shards.prefetch import Prefetcher
+from glsd.shards.remote import look_up, read_all
 
 CLASSES_FILE = "classes.json"  # beside labelled shards: the class names, in the order of their labels
 CHECKED_AT_START = 1000  # shards whose content is looked at when they are opened: some 0.1 ms each
@@ -55,11 +63,6 @@ class ShardSet:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    @property
-    def epoch_samples(self) -> int:
-        """How many samples an epoch reads: all once, or as the weights say."""
-        return epoch_samples(self.shard_sizes, self.shard_weights)
 
     def read(self, index: int) -> bytes:
         """Return the bytes of a sample's image file.

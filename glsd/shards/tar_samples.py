@@ -5,8 +5,8 @@ from array import array
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from glsd.contracts import UserError
-from glsd.data.tar_members import Member, read_members
+from glsd.errors import UserError
+from glsd.shards.tar import Member, read_members
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif"))
 MAX_LABEL_BYTES = 32

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 from torch import Tensor
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.geometry import grid_side
 
 _COLORS = colormaps["hsv"]

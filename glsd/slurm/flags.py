@@ -8,16 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import _door
-from resources import words_of
-
-from glsd.command_line import load
-from glsd.config import PretrainConfig
-from glsd.contracts import UserError, pick
-from glsd.eval_config import EvalConfig
-from glsd.finetune_config import FinetuneConfig
+from glsd.config.evaluate import EvalConfig
+from glsd.config.finetune import FinetuneConfig
+from glsd.config.parse import load
+from glsd.config.pretrain import PretrainConfig
+from glsd.errors import UserError, pick
+from glsd.slurm.resources import words_of
 
 CONFIGS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "evaluate": EvalConfig}
 
@@ -73,7 +69,3 @@ def main(argv: list[str]) -> None:
     if not argv:
         raise UserError(f"expected a stage ({', '.join(CONFIGS)}) and its flags")
     print(check_flags(argv[0], argv[1:]).out)
-
-
-if __name__ == "__main__":
-    _door.run(main)

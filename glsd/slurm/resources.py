@@ -5,7 +5,7 @@ import re
 import shlex
 import typing
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 WARN_SECONDS = 120  # as in the batch scripts
 # minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
@@ -138,10 +138,10 @@ def seconds_of(time: str) -> float:
         )
     days, hours, minutes, seconds, first, second, third = (int(part or 0) for part in match.groups())
     if match[1] is not None:
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
     if match[7] is not None:  # hours:minutes:seconds
-        return (first * 60 + second) * 60 + third
-    return first * 60 + second
+        return float((first * 60 + second) * 60 + third)
+    return float(first * 60 + second)
 
 
 def extra_options(texts: list[str]) -> list[str]:

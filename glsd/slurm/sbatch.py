@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

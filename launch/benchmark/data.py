@@ -13,8 +13,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark_plain_data import PlainDataset, plain_batches
-from benchmark_tools import (
+from PIL import Image
+from torch import Tensor
+
+from glsd.batches import CropBatch
+from glsd.data.crops import CropSpec, crop_sample
+from glsd.data.decode import decode
+from glsd.data.pretrain_loader import pretrain_loader
+from glsd.errors import UserError
+from glsd.packing.folder import pack_samples
+from glsd.pretrain.train import augment
+from glsd.runtime.memory import grown_since, mark_memory
+from glsd.shards.store import ShardSet, open_shards
+from launch.benchmark.plain_data import PlainDataset, plain_batches
+from launch.benchmark.tools import (
     MIB,
     SOURCE_HEIGHT,
     SOURCE_WIDTH,
@@ -30,17 +42,6 @@ from benchmark_tools import (
     print_table,
     start,
 )
-from PIL import Image
-from torch import Tensor
-
-from glsd.contracts import CropBatch, UserError
-from glsd.data.crops import CropSpec, crop_sample
-from glsd.data.decode import decode
-from glsd.data.pack import pack_samples
-from glsd.data.pretrain_loader import pretrain_loader
-from glsd.data.shards import ShardSet, open_shards
-from glsd.pretrain import augment
-from glsd.runtime.memory import grown_since, mark_memory
 
 KINDS = ("plain", "ours")
 WINDOW_SHARDS = 16
@@ -90,7 +91,7 @@ def benchmark(args: argparse.Namespace) -> None:
             )
             found[name] = measure(shards, sizes, args)
         memory = {
-            kind: in_own_process(__file__, {"kind": kind, "shards": patterns, **sizes})["mib"]
+            kind: in_own_process("launch.benchmark.data", {"kind": kind, "shards": patterns, **sizes})["mib"]
             for kind in KINDS
         }
     # Of several data sets the worst figure stands for all; each has its own under ``sets``.

@@ -11,15 +11,20 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from benchmark_tools import add_json, finish, paired_ratio, synchronise
 
-from glsd.command_line import load
-from glsd.contracts import LabelledCrops
-from glsd.finetune import train_step
-from glsd.finetune_build import State, build, resolve
-from glsd.finetune_config import FinetuneConfig, Reg
-from glsd.finetune_plan import Rates
+from glsd.batches import LabelledCrops
+from glsd.config.finetune import FinetuneConfig, Reg
+from glsd.config.parse import load
+from glsd.finetune.networks import State, build, resolve
+from glsd.finetune.plan import Rates
+from glsd.finetune.train import train_step
 from glsd.runtime.meters import Meters
+from launch.benchmark.tools import (
+    add_json,
+    finish,
+    paired_ratio,
+    synchronise,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_tools import MIB, add_json, finish
 from torch import Tensor
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
+from launch.benchmark.tools import MIB, add_json, finish
 
 LIBRARIES = ("ours", "pml", "ours, deep")  # the last: with Recall@1000 as well, which pml does not offer
 METRICS = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
@@ -88,7 +88,7 @@ def report(name: str, rounds: list[dict[str, dict]]) -> None:
 
 
 def measured(who: str, folder: str) -> dict:
-    command = [sys.executable, __file__, who, folder]
+    command = [sys.executable, "-m", "launch.benchmark.eval", who, folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
@@ -114,7 +114,7 @@ def calculator(who: str) -> Callable[[Tensor, Tensor], dict]:
 
         theirs = AccuracyCalculator(include=METRICS, k="max_bin_count", device=torch.device("cpu"))
         return lambda vectors, labels: {"values": theirs.get_accuracy(vectors, labels)}
-    from glsd.evals.retrieval import retrieval_scores
+    from glsd.metrics.retrieval import retrieval_scores
 
     def ours(vectors: Tensor, labels: Tensor) -> dict:
         scores = retrieval_scores(vectors, labels, recall_at=RECALL_AT[who])

@@ -8,12 +8,25 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import benchmark_sweep
 import torch
 import torch.nn.functional as F
-from benchmark_floor import layouts, needed_rows, product_flops
-from benchmark_plain import plain_local_loss
-from benchmark_tools import (
+from torch import Tensor
+
+from glsd.data.crops import CropSpec
+from glsd.errors import UserError
+from glsd.geometry import patch_centers, squared_half_diagonals
+from glsd.losses.distill import (
+    LocalLoss,
+    Matches,
+    local_loss,
+    match_views,
+)
+from glsd.pretrain.objective import NUM_GLOBAL
+from glsd.runtime.memory import grown_since, mark_memory
+from launch.benchmark import sweep as benchmark_sweep
+from launch.benchmark.floor import layouts, needed_rows, product_flops
+from launch.benchmark.plain import plain_local_loss
+from launch.benchmark.tools import (
     MIB,
     Result,
     Work,
@@ -29,14 +42,6 @@ from benchmark_tools import (
     print_table,
     start,
 )
-from torch import Tensor
-
-from glsd.contracts import UserError
-from glsd.data.crops import CropSpec
-from glsd.distillation import NUM_GLOBAL
-from glsd.geometry import patch_centers, squared_half_diagonals
-from glsd.losses.distill import LocalLoss, Matches, local_loss, match_views
-from glsd.runtime.memory import grown_since, mark_memory
 
 STRIDE = 16
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
@@ -214,7 +219,7 @@ def extra_memory(name: str, sizes: dict[str, Any], device: torch.device) -> floa
     """Return the MiB that one run needs beyond its inputs: on the CPU in a process of its own."""
     if device.type == "cuda":
         return peak_beyond_inputs(name, sizes, device)
-    return in_own_process(__file__, {"name": name, **sizes})["mib"]
+    return in_own_process("launch.benchmark.loss", {"name": name, **sizes})["mib"]
 
 
 def peak_beyond_inputs(name: str, sizes: dict[str, Any], device: torch.device) -> float:

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 
 from glsd.data.crops import BLUR_SIGMA, NUM_GLOBAL, CropSpec
 from glsd.data.photometric import MEAN, STD
-from glsd.data.shards import ShardSet
+from glsd.shards.store import ShardSet
 
 
 class Sometimes:

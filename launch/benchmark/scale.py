@@ -11,12 +11,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-import benchmark_step
 import torch
-from benchmark_scale_model import communication_s, expected_bytes, link_of, step_s
-from benchmark_tools import MIB, check_positive, device_name, finish, start
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
+from launch.benchmark import step as benchmark_step
+from launch.benchmark.scale_model import (
+    communication_s,
+    expected_bytes,
+    link_of,
+    step_s,
+)
+from launch.benchmark.tools import (
+    MIB,
+    check_positive,
+    device_name,
+    finish,
+    start,
+)
 
 WAYS = {
     "ddp": {"cluster.parallel": "ddp"},
@@ -113,7 +124,7 @@ def group(ranks: int, args: argparse.Namespace, way: dict[str, str], batch_size:
     }
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
-    command = [sys.executable, str(Path(__file__).with_name("benchmark_scale_rank.py")), json.dumps(payload)]
+    command = [sys.executable, "-m", "launch.benchmark.scale_rank", json.dumps(payload)]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{rank}.{kind}" for rank in range(ranks) for kind in ("out", "err")]
         outputs = [file.open("w+") for file in files]

@@ -5,10 +5,15 @@ from dataclasses import dataclass
 
 import timm
 import torch
-from benchmark_scale_model import Link, communication_s, expected_bytes, step_s
 
 from glsd.models.blocks import blocks_of
 from glsd.models.heads import ProjectionHead
+from launch.benchmark.scale_model import (
+    Link,
+    communication_s,
+    expected_bytes,
+    step_s,
+)
 
 NODES = (1, 2, 4, 8, 16, 32, 64)
 GPUS = 8  # of a node

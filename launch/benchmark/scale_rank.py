@@ -12,19 +12,25 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from benchmark_step import FLAGS, Clock, Setup, random_batch, take_step
-from benchmark_tools import synchronise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from glsd.command_line import load
-from glsd.config import PretrainConfig
+from glsd.cluster import dist, launch
+from glsd.config.parse import load
+from glsd.config.pretrain import PretrainConfig
 from glsd.models.blocks import blocks_of
-from glsd.pretrain_build import State, build
-from glsd.pretrain_plan import make_plan
-from glsd.runtime import dist, launch
+from glsd.pretrain.networks import State, build
+from glsd.pretrain.plan import make_plan
 from glsd.runtime.meters import Meters
+from launch.benchmark.step import (
+    FLAGS,
+    Clock,
+    Setup,
+    random_batch,
+    take_step,
+)
+from launch.benchmark.tools import synchronise
 
 # Names in torch's collectives -> kind, and which of the first two arguments holds the whole (not one rank's part).
 KINDS = {

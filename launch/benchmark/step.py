@@ -16,8 +16,21 @@ from unittest import mock
 
 import torch
 from accelerate import Accelerator
-from benchmark_plain import plain_global_loss, plain_local_loss
-from benchmark_tools import (
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from glsd.batches import CropBatch
+from glsd.config.parse import load
+from glsd.config.pretrain import PretrainConfig
+from glsd.data.crops import CropSpec
+from glsd.pretrain import objective as distillation
+from glsd.pretrain import train as pretrain
+from glsd.pretrain.networks import State, build
+from glsd.pretrain.plan import Plan, Rates
+from glsd.runtime.memory import grown_since, mark_memory
+from glsd.runtime.meters import Meters
+from launch.benchmark.plain import plain_global_loss, plain_local_loss
+from launch.benchmark.tools import (
     MIB,
     Result,
     Work,
@@ -34,18 +47,6 @@ from benchmark_tools import (
     start,
     synchronise,
 )
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-
-from glsd import distillation, pretrain
-from glsd.command_line import load
-from glsd.config import PretrainConfig
-from glsd.contracts import CropBatch
-from glsd.data.crops import CropSpec
-from glsd.pretrain_build import State, build
-from glsd.pretrain_plan import Plan, Rates
-from glsd.runtime.memory import grown_since, mark_memory
-from glsd.runtime.meters import Meters
 
 KINDS = ("plain", "ours")
 PLAIN = {"local_loss": plain_local_loss, "global_loss": plain_global_loss}
@@ -105,7 +106,9 @@ def benchmark(args: argparse.Namespace) -> None:
         shares = {kind: shares_of(kind, setup, rounds=min(3, args.rounds)) for kind in KINDS}
         mib = {kind: peak_beyond_state(kind, setup) for kind in KINDS if device.type == "cuda"}
     if device.type == "cpu":
-        mib = {kind: in_own_process(__file__, {"kind": kind, **flags})["mib"] for kind in KINDS}
+        mib = {
+            kind: in_own_process("launch.benchmark.step", {"kind": kind, **flags})["mib"] for kind in KINDS
+        }
     results = {kind: Result(seconds[kind], mib[kind], flops[kind]) for kind in KINDS}
     work = Work(args.batch_size, flops["ours"])
     print_table(results, work, device)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.geometry import grid_side
 from glsd.runtime.memory import total_memory
-from glsd.show.growth import Curve, draw_growth
+from launch.benchmark.growth import Curve, draw_growth
 
 RANGES = {
     "prototypes": (2048, 4096, 8192, 16384, 32768, 65536),

@@ -9,9 +9,8 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from _door import run
-
-from glsd.contracts import UserError
+from glsd.cli.door import run
+from glsd.errors import UserError
 
 METRICS = {"recall@1": "Recall@1", "map_at_r": "MAP@R"}
 

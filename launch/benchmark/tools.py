@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import glsd
-from glsd.contracts import UserError
 from glsd.data.crops import NUM_GLOBAL, CropSpec, draw
+from glsd.errors import UserError
 
 MIB = 2**20
 SOURCE_HEIGHT, SOURCE_WIDTH = 375, 500  # of the photographs the boxes are drawn on, in pixels
@@ -132,8 +132,8 @@ def quartiles(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def in_own_process(module: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-    """Run ``module`` as a script with ``payload`` as JSON and return the JSON of its last line: a fresh memory peak."""
-    command = [sys.executable, module, json.dumps(payload)]
+    """Run ``module`` by its dotted name with ``payload`` as JSON and return the JSON of its last line: a fresh memory peak."""
+    command = [sys.executable, "-m", module, json.dumps(payload)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")

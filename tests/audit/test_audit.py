@@ -9,19 +9,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import _door
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
-from small_shards import noise_image
 
-from glsd.contracts import UserError
-from glsd.data.doctor import Examination, examine
-from glsd.data.doctor_scan import parse_splits
-from glsd.data.near_duplicates import MAX_DIFFERENCE, MIN_CORRELATION, find_near_duplicates, fingerprint
-from glsd.data.pack import pack_samples
-from glsd.data.shard_index import index_path
-from glsd.data.shards import open_shards
+from glsd.audit.census import parse_splits
+from glsd.audit.near_duplicates import (
+    MAX_DIFFERENCE,
+    MIN_CORRELATION,
+    find_near_duplicates,
+    fingerprint,
+)
+from glsd.audit.report import Examination, examine
+from glsd.cli import door as _door
+from glsd.cli import pack as pack_command
+from glsd.errors import UserError
+from glsd.packing.folder import pack_samples
+from glsd.shards.index import index_path
+from glsd.shards.store import open_shards
+from tests.helpers.small_shards import noise_image
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
 
@@ -197,7 +203,6 @@ def test_damaged_shards(tmp_path):
 
 def test_names_that_no_terminal_shows(tmp_path, monkeypatch):
     """A file name of another encoding, or one that would paint the screen, is printed with escapes."""
-    monkeypatch.syspath_prepend(LAUNCH.parent)
     src = tmp_path / "src"
     src.mkdir()
     for name in (b"caf\xe9.jpg", b"\x1b[2Jred\n.jpg"):
@@ -241,8 +246,7 @@ def test_mistakes(tmp_path):
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(LAUNCH.parent)
-    main = runpy.run_path(str(LAUNCH))["main"]
+    main = pack_command.main
     train, test = pack(tmp_path, "train", scenes(0, 6)), pack(tmp_path, "test", scenes(5, 6))
     assert main(["doctor", train, "--workers=0", "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -296,8 +300,8 @@ def test_colour_and_day_and_night_are_told_apart():
 @pytest.mark.parametrize("max_bits", [0, 3, 6])
 def test_pairs_as_the_slow_twin_finds_them(max_bits, monkeypatch):
     """Hashes near one another, thumbnails that agree or not, tiles that cut through the buckets."""
-    monkeypatch.setattr("glsd.data.near_duplicates.TILE", 7)
-    monkeypatch.setattr("glsd.data.near_duplicates.PAIRS_AT_ONCE", 5)
+    monkeypatch.setattr("glsd.audit.near_duplicates.TILE", 7)
+    monkeypatch.setattr("glsd.audit.near_duplicates.PAIRS_AT_ONCE", 5)
     rng = np.random.default_rng(max_bits)
     made: list[tuple[int, np.ndarray]] = []
     for _ in range(25):

@@ -4,21 +4,21 @@ import json
 import math
 from typing import Any
 
-import benchmark
-import benchmark_floor
-import benchmark_loss
-import benchmark_step
-import benchmark_sweep
-import benchmark_tools
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark_data import jpeg
-from benchmark_plain import plain_global_loss, plain_local_loss
 
-from glsd.contracts import UserError
-from glsd.data.pack import pack_samples
+from glsd.errors import UserError
 from glsd.losses.distill import global_loss, local_loss
+from glsd.packing.folder import pack_samples
+from launch.benchmark import floor as benchmark_floor
+from launch.benchmark import loss as benchmark_loss
+from launch.benchmark import main as benchmark
+from launch.benchmark import step as benchmark_step
+from launch.benchmark import sweep as benchmark_sweep
+from launch.benchmark import tools as benchmark_tools
+from launch.benchmark.data import jpeg
+from launch.benchmark.plain import plain_global_loss, plain_local_loss
 
 SIZES = {
     "batch": 2,

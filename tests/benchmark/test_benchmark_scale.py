@@ -2,11 +2,19 @@
 
 import json
 
-import benchmark
-import benchmark_scale
 import pytest
-from benchmark_scale_clusters import network_of, predicted_s
-from benchmark_scale_model import Link, communication_s, expected_bytes, link_of, ring_bytes, step_s
+
+from launch.benchmark import main as benchmark
+from launch.benchmark import scale as benchmark_scale
+from launch.benchmark.scale_clusters import network_of, predicted_s
+from launch.benchmark.scale_model import (
+    Link,
+    communication_s,
+    expected_bytes,
+    link_of,
+    ring_bytes,
+    step_s,
+)
 
 
 def test_a_ring_sends_what_is_known_of_it():

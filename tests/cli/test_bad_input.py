@@ -8,12 +8,11 @@ import sys
 import tarfile
 from pathlib import Path
 
-import _door
-import pack
-import pretrain
 import pytest
 from accelerate.state import AcceleratorState
 
+from glsd.cli import door as _door
+from glsd.cli import pack, pretrain
 from glsd.runtime import checkpoint
 
 pytestmark = pytest.mark.slow  # each case starts the whole program up to its mistake
@@ -216,7 +215,7 @@ def test_packing_a_folder_without_images(door, tmp_path, content):
 
 def test_the_door_really_exits_with_2(tiny_run):
     """Once through a real process: the shell sees the code and one line."""
-    script = Path(__file__).parents[1] / "launch" / "pretrain.py"
+    script = Path(__file__).parents[2] / "launch" / "pretrain.py"
     argv = tiny_run(**{"data.shards": "missing-*.tar"})
     done = subprocess.run(
         [sys.executable, str(script), *argv], capture_output=True, text=True, env={**os.environ}

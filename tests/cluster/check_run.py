@@ -16,11 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from run_record import Record, WrongRecord, read_record, rows, same, same_tree
 
-from glsd.contracts import UserError
-from glsd.data.order import EpochOrder, epoch_length
+from glsd.data.order import EpochOrder, epoch_length, epoch_samples
+from glsd.errors import UserError
 from glsd.runtime import checkpoint
+from tests.cluster.run_record import (
+    Record,
+    WrongRecord,
+    read_record,
+    rows,
+    same,
+    same_tree,
+)
 
 
 def check_steps(record: Record) -> str:
@@ -99,14 +106,20 @@ def _every_key(record: Record) -> list[str]:
 def _cut_short(record: Record) -> bool:
     """Whether the plan itself ends in the middle of an epoch."""
     assert record.shards is not None
-    return record.last % (record.shards.epoch_samples // record.batch_size) != 0
+    return (
+        record.last
+        % (epoch_samples(record.shards.shard_sizes, record.shards.shard_weights) // record.batch_size)
+        != 0
+    )
 
 
 def check_order(record: Record) -> str:
     """The batches are those of the order, which is a function of seed, epoch and shards."""
     if record.shards is None:
         return "order not compared (--shards)"
-    length = epoch_length(record.shards.epoch_samples, record.batch_size)
+    length = epoch_length(
+        epoch_samples(record.shards.shard_sizes, record.shards.shard_weights), record.batch_size
+    )
     for epoch, keys in record.epochs().items():
         order = EpochOrder(
             record.shards.shard_sizes,

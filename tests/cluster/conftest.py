@@ -2,14 +2,12 @@
 
 import functools
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import hosts
 import pytest
-import slurm_cluster
-import tiny_run
+
+from tests.cluster import hosts, slurm_cluster, slurm_jobs, tiny_run
 
 ROOT = Path(__file__).parents[2]
 # SLURM looks at time limits twice a minute. The second job is not warned: TERM is the first that it hears.
@@ -27,8 +25,7 @@ case $0-$* in
 esac
 PATH=${PATH#*:} && exec scontrol "$@"
 """
-sys.path.insert(0, str(ROOT / "launch" / "slurm"))  # for submit.py
-import slurm_jobs  # noqa: E402
+
 
 # What the tests of a marker need: a function that returns why they cannot run, or nothing.
 NEEDS = {"slurm": functools.cache(slurm_cluster.why_not), "multinode": hosts.why_not}

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hosts import Host, Started, wait_until
-from launch_lines import SCRIPT
-from namespaces import stat_of
-from tiny_run import steps_written
+from tests.cluster.hosts import Host, Started, wait_until
+from tests.cluster.launch_lines import SCRIPT
+from tests.cluster.namespaces import stat_of
+from tests.cluster.tiny_run import steps_written
 
 ERROR = re.compile(
     r"^error: rank (\d+) on (\w+) stops: (.*) (?:is|are) missing since (\d+-\d+-\d+ \d+:\d+:\d+) \(([\d.]+) s"

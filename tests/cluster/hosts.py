@@ -16,7 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from namespaces import entering, first_process, pids_in, stat_of
+from tests.cluster.namespaces import (
+    entering,
+    first_process,
+    pids_in,
+    stat_of,
+)
 
 NETWORK = "10.232.5"  # only inside the namespaces: every set of hosts may have the same
 DEVICE = "eth0"

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import yaml
 
-from glsd.contracts import UserError
-from glsd.data.shards import ShardSet, open_shards
+from glsd.data.order import epoch_samples
+from glsd.errors import UserError
+from glsd.shards.store import ShardSet, open_shards
 
 
 class WrongRecord(Exception):
@@ -42,7 +43,9 @@ class Record:
         if self.shards is None:
             return None
         optim = self.config["optim"]
-        total = optim["epochs"] * (self.shards.epoch_samples // self.batch_size)
+        total = optim["epochs"] * (
+            epoch_samples(self.shards.shard_sizes, self.shards.shard_weights) // self.batch_size
+        )
         return min(total, optim["max_steps"] or total)
 
     def epochs(self) -> dict[int, list[str]]:

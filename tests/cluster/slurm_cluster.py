@@ -17,7 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spaces import find, ip, kill_all, undertaker
+from tests.cluster.spaces import (
+    find,
+    ip,
+    kill_all,
+    undertaker,
+)
 
 PORT = 27817  # of slurmctld; slurmd of node i listens on PORT + i, in its own namespace
 CONTROLLER = "ctld"

@@ -6,11 +6,12 @@ import os
 import re
 from pathlib import Path
 
-import check_run
 import pytest
-import submit
-from slurm_cluster import Cluster
-from tiny_run import steps_written
+
+from glsd.cli import submit
+from tests.cluster import check_run
+from tests.cluster.slurm_cluster import Cluster
+from tests.cluster.tiny_run import steps_written
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"GLSD_PYTHON={ROOT}/tests/cluster/stand_in.sh"

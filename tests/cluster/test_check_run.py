@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import check_run
 import pytest
 import torch
 import yaml
-from tiny_run import pack_uneven
 from torch.utils.tensorboard import SummaryWriter
 
 from glsd.data.order import EpochOrder, epoch_length
-from glsd.data.shards import open_shards
 from glsd.runtime import checkpoint
+from glsd.shards.store import open_shards
+from tests.cluster import check_run
+from tests.cluster.tiny_run import pack_uneven
 
 SIZE, EVERY, PROBE_EVERY, STEPS = 12, 3, 7, 45  # two epochs of 20 steps and a quarter of the third
 Rows = list[dict[str, Any]]

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from ranks import run_ranks
 
-from glsd.contracts import UserError
-from glsd.runtime import dist
+from glsd.cluster import dist
+from glsd.errors import UserError
+from tests.helpers.ranks import run_ranks
 
 
 def test_alone_everything_is_the_identity():

@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from doctor_rank import good_packages
-from hosts import why_not
+
+from tests.cluster.hosts import why_not
+from tests.helpers.doctor_rank import good_packages
 
 ROOT = Path(__file__).parents[2]
-RANK = str(ROOT / "tests" / "doctor_rank.py")
+RANK = str(ROOT / "tests" / "helpers" / "doctor_rank.py")
 PORT, NOBODY = "29747", "54321"  # a user that no list of the system has
 pytestmark = [
     pytest.mark.slow,

@@ -7,12 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from doctor_rank import good_packages
-from hosts import Host, Hosts, Started, made_hosts, wait_until
-from tiny_run import pack_uneven
+
+from tests.cluster.hosts import (
+    Host,
+    Hosts,
+    Started,
+    made_hosts,
+    wait_until,
+)
+from tests.cluster.tiny_run import pack_uneven
+from tests.helpers.doctor_rank import good_packages
 
 ROOT = Path(__file__).parents[2]
-DOCTOR, RANK = str(ROOT / "launch" / "doctor.py"), str(ROOT / "tests" / "doctor_rank.py")
+DOCTOR, RANK = str(ROOT / "launch" / "doctor.py"), str(ROOT / "tests" / "helpers" / "doctor_rank.py")
 PORT = "29741"
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 

@@ -4,12 +4,18 @@ import os
 import signal
 import time
 
-import check_run
 import pytest
-from host_ranks import assert_nobody_left, ranks_of, wait_for_step
-from hosts import made_hosts, wait_until
-from launch_lines import RENDEZVOUS, RESTARTS, accelerate_launch, elastic
-from tiny_run import argv_of, steps_written
+
+from tests.cluster import check_run
+from tests.cluster.host_ranks import assert_nobody_left, ranks_of, wait_for_step
+from tests.cluster.hosts import made_hosts, wait_until
+from tests.cluster.launch_lines import (
+    RENDEZVOUS,
+    RESTARTS,
+    accelerate_launch,
+    elastic,
+)
+from tests.cluster.tiny_run import argv_of, steps_written
 
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 

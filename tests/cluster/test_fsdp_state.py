@@ -6,14 +6,14 @@ import textwrap
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import nn
 
-from glsd.runtime import sharding
+from glsd.cluster import fsdp
+from tests.helpers.ranks import run_ranks
 
 NETWORK = """
 import copy, gc, json
-from glsd.runtime import sharding
+from glsd.cluster import fsdp
 
 class Toy(nn.Module):
     def __init__(self):
@@ -31,8 +31,8 @@ def make():
     return Toy()
 
 def cut(net, **options):
-    sharding.shard(net, list(net.blocks), **options)
-    own = sharding.own_parameters(net)
+    fsdp.shard(net, list(net.blocks), **options)
+    own = fsdp.own_parameters(net)
     group = {"params": list(own.values()), "names": list(own)}
     return own, torch.optim.AdamW([group], lr=1e-2, fused=True)
 
@@ -40,7 +40,7 @@ def step(net, own, optimizer, number):
     torch.manual_seed(number)
     optimizer.zero_grad()
     net(torch.randn(4 * world, 48)[4 * rank : 4 * rank + 4]).pow(2).mean().backward()
-    sharding.hand_over_gradients(net, own)
+    fsdp.hand_over_gradients(net, own)
     optimizer.step()
 """
 
@@ -51,19 +51,19 @@ def bodies(text: str) -> str:
 
 def test_alone_there_is_nothing_to_cut():
     net = nn.Sequential(nn.Linear(3, 2))
-    sharding.shard(net, list(net))
-    assert not sharding.in_parts(net)
-    own = sharding.own_parameters(net)
+    fsdp.shard(net, list(net))
+    assert not fsdp.in_parts(net)
+    own = fsdp.own_parameters(net)
     assert all(own[name] is parameter for name, parameter in net.named_parameters())
     net(torch.ones(1, 3)).sum().backward()
     gradients = [parameter.grad for parameter in net.parameters()]
-    sharding.hand_over_gradients(net, own)
-    with sharding.without_gradients(net):
+    fsdp.hand_over_gradients(net, own)
+    with fsdp.without_gradients(net):
         assert torch.is_inference(net(torch.ones(1, 3)))
     assert [parameter.grad for parameter in own.values()] == gradients
-    whole = sharding.gather_state(net)
+    whole = fsdp.gather_state(net)
     other = nn.Sequential(nn.Linear(3, 2))
-    sharding.load_state(other, whole)
+    fsdp.load_state(other, whole)
     assert all(torch.equal(whole[name], tensor) for name, tensor in other.state_dict().items())
 
 
@@ -71,10 +71,10 @@ def test_a_blueprint_has_no_numbers_and_leaves_the_original_alone():
     net = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300)).eval()
     net[0].weight.requires_grad_(False)
     before = copy.deepcopy(net.state_dict())
-    plan = sharding.blueprint(net)
+    plan = fsdp.blueprint(net)
     assert {parameter.device.type for parameter in plan.parameters()} == {"meta"}
     assert [p.requires_grad for p in plan.parameters()] == [p.requires_grad for p in net.parameters()]
-    made = sharding.filled(plan, net)
+    made = fsdp.filled(plan, net)
     assert not made.training
     for name, tensor in made.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -96,19 +96,19 @@ def test_four_ranks_keep_a_quarter_of_everything_and_give_it_back_whole(tmp_path
 
     before = live()
     net = make()
-    plan = sharding.blueprint(net)
+    plan = fsdp.blueprint(net)
     own, optimizer = cut(net)
     for number in range(3):
         step(net, own, optimizer, number)
     kept = live() - before
-    whole = sharding.gather_state(net)
-    packed = sharding.gather_optimizer(optimizer, net)
-    made = sharding.filled(plan, net)  # on every rank
+    whole = fsdp.gather_state(net)
+    packed = fsdp.gather_optimizer(optimizer, net)
+    made = fsdp.filled(plan, net)  # on every rank
     other = make()
     others, second = cut(other)
     torch_dist.broadcast_object_list(box := [copy.deepcopy((whole, packed))], src=0)
-    sharding.load_state(other, box[0][0])
-    sharding.load_optimizer(second, box[0][1], other)
+    fsdp.load_state(other, box[0][0])
+    fsdp.load_optimizer(second, box[0][1], other)
     same = all(torch.equal(own[name], others[name]) for name in own)
     same = same and all(torch.equal(made.state_dict()[name], box[0][0][name]) for name in own)
     tight = all(value.untyped_storage().nbytes() == value.nbytes for values in second.state.values() for value in values.values())
@@ -122,12 +122,12 @@ def test_four_ranks_keep_a_quarter_of_everything_and_give_it_back_whole(tmp_path
     frozen = make().eval().requires_grad_(False)
     rows, _ = cut(frozen)
     x = torch.ones(4, 48)
-    with sharding.without_gradients(frozen):
+    with fsdp.without_gradients(frozen):
         first = frozen(x)
         for parameter in rows.values():
             parameter.zero_()
         stale = frozen.norm.weight.clone()
-    with sharding.without_gradients(frozen):
+    with fsdp.without_gradients(frozen):
         last = frozen(x)
     fresh = [float(first.abs().max()) > 0, float(stale.abs().max()) > 0, float(last.abs().max()) == 0]
     size = sum(parameter.nbytes for parameter in own.values())

@@ -5,21 +5,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import check_run
 import pytest
-from host_ranks import (
+
+from glsd.cluster.shutdown import EXIT_LOST
+from glsd.runtime import checkpoint
+from tests.cluster import check_run
+from tests.cluster.host_ranks import (
     assert_all_end,
     assert_nobody_left,
     lost_line,
     start_ranks,
     wait_for_step,
 )
-from hosts import Hosts, Started, made_hosts
-from launch_lines import ENVIRONMENT, accelerate_launch, torchrun
-from tiny_run import argv_of, steps_written
-
-from glsd.runtime import checkpoint
-from glsd.runtime.ending import EXIT_LOST
+from tests.cluster.hosts import Hosts, Started, made_hosts
+from tests.cluster.launch_lines import ENVIRONMENT, accelerate_launch, torchrun
+from tests.cluster.tiny_run import argv_of, steps_written
 
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 

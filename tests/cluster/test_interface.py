@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from glsd.contracts import UserError
-from glsd.runtime import interface
+from glsd.cluster import interface
+from glsd.errors import UserError
 
 CARDS = {"lo": "127.0.0.1", "eth0": "10.232.9.2", "ib0": "10.0.0.2"}
 

@@ -6,12 +6,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import check_run
 import pytest
-from host_ranks import assert_all_end, assert_nobody_left, ranks_of, start_ranks, wait_for_step
-from hosts import Host, Started, made_hosts
-from launch_lines import ENVIRONMENT, accelerate_launch, torchrun
-from tiny_run import argv_of, steps_written
+
+from tests.cluster import check_run
+from tests.cluster.host_ranks import (
+    assert_all_end,
+    assert_nobody_left,
+    ranks_of,
+    start_ranks,
+    wait_for_step,
+)
+from tests.cluster.hosts import Host, Started, made_hosts
+from tests.cluster.launch_lines import ENVIRONMENT, accelerate_launch, torchrun
+from tests.cluster.tiny_run import argv_of, steps_written
 
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 

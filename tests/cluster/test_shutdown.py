@@ -10,20 +10,20 @@ import time
 from datetime import datetime
 
 import pytest
-from warm_python import warm_python
 
-from glsd.runtime.life import Progress, Signs
+from glsd.cluster.heartbeat import Progress, Signs
+from tests.helpers.warm_python import warm_python
 
 PROLOGUE = """
 import sys, time
 import torch
 import torch.distributed as torch_dist
 from datetime import timedelta
-from glsd.contracts import UserError
-from glsd.runtime import dist, ending
+from glsd.errors import UserError
+from glsd.cluster import dist, shutdown
 torch_dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 rank = dist.rank()
-ending.watch_others(PATIENCE)
+shutdown.watch_others(PATIENCE)
 dist.barrier()
 """
 PATIENCE = 4.0  # seconds
@@ -67,7 +67,7 @@ def ended(body: str, *, world: int = 3, python: str = "") -> tuple[list[int], li
     return [process.returncode for process in running], said, time.monotonic() - started
 
 
-STOP = "if ending.end_others(2): print('because', rank, flush=True)\n    sys.exit(2)"
+STOP = "if shutdown.end_others(2): print('because', rank, flush=True)\n    sys.exit(2)"
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ STOP = "if ending.end_others(2): print('because', rank, flush=True)\n    sys.exi
             "torch_dist.distributed_c10d._get_default_store().get('never')",
             2,
         ),  # as before NCCL's first collective
-        ("ending.finish()", 1),
+        ("shutdown.finish()", 1),
     ],
 )
 def test_others_end_quietly_wherever_they_are(waiting, culprit):
@@ -103,7 +103,7 @@ def test_several_that_stop_say_it_once():
 
 @pytest.mark.slow
 def test_a_run_that_goes_well_ends_with_zero():
-    codes, said, _ = ended("ending.finish()", python=sys.executable)  # the interpreter's own end included
+    codes, said, _ = ended("shutdown.finish()", python=sys.executable)  # the interpreter's own end included
     assert (codes, said) == ([0, 0, 0], ["", "", ""])
 
 
@@ -116,7 +116,7 @@ try:
         time.sleep(0.02)
 except Exception as problem:
     assert dist.is_broken_connection(problem), problem
-    ending.end_with_lost(problem)
+    shutdown.end_with_lost(problem)
 """
 
 
@@ -156,11 +156,11 @@ if rank == 0:  # wakes it up when the others are gone
 def test_a_connection_that_breaks_between_ranks_that_live_is_said():
     codes, said, _ = ended(
         """
-ending.WAIT_FOR_OTHERS = 1.0
+shutdown.WAIT_FOR_OTHERS = 1.0
 try:
     raise RuntimeError("gloo: made up")
 except RuntimeError as problem:
-    ending.end_with_lost(problem)
+    shutdown.end_with_lost(problem)
 """
     )
     assert codes == [75, 75, 75]
@@ -225,10 +225,10 @@ pids = " ".join(map(str, dist.gather_objects(os.getpid())))
 if rank == 0:
     subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {pids}; sleep SLEEP; kill -CONT {pids}"])
 for step in range(150):
-    ending.doing(str(step))
+    shutdown.doing(str(step))
     torch_dist.all_reduce(torch.ones(1))
     time.sleep(0.02)
-ending.finish()
+shutdown.finish()
 """.replace("SLEEP", str(PATIENCE + 2))
     )
     assert (codes, said) == ([0, 0, 0], ["", "", ""])
@@ -239,12 +239,12 @@ ending.finish()
 def test_ranks_that_wait_for_each_other_before_any_step_say_so():
     codes, said, _ = ended(
         """
-from glsd.runtime.talk import collective
-ending.EARLY = 2
+from glsd.cluster.collectives import collective
+shutdown.EARLY = 2
 try:
     collective(time.sleep)(1000) if rank == 2 else dist.all_reduce_sum(torch.ones(1))
 except RuntimeError as problem:  # the others leave
-    ending.end_with_lost(problem)
+    shutdown.end_with_lost(problem)
 """
     )
     assert codes == [75, 75, 75], said
@@ -260,20 +260,20 @@ def test_ranks_that_live_but_get_nowhere_say_so(where):
     of the save after it."""
     codes, said, _ = ended(
         """
-from glsd.runtime.talk import collective
+from glsd.cluster.collectives import collective
 try:
     for step in range(1, 100):
-        ending.doing(str(step))
+        shutdown.doing(str(step))
         if step == 60 and rank == 2:
             if "WHERE" == "aside":
-                ending.doing("aside")
+                shutdown.doing("aside")
             (time.sleep if "WHERE" == "step" else collective(time.sleep))(1000)
         if step == 60 and "WHERE" == "aside":
-            ending.doing("aside")
+            shutdown.doing("aside")
         dist.all_reduce_sum(torch.ones(1))
         time.sleep(0.02)
 except RuntimeError as problem:  # the others leave
-    ending.end_with_lost(problem)
+    shutdown.end_with_lost(problem)
 """.replace("WHERE", where)
     )
     assert codes == [75, 75, 75], said
@@ -290,7 +290,7 @@ def test_a_rank_that_is_lost_while_they_part_changes_no_exit_code():
 import os, signal
 if rank == 1:
     dist.leave = lambda: os.kill(os.getpid(), signal.SIGKILL)
-ending.finish(3)
+shutdown.finish(3)
 sys.exit(3)
 """
     )

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_jobs import ROOT, Jobs, check
-from tiny_run import argv_of
+
+from tests.cluster.slurm_jobs import ROOT, Jobs, check
+from tests.cluster.tiny_run import argv_of
 
 pytestmark = pytest.mark.slurm
 

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from slurm_jobs import ROOT, STAND_IN
+
+from tests.cluster.slurm_jobs import ROOT, STAND_IN
 
 pytestmark = pytest.mark.slurm
 

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from spaces import ip
+
+from tests.cluster.spaces import ip
 
 # Makes a namespace in which a process runs that nobody waits for, says so and is killed.
 KILLED = """

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import resources
-import sbatch
-import submit
 
-from glsd.contracts import UserError
+from glsd.cli import submit
+from glsd.errors import UserError
+from glsd.slurm import resources, sbatch
 
 ROOT = Path(__file__).parents[2]
 ROOT_EXPORT = f"--export=ALL,GLSD_ROOT={ROOT}"

@@ -4,14 +4,15 @@ import json
 import sys
 from pathlib import Path
 
-import benchmark_scale
 import pytest
-from benchmark_scale_model import ring_bytes
-from hosts import DEVICE, made_hosts
+
+from launch.benchmark import scale as benchmark_scale
+from launch.benchmark.scale_model import ring_bytes
+from tests.cluster.hosts import DEVICE, made_hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 
-RANK = Path(__file__).parents[2] / "launch" / "benchmark_scale_rank.py"
+RANK = Path(__file__).parents[2] / "launch" / "scale_rank.py"
 PAYLOAD = {
     "backbone": "vit_tiny_patch16_224",
     "timm_args": "{depth: 3}",

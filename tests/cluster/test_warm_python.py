@@ -8,7 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import Host, Started, made_hosts, wait_until
+
+from tests.cluster.hosts import (
+    Host,
+    Started,
+    made_hosts,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from glsd.data.shard_index import build_index, index_path, write_index
+from glsd.shards.index import build_index, index_path, write_index
 
 SIZES = (31, 5, 47, 1, 22, 13, 38, 9, 27, 50)  # samples a shard: 243, 20 batches of 12 and 3 samples more
 NAMES = "train-{000000..000009}.tar"

@@ -5,15 +5,20 @@ from pathlib import Path
 
 import pytest
 import yaml
-from warm_python import warm_python
 
-from glsd.command_line import differences, dump, load, load_file
-from glsd.config import PretrainConfig
-from glsd.contracts import UserError
-from glsd.eval_config import EvalConfig
-from glsd.finetune_config import FinetuneConfig
+from glsd.config.evaluate import EvalConfig
+from glsd.config.finetune import FinetuneConfig
+from glsd.config.parse import (
+    differences,
+    dump,
+    load,
+    load_file,
+)
+from glsd.config.pretrain import PretrainConfig
+from glsd.errors import UserError
+from tests.helpers.warm_python import warm_python
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 Config = PretrainConfig | FinetuneConfig
 KINDS: dict[str, type[Config]] = {

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_shards import noise_image, pack_noise
 
-from glsd.contracts import BrokenSample, LabelledCrops, UserError
+from glsd.batches import BrokenSample, LabelledCrops
 from glsd.data.balanced import (
     CROP_STREAM,
     ClassGroups,
@@ -25,10 +24,19 @@ from glsd.data.balanced import (
     rank_slots,
     split_classes,
 )
-from glsd.data.crops import AREA_DRAWS, ASPECT_DRAWS, DRAWS, cut, random_crop, uniforms
+from glsd.data.crops import (
+    AREA_DRAWS,
+    ASPECT_DRAWS,
+    DRAWS,
+    cut,
+    random_crop,
+    uniforms,
+)
 from glsd.data.decode import decode
 from glsd.data.photometric import MEAN, STD, normalise
-from glsd.data.shards import open_shards
+from glsd.errors import UserError
+from glsd.shards.store import open_shards
+from tests.helpers.small_shards import noise_image, pack_noise
 
 MORE_WORKERS_THAN_CORES = "ignore:This DataLoader will create"
 SETUP: dict[str, Any] = {

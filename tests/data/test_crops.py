@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from glsd.contracts import PHOTOMETRIC_FIELDS, UserError
+from glsd.batches import PHOTOMETRIC_FIELDS
 from glsd.data.crops import (
     AREA_DRAWS,
     ASPECT_DRAWS,
@@ -25,7 +25,8 @@ from glsd.data.crops import (
     draw,
     uniforms,
 )
-from glsd.data.decode import BrokenImage, decode
+from glsd.data.decode import decode
+from glsd.errors import BrokenImage, UserError
 
 COLUMN = {name: i for i, name in enumerate(PHOTOMETRIC_FIELDS)}
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_shards import noise_image, pack_noise
 
-from glsd.contracts import UserError
 from glsd.data.decode import decode
 from glsd.data.eval_loader import center_square, eval_loader, rank_indices
 from glsd.data.photometric import MEAN, STD
-from glsd.data.shards import open_shards
+from glsd.errors import UserError
+from glsd.shards.store import open_shards
+from tests.helpers.small_shards import noise_image, pack_noise
 
 MORE_WORKERS_THAN_CORES = "ignore:This DataLoader will create"
 SETUP: dict[str, Any] = {

@@ -9,14 +9,20 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import fuzz_images
-import fuzz_watch
 import numpy as np
 import pytest
-from fuzz_images import encode, exif, picture, png, png_chunk
 from PIL import Image, ImageOps
 
-from glsd.data.decode import BrokenImage, decode
+from glsd.data.decode import decode
+from glsd.errors import BrokenImage
+from tests.helpers import fuzz_images, fuzz_watch
+from tests.helpers.fuzz_images import (
+    encode,
+    exif,
+    picture,
+    png,
+    png_chunk,
+)
 
 SEED = 5
 NUM_MUTATED = 1000
@@ -164,8 +170,10 @@ def test_strange_but_whole_files_are_read(name):
 PEAK = """
 import sys, time
 from pathlib import Path
-import fuzz_images, fuzz_watch, torch
-from glsd.data.decode import BrokenImage, decode
+import torch
+from tests.helpers import fuzz_images, fuzz_watch
+from glsd.errors import BrokenImage
+from glsd.data.decode import decode
 torch.set_num_threads(1)
 for raw in fuzz_images.originals().values():
     try:
@@ -252,7 +260,7 @@ def test_mutations_are_a_function_of_seed_and_number():
 def test_the_watch_sees_what_it_forbids(tmp_path):
     """A guard that sees nothing would pass everything."""
     code = (
-        "import fuzz_watch, os, pickle, subprocess, sys\n"
+        "import os, pickle, subprocess, sys\nfrom tests.helpers import fuzz_watch\n"
         "seen = fuzz_watch.watch(may_write=sys.argv[1])\n"
         "open(sys.argv[1] + '/allowed', 'w').close()\n"
         "assert seen == [], seen\n"

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 
-from glsd.contracts import UserError
 from glsd.data.order import (
     EpochOrder,
     epoch_length,
@@ -13,6 +12,7 @@ from glsd.data.order import (
     permutation,
     rank_positions,
 )
+from glsd.errors import UserError
 
 SIZES = [7, 1, 5, 9, 4, 12]
 

@@ -13,10 +13,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as tvf
 
-from glsd.contracts import PHOTOMETRIC_FIELDS
+from glsd.batches import PHOTOMETRIC_FIELDS
 from glsd.data import photometric as module
 from glsd.data.crops import CropSpec, crop_sample, draw
-from glsd.data.photometric import MEAN, STD, gaussian_matrix, photometric, photometric_torch, plan
+from glsd.data.photometric import (
+    MEAN,
+    STD,
+    gaussian_matrix,
+    photometric,
+    photometric_torch,
+    plan,
+)
 from glsd.data.photometric_cpu import photometric_cpu
 
 NEUTRAL = [1.0, 1, 1, 0, 0, 0, 0, 0]

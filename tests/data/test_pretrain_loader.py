@@ -10,15 +10,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from small_shards import noise_image, pack_noise
 
-from glsd.contracts import BrokenSample, CropBatch, UserError
+from glsd.batches import BrokenSample, CropBatch
 from glsd.data.crops import CropSpec, crop_sample
 from glsd.data.order import EpochOrder
-from glsd.data.pack import pack_samples
 from glsd.data.pretrain_loader import PretrainDataset, collate, pretrain_loader
-from glsd.data.shard_files import find_shards
-from glsd.data.shards import open_shards
+from glsd.errors import UserError
+from glsd.packing.folder import pack_samples
+from glsd.shards.find import find_shards
+from glsd.shards.store import open_shards
+from tests.helpers.small_shards import noise_image, pack_noise
 
 MORE_WORKERS_THAN_CORES = "ignore:This DataLoader will create"
 SPEC = CropSpec(global_size=16, local_size=8, num_local=3)

@@ -9,9 +9,24 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from glsd.data.crops import ASPECT, CropSpec, crop_sample, cut, draw, random_crop
-from glsd.data.decode import BrokenImage, decode, decode_reduced
-from glsd.data.reduced import LARGE, MARGIN, Grid, choose_reduction, turned, upright_grid
+from glsd.data.crops import (
+    ASPECT,
+    CropSpec,
+    crop_sample,
+    cut,
+    draw,
+    random_crop,
+)
+from glsd.data.decode import decode, decode_reduced
+from glsd.data.reduced import (
+    LARGE,
+    MARGIN,
+    Grid,
+    choose_reduction,
+    turned,
+    upright_grid,
+)
+from glsd.errors import BrokenImage
 
 KEY = {"seed": 1, "epoch": 2, "position": 3}
 # Upright picture -> what a camera held that way stores; the inverse of what the tag asks for.

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from glsd.models.backbone import build_backbone
 from glsd.models.blocks import compile_blocks
-from glsd.runtime import dist
-from glsd.runtime.launch import start
+from glsd.cluster import dist
+from glsd.cluster.launch import start
 
 torch.set_num_threads(1)
 

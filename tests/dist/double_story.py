@@ -2,15 +2,15 @@
 
 import torch
 
-import glsd.pretrain as story
-import glsd.pretrain_build as builder
-from glsd.command_line import load
-from glsd.config import PretrainConfig
-from glsd.data.shards import ShardSet, open_shards
-from glsd.distillation import Pixels
+import glsd.pretrain.train as story
+import glsd.pretrain.networks as builder
+from glsd.config.parse import load
+from glsd.config.pretrain import PretrainConfig
+from glsd.shards.store import ShardSet, open_shards
+from glsd.pretrain.objective import Pixels
 from glsd.models.multicrop import MultiCrop
-from glsd.pretrain_plan import make_plan, rates_at
-from glsd.runtime.launch import start
+from glsd.pretrain.plan import make_plan, rates_at
+from glsd.cluster.launch import start
 
 single, networks = story.augment, builder.build_networks
 

@@ -6,17 +6,17 @@ python joined_batch.py OUT.pt FLAGS... : alone it takes the whole batch, under t
 import sys
 
 import torch
-from joined_batch_recorder import Recorder
+from tests.dist.joined_batch_recorder import Recorder
 
-import glsd.pretrain as story
-from glsd.command_line import load
-from glsd.config import PretrainConfig
-from glsd.data.shards import open_shards
-from glsd.distillation import Pixels
-from glsd.pretrain_build import build
-from glsd.pretrain_plan import make_plan, rates_at
-from glsd.runtime import dist
-from glsd.runtime.launch import start
+import glsd.pretrain.train as story
+from glsd.config.parse import load
+from glsd.config.pretrain import PretrainConfig
+from glsd.shards.store import open_shards
+from glsd.pretrain.objective import Pixels
+from glsd.pretrain.networks import build
+from glsd.pretrain.plan import make_plan, rates_at
+from glsd.cluster import dist
+from glsd.cluster.launch import start
 
 torch.set_num_threads(1)
 

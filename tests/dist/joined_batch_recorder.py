@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from glsd.runtime import dist
+from glsd.cluster import dist
 
 
 class Recorder:

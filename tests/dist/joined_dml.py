@@ -8,17 +8,17 @@ import sys
 from typing import Any
 
 import torch
-from joined_batch_recorder import Recorder
+from tests.dist.joined_batch_recorder import Recorder
 
-import glsd.finetune as story
-from glsd.command_line import load
-from glsd.finetune_build import build, resolve
-from glsd.finetune_config import FinetuneConfig, Reg
-from glsd.finetune_plan import make_plan, rates_at
-from glsd.finetune_watch import open_sets
+import glsd.finetune.train as story
+from glsd.config.parse import load
+from glsd.finetune.networks import build, resolve
+from glsd.config.finetune import FinetuneConfig, Reg
+from glsd.finetune.plan import make_plan, rates_at
+from glsd.finetune.report import open_sets
 from glsd.losses.ranking import RANKING
-from glsd.runtime import dist
-from glsd.runtime.launch import start
+from glsd.cluster import dist
+from glsd.cluster.launch import start
 
 torch.set_num_threads(1)
 to_float32 = story.normalise

@@ -61,7 +61,7 @@ def run_ranks(world: int, body: Path, *argv: str, seconds: float = 300) -> str:
 
 
 def main(world: int, body: str, *argv: str) -> None:
-    import glsd.pretrain  # noqa: F401  # once for all ranks
+    import glsd.pretrain.train
 
     pids = []
     for rank in range(world):

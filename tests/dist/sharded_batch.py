@@ -8,19 +8,19 @@ import sys
 from typing import Any
 
 import torch
-from double_story import Training
-from joined_batch_recorder import Recorder
+from tests.dist.double_story import Training
+from tests.dist.joined_batch_recorder import Recorder
 
-from glsd.pretrain_build import State
-from glsd.runtime import dist, sharding
+from glsd.pretrain.networks import State
+from glsd.cluster import dist, fsdp
 
 
 def whole_gradients(state: State) -> dict[str, torch.Tensor]:
     named: dict[str, Any] = dict(state.student.named_parameters())
     found = {name: own.grad.clone() for name, own in state.own.items() if own.grad is not None}
-    if not sharding.in_parts(state.student):
+    if not fsdp.in_parts(state.student):
         return found
-    return {name: sharding._full(sharding._whole(rows, named[name])) for name, rows in found.items()}
+    return {name: fsdp._full(fsdp._whole(rows, named[name])) for name, rows in found.items()}
 
 
 def train(argv: list[str]) -> dict[str, Any]:
@@ -30,12 +30,12 @@ def train(argv: list[str]) -> dict[str, Any]:
     state.optimizer.register_step_pre_hook(lambda *_: gradients.append(whole_gradients(state)))
     training.steps(3, meters)
     return {
-        "in_parts": sharding.in_parts(state.student) and sharding.in_parts(state.teacher),
+        "in_parts": fsdp.in_parts(state.student) and fsdp.in_parts(state.teacher),
         "values": {name: torch.stack(values) for name, values in meters.values.items()},
         "gradients": gradients,
         "centers": state.centers,
-        "student": sharding.gather_state(state.student),
-        "teacher": sharding.gather_state(state.teacher),
+        "student": fsdp.gather_state(state.student),
+        "teacher": fsdp.gather_state(state.teacher),
     }
 
 

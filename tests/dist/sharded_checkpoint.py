@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from double_story import Training, story
-from joined_batch_recorder import Recorder
+from tests.dist.double_story import Training, story
+from tests.dist.joined_batch_recorder import Recorder
 
-from glsd.runtime import dist
+from glsd.cluster import dist
 from glsd.runtime.run import Run
 
 

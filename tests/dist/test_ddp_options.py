@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ranks import run, warm_launch_line
-from warm_python import warm_python
+from tests.dist.test_ranks import run, warm_launch_line
+from tests.helpers.warm_python import warm_python
 
 
 @pytest.mark.slow

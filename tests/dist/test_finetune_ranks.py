@@ -4,9 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pretrain import rows
-from test_ranks import HERE, ROOT, compare, run, warm_launch_line
-from warm_python import warm_python
+from tests.pretrain.test_pretrain import rows
+from tests.dist.test_ranks import (
+    HERE,
+    ROOT,
+    compare,
+    run,
+    warm_launch_line,
+)
+from tests.helpers.warm_python import warm_python
 
 from glsd.losses.ranking import RANKING
 

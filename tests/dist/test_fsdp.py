@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import run_ranks
+from tests.dist.rank_processes import run_ranks
 
 HERE = Path(__file__).parent
 CASES = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_processes import kill, run_ranks, started
-from test_fsdp import HERE, close
-from test_pretrain import assert_same_run
+from tests.dist.rank_processes import kill, run_ranks, started
+from tests.dist.test_fsdp import HERE, close
+from tests.pretrain.test_pretrain import assert_same_run
 
 SCRIPT = HERE.parents[1] / "launch" / "pretrain.py"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_pretrain import assert_same_run, rows
-from warm_python import warm_python
+from tests.pretrain.test_pretrain import assert_same_run, rows
+from tests.helpers.warm_python import warm_python
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doctor_rank import good_packages
 
-from glsd import cluster_doctor
-from glsd.runtime import doctor_files, doctor_launch
-from glsd.runtime.dist import CPU_LAUNCH_LINE
+from glsd.cluster.dist import CPU_LAUNCH_LINE
+from glsd.doctor import files as doctor_files
+from glsd.doctor import launch as doctor_launch
+from glsd.doctor import run as cluster_doctor
+from tests.helpers.doctor_rank import good_packages
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCTOR = str(ROOT / "launch" / "doctor.py")
 RANK = str(Path(__file__).parent / "doctor_rank.py")
 OWN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION")
@@ -202,8 +203,7 @@ def test_two_ranks_of_the_launcher_of_which_one_has_another_numpy(tmp_path, digi
     script.write_text(
         "import os, runpy, sys\n"
         f"if os.environ['RANK'] == '1': os.environ['PYTHONPATH'] = {path!r}; sys.path.insert(0, {path.split(':')[0]!r})\n"
-        f"sys.path.insert(0, {str(ROOT / 'launch')!r})\n"
-        "from glsd.runtime import doctor_packages\n"
+        "from glsd.doctor import packages as doctor_packages\n"
         "doctor_packages.try_imports = lambda names: {}\n"  # takes seconds; test_alone does it
         f"sys.argv[0] = {DOCTOR!r}\n"
         f"runpy.run_path({DOCTOR!r}, run_name='__main__')\n"

@@ -10,16 +10,32 @@ from pathlib import Path
 
 import pytest
 
-from glsd.runtime import (
-    doctor_clock,
-    doctor_devices,
-    doctor_files,
-    doctor_launch,
-    doctor_network,
-    doctor_packages,
+from glsd.doctor import (
+    clock as doctor_clock,
 )
-from glsd.runtime.doctor_line import Line, ranges, summary, table, who
-from glsd.runtime.doctor_panel import Answer, bounded
+from glsd.doctor import (
+    devices as doctor_devices,
+)
+from glsd.doctor import (
+    files as doctor_files,
+)
+from glsd.doctor import (
+    launch as doctor_launch,
+)
+from glsd.doctor import (
+    network as doctor_network,
+)
+from glsd.doctor import (
+    packages as doctor_packages,
+)
+from glsd.doctor.line import (
+    Line,
+    ranges,
+    summary,
+    table,
+    who,
+)
+from glsd.doctor.panel import Answer, bounded
 
 ROOT = Path(__file__).parents[2]
 HOSTS = {0: "h1", 1: "h1", 2: "h2", 3: "h2"}
@@ -48,14 +64,14 @@ def test_lines_are_one_line_each_and_say_what_to_do():
 # Packages.
 
 
-@pytest.mark.parametrize("file", ["launch/doctor.py", "glsd/runtime/doctor_packages.py"])
+@pytest.mark.parametrize("file", ["glsd/cli/doctor.py", "glsd/doctor/packages.py"])
 def test_what_looks_at_packages_runs_in_an_old_python_without_any(file):
     tree = ast.parse((ROOT / file).read_text(), feature_version=(3, 8))
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {node.module for node in top if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     others = {name for name in names if name and name.split(".")[0] not in sys.stdlib_module_names}
-    assert others <= {"glsd.runtime", "glsd.runtime.doctor_line"}
+    assert others <= {"glsd.doctor", "glsd.doctor.line"}
 
 
 def packages(**changes) -> dict:

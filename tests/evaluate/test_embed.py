@@ -5,8 +5,9 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from glsd.contracts import LabelledBatch, UserError
-from glsd.evals.embed import embed
+from glsd.batches import LabelledBatch
+from glsd.errors import UserError
+from glsd.evaluate.embed import embed
 
 CPU = torch.device("cpu")
 

@@ -14,19 +14,25 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from warm_python import warm_python
 
-from glsd.command_line import dump
-from glsd.config import DataConfig, HeadConfig, ModelConfig, PretrainConfig, TimmArg
-from glsd.contracts import UserError
-from glsd.data.pack import pack_samples
-from glsd.eval_config import EvalConfig, EvalDataConfig
-from glsd.eval_sets import choose_sizes
-from glsd.evaluate import evaluate
+from glsd.config.evaluate import EvalConfig, EvalDataConfig
+from glsd.config.parse import dump
+from glsd.config.pretrain import (
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    PretrainConfig,
+    TimmArg,
+)
+from glsd.errors import UserError
+from glsd.evaluate.run import evaluate
+from glsd.evaluate.sets import choose_sizes
 from glsd.models.backbone import build_backbone
+from glsd.packing.folder import pack_samples
 from glsd.runtime import checkpoint
+from tests.helpers.warm_python import warm_python
 
-SCRIPT = Path(__file__).parents[1] / "launch" / "evaluate.py"
+SCRIPT = Path(__file__).parents[2] / "launch" / "evaluate.py"
 TINY: dict[str, TimmArg] = {"patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}
 TRAINED = PretrainConfig(
     seed=5,
@@ -145,9 +151,9 @@ def test_each_way_to_name_a_network(cfg, world):
 def measure(cfg, backbone):
     """The parts put together by hand."""
     from glsd.data.eval_loader import eval_loader
-    from glsd.data.shards import open_shards
-    from glsd.evals.embed import embed
-    from glsd.evals.knn import knn_accuracy
+    from glsd.evaluate.embed import embed
+    from glsd.metrics.knn import knn_accuracy
+    from glsd.shards.store import open_shards
 
     sets: list[torch.Tensor] = []
     for patterns in (cfg.data.train_shards, cfg.data.val_shards):
@@ -220,9 +226,9 @@ def test_one_rank_that_fails_keeps_no_other_waiting(cfg, tmp_path):
     body = f"""
         import os, sys, time
         from pathlib import Path
-        import _door
-        from glsd import evaluate as story
-        from glsd.contracts import UserError
+        from glsd.cli.door import run
+        from glsd.evaluate import run as story
+        from glsd.errors import UserError
 
         rank, left = int(os.environ["RANK"]), Path({str(tmp_path / "left")!r})
         case = sys.argv.pop(1)
@@ -241,14 +247,14 @@ def test_one_rank_that_fails_keeps_no_other_waiting(cfg, tmp_path):
             story.PROTOCOLS["knn"] = protocol
 
         def main(argv):
-            from glsd.command_line import load
-            from glsd.eval_config import EvalConfig
-            from glsd.runtime import ending
+            from glsd.config.parse import load
+            from glsd.config.evaluate import EvalConfig
+            from glsd.cluster import shutdown
             story.evaluate(load(EvalConfig, argv))
             left.touch()
-            ending.finish()
+            shutdown.finish()
 
-        _door.run(main)
+        run(main)
     """
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent(body))
@@ -270,7 +276,9 @@ def two_processes(arguments):
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
     }
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    shared |= {
+        "OMP_NUM_THREADS": "1",
+    }
     running = [
         subprocess.Popen(
             [warm_python(), *arguments],
@@ -400,8 +408,8 @@ def test_retrieval_by_hand(cfg, world, distance, capsys):
 
 def features_of(pattern):
     from glsd.data.eval_loader import eval_loader
-    from glsd.data.shards import open_shards
-    from glsd.evals.embed import embed
+    from glsd.evaluate.embed import embed
+    from glsd.shards.store import open_shards
 
     loader = eval_loader(
         open_shards(pattern), resize=36, crop=32, batch_size=90, rank=0, world_size=1, num_workers=0

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from glsd.contracts import UserError
-from glsd.evals import record
-from glsd.evals.record import append_record, cannot_write
+from glsd.errors import UserError
+from glsd.evaluate import record
+from glsd.evaluate.record import append_record, cannot_write
 
 
 def test_records_that_come_at_the_same_time_are_all_kept(tmp_path, monkeypatch):

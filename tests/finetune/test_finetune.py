@@ -10,29 +10,34 @@ import time
 from pathlib import Path
 from typing import Any
 
-import benchmark
 import pytest
-import table
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from test_pretrain import ROOT, rows, train, wait_for
-from warm_python import warm_python
 
-from glsd.command_line import load
-from glsd.command_line import load_file as load_config
-from glsd.contracts import UserError
-from glsd.eval_config import EvalConfig
-from glsd.evaluate import evaluate
-from glsd.finetune import finetune
-from glsd.finetune_build import build, resolve
-from glsd.finetune_config import FinetuneConfig
-from glsd.finetune_losses import batch_losses
-from glsd.finetune_plan import rates_at
+from glsd.cluster.launch import start
+from glsd.config.evaluate import EvalConfig
+from glsd.config.finetune import FinetuneConfig
+from glsd.config.parse import load
+from glsd.config.parse import load_file as load_config
+from glsd.errors import UserError
+from glsd.evaluate.run import evaluate
+from glsd.finetune.networks import build, resolve
+from glsd.finetune.objective import batch_losses
+from glsd.finetune.plan import rates_at
+from glsd.finetune.train import finetune
 from glsd.losses.mdr import mean_normalise
 from glsd.models.weights import read_weights
 from glsd.runtime import checkpoint
-from glsd.runtime.launch import start
+from launch.benchmark import main as benchmark
+from launch.benchmark import table
+from tests.helpers.warm_python import warm_python
+from tests.pretrain.test_pretrain import (
+    ROOT,
+    rows,
+    train,
+    wait_for,
+)
 
 
 def tune(argv: list[str]) -> Path:
@@ -232,7 +237,7 @@ def test_a_triplet_loss_beside_mdr_sees_mean_normalised_embeddings(tiny_finetune
 
 def test_the_ramp_and_the_milestones_follow_the_epoch(tiny_finetune):
     cfg, _, _, _ = parts(tiny_finetune, reg="psd", optim__milestones="[2,3]", optim__epochs=4, sd__weight=8.0)
-    from glsd.finetune_plan import make_plan
+    from glsd.finetune.plan import make_plan
 
     plan = make_plan(cfg, 72, 6)
     assert plan.steps_per_epoch == 4
@@ -376,8 +381,8 @@ def test_a_resume_with_other_settings_is_refused_and_changes_nothing(tiny_finetu
 
 
 def test_a_class_with_one_image_and_missing_labels(tiny_finetune, class_shards, tmp_path):
-    from glsd.data.pack import pack_samples
-    from glsd.data.shards import open_shards
+    from glsd.packing.folder import pack_samples
+    from glsd.shards.store import open_shards
 
     train_set = open_shards(f"{class_shards}/train-*.tar")
 
@@ -482,14 +487,14 @@ def test_measurements_are_float32_under_bf16_training(tiny_finetune):
 
 def test_batch_norm_that_learns_is_refused_on_several_ranks(tiny_finetune, monkeypatch):
     argv = tiny_finetune(model__backbone="resnet10t", model__timm_args="{}", model__freeze_batch_norm=False)
-    monkeypatch.setattr("glsd.finetune_build.dist.world_size", lambda: 2)
+    monkeypatch.setattr("glsd.finetune.networks.dist.world_size", lambda: 2)
     cfg, source = resolve(load(FinetuneConfig, argv))
     with pytest.raises(UserError, match=r"model\.freeze_batch_norm false on several ranks"):
         build(cfg, source, 6, start("no", "x"))
 
 
 def test_a_batch_too_small_for_diffusion(tiny_finetune):
-    from glsd.finetune_plan import check_ranges
+    from glsd.finetune.plan import check_ranges
 
     cfg = load(FinetuneConfig, tiny_finetune(reg="obdsd", optim__batch_size=2, data__images_per_class=2))
     with pytest.raises(UserError, match=r"optim\.batch_size=2: .*expected 3 or more"):

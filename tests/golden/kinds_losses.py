@@ -7,10 +7,16 @@ import torch.nn.functional as F
 from golden_file import Golden
 from torch import Tensor
 
-from glsd.contracts import Match
+from glsd.batches import Match
 from glsd.geometry import patch_centers, squared_half_diagonals
 from glsd.losses.center import ema_center
-from glsd.losses.distill import Matches, global_loss, local_loss, match_views, view_pairs
+from glsd.losses.distill import (
+    Matches,
+    global_loss,
+    local_loss,
+    match_views,
+    view_pairs,
+)
 from glsd.losses.prototype_ce import prototype_ce
 from glsd.optim.schedules import teacher_temp
 

@@ -4,9 +4,9 @@ import torch
 from golden_file import Golden
 from torch import Tensor
 
-from glsd.evals.clusters import kmeans_nmi, nmi
-from glsd.evals.ranks import QueryRanks
-from glsd.evals.retrieval import RetrievalScores, rank_queries, scores
+from glsd.metrics.clusters import kmeans_nmi, nmi
+from glsd.metrics.ranks import QueryRanks
+from glsd.metrics.retrieval import RetrievalScores, rank_queries, scores
 
 RATIO = 1e-12  # metrics are means of ratios of whole numbers
 NMI_OF_A_RUN = 0.04  # k-means from other starting points: a single run of ours varies as much over its seeds

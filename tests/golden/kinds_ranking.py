@@ -8,7 +8,12 @@ from golden_file import Golden
 from torch import Tensor
 
 from glsd.losses.mining import Triplets, distance_weights, mined_pairs
-from glsd.losses.obd_sd import diffusion_target, distillation_kl, ramp, similarity_target
+from glsd.losses.obd_sd import (
+    diffusion_target,
+    distillation_kl,
+    ramp,
+    similarity_target,
+)
 from glsd.losses.ranking import build_ranking
 from glsd.losses.tuple_losses import margin_loss
 

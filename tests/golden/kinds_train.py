@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from glsd.geometry import patch_centers, squared_half_diagonals
 from glsd.losses.center import ema_center
-from glsd.losses.distill import Matches, global_loss, local_loss, match_views
+from glsd.losses.distill import (
+    Matches,
+    global_loss,
+    local_loss,
+    match_views,
+)
 from glsd.models.heads import ProjectionHead
 from glsd.optim.clip import clip_per_parameter
 from glsd.optim.ema import ema_update

@@ -17,26 +17,33 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "launch"))
-
-import doctor
-
-from glsd import cluster_doctor
-from glsd.runtime import (
-    doctor_arrival,
-    doctor_devices,
-    doctor_files,
-    doctor_network,
-    doctor_packages,
-    doctor_panel,
+from glsd.cli import doctor
+from glsd.doctor import (
+    arrival as doctor_arrival,
 )
+from glsd.doctor import (
+    devices as doctor_devices,
+)
+from glsd.doctor import (
+    files as doctor_files,
+)
+from glsd.doctor import (
+    network as doctor_network,
+)
+from glsd.doctor import (
+    packages as doctor_packages,
+)
+from glsd.doctor import (
+    panel as doctor_panel,
+)
+from glsd.doctor import run as cluster_doctor
 
 MOST_SECONDS = 150
 
 
 def good_packages() -> dict:
     """Facts of an environment in which all is well, as this one's may not be."""
-    needed = doctor_packages.requirements(Path(__file__).parents[1] / "pyproject.toml")
+    needed = doctor_packages.requirements(Path(__file__).parents[2] / "pyproject.toml")
     found = {"python": "3.12.1", "executable": "python", "code": "here (1)", "needed": needed}
     return found | {"versions": dict.fromkeys(needed, "9999.0"), "pins": {}, "errors": {}}
 
@@ -70,7 +77,7 @@ def die() -> dict:
 
 def serve() -> None:
     """Fork ranks as they are ordered."""
-    importlib.import_module("glsd.cluster_doctor_shards")
+    importlib.import_module("glsd.doctor.shards")
     assert threading.active_count() == 1, f"would not survive a fork: {threading.enumerate()}"
     gc.freeze()  # a fork that collects would copy every page
     for line in sys.stdin:

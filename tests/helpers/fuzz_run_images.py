@@ -4,12 +4,11 @@ import sys
 import warnings
 from typing import Any
 
-import fuzz_images
-import fuzz_watch
 import torch
 
 from glsd.data.crops import CropSpec, crop_sample
-from glsd.data.decode import BrokenImage
+from glsd.errors import BrokenImage
+from tests.helpers import fuzz_images, fuzz_watch
 
 # Crops for which the whole image is decoded, and such small ones that JPEGs are decoded at half their size.
 SPECS = (

@@ -5,15 +5,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import fuzz_shards
-import fuzz_watch
 import torch
 
-from glsd.contracts import UserError
 from glsd.data.crops import CropSpec, crop_sample
-from glsd.data.decode import BrokenImage
-from glsd.data.shard_index import build_index, index_path, write_index
-from glsd.data.shards import ShardSet, open_shards
+from glsd.errors import BrokenImage, UserError
+from glsd.shards.index import build_index, index_path, write_index
+from glsd.shards.store import ShardSet, open_shards
+from tests.helpers import fuzz_shards, fuzz_watch
 
 SPEC = CropSpec(global_size=8, local_size=8, num_local=0)
 MEMORY = 1 << 30

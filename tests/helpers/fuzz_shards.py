@@ -5,9 +5,10 @@ import io
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 
-import fuzz_images
 import numpy as np
-from small_shards import noise_image
+
+from tests.helpers import fuzz_images
+from tests.helpers.small_shards import noise_image
 
 BLOCK = 512
 FIELDS = {"name": (0, 100), "mode": (100, 108), "size": (124, 136), "time": (136, 148), "kind": (156, 157)}

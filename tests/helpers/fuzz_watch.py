@@ -25,8 +25,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def environment() -> dict[str, str]:
     """The variables of a process that finds this package and these tests, and leaves no compiled files anywhere."""
     root = Path(__file__).parents[2]
-    path = f"{root}:{root / 'tests' / 'data'}"
-    return {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run(script: str, arguments: list[str], cwd: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import subprocess
 import textwrap
 from pathlib import Path
 
-from warm_python import warm_python
+from tests.helpers.warm_python import warm_python
 
 PROLOGUE = """
 import sys
@@ -13,8 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as torch_dist
-from glsd.contracts import UserError
-from glsd.runtime import dist
+from glsd.errors import UserError
+from glsd.cluster import dist
 folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch_dist.init_process_group(
     "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world, timeout=timedelta(seconds=120)

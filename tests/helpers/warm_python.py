@@ -29,9 +29,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What runs import, also late.
-IMPORTED = ("pretrain", "finetune_dml", "evaluate", "flags", "torch.utils.tensorboard", "docstring_parser")
+IMPORTED = (
+    *("glsd.cli.pretrain", "glsd.cli.finetune", "glsd.cli.evaluate", "glsd.slurm.flags", "glsd.cli.door"),
+    *("torch.utils.tensorboard", "docstring_parser"),
+)
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LONGEST = 1 << 17  # bytes of an order
 
@@ -155,7 +158,7 @@ class Server:
 def serve(listening: socket.socket) -> None:
     """Be the warm process, which ends with the tests. A fork comes out of ``next_fork`` and is a program of its own."""
     libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
-    sys.path[:0] = [str(ROOT), str(ROOT / "launch"), str(ROOT / "launch" / "slurm")]
+    sys.path.insert(1, str(ROOT))  # the first place is that of the script
     for module in IMPORTED:
         importlib.import_module(module)
     Image.init()
@@ -195,8 +198,14 @@ if __name__ == "__main__":
     if sys.argv[2:]:
         run(sys.argv[1], sys.argv[2:])
     else:
-        sys.path.append(str(ROOT / "tests" / "cluster"))
-        from namespaces import DIE_WITH_PARENT, entering, is_elsewhere, libc
+        sys.path.append(str(ROOT))
         from PIL import Image
+
+        from tests.cluster.namespaces import (
+            DIE_WITH_PARENT,
+            entering,
+            is_elsewhere,
+            libc,
+        )
 
         serve(socket.socket(fileno=int(sys.argv[1])))

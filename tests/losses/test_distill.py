@@ -7,9 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glsd.contracts import Match, UserError
+from glsd.batches import Match
+from glsd.errors import UserError
 from glsd.geometry import patch_centers, squared_half_diagonals
-from glsd.losses.distill import Matches, global_loss, local_loss, match_views, view_pairs
+from glsd.losses.distill import (
+    Matches,
+    global_loss,
+    local_loss,
+    match_views,
+    view_pairs,
+)
 
 TEMPS: dict[str, Any] = {"student_temp": 0.4, "teacher_temp": 0.3}
 

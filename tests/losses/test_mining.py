@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glsd.losses.mining import Triplets, distance_weights, mined_pairs, triplet_per_anchor, triplet_per_pair
+from glsd.losses.mining import (
+    Triplets,
+    distance_weights,
+    mined_pairs,
+    triplet_per_anchor,
+    triplet_per_pair,
+)
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 2, 0, 3])  # class 3 has no second image
 

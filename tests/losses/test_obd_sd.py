@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.losses.obd_sd import (
     check_settings,
     diffuse,

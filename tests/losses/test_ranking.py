@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pytorch_metric_learning import losses, miners, reducers
 from torch import Tensor
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.losses.mining import triplet_per_anchor, triplet_per_pair
 from glsd.losses.ranking import RANKING, build_ranking
 from glsd.losses.tuple_losses import multi_similarity, smooth_ap

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from glsd.contracts import UserError
-from glsd.evals.clusters import kmeans_nmi, nmi
+from glsd.errors import UserError
+from glsd.metrics.clusters import kmeans_nmi, nmi
 
 
 def by_formula(labels, assignment):

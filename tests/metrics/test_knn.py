@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
-from glsd.contracts import UserError
-from glsd.evals import knn
-from glsd.evals.knn import knn_accuracy, nearest_neighbours
+from glsd.errors import UserError
+from glsd.metrics import knn
+from glsd.metrics.knn import knn_accuracy, nearest_neighbours
 
 
 def twin(train, train_labels, val, val_labels, k, temperature):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glsd.contracts import UserError
-from glsd.evals import linear
-from glsd.evals.linear import linear_probe
+from glsd.errors import UserError
+from glsd.metrics import linear
+from glsd.metrics.linear import linear_probe
 
 
 def clusters(n, *, dim=12, num_classes=7, spread=0.5, seed=0):

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glsd.contracts import UserError
-from glsd.evals import rank_tiles, retrieval
-from glsd.evals.ranks import QueryRanks
-from glsd.evals.retrieval import rank_queries, retrieval_scores, scores
+from glsd.errors import UserError
+from glsd.metrics import rank_tiles, retrieval
+from glsd.metrics.ranks import QueryRanks
+from glsd.metrics.retrieval import rank_queries, retrieval_scores, scores
 
 BACKENDS = ("torch", "faiss")
 

@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.models.backbone import build_backbone, check_crop_size
 from glsd.models.tokens import POOLS
 

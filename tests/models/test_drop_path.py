@@ -11,7 +11,13 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock
 from torch import nn
 
 from glsd.models.backbone import build_backbone
-from glsd.models.drop_path import SKIPPING, Kept, draw, rates, skip_dropped_rows
+from glsd.models.drop_path import (
+    SKIPPING,
+    Kept,
+    draw,
+    rates,
+    skip_dropped_rows,
+)
 
 BLOCKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain": (Block, {"init_values": None}),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.models.backbone import build_backbone
 from glsd.models.embedder import Embedder
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.models.heads import ProjectionHead, Prototypes
 
 

@@ -13,10 +13,15 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.models.backbone import build_backbone
 from glsd.models.heads import ProjectionHead
-from glsd.models.weights import load_reference_head, load_weights, read_weights, reference_head_name
+from glsd.models.weights import (
+    load_reference_head,
+    load_weights,
+    read_weights,
+    reference_head_name,
+)
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 

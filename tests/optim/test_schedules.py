@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.optim.schedules import check_schedule, cosine, teacher_temp
 
 

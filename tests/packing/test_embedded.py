@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from glsd.data.embedded import CANVAS, digit_canvases
+from glsd.packing.embedded import CANVAS, digit_canvases
 
 
 def test_canvases_are_a_function_of_split_and_seed():

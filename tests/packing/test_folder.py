@@ -1,7 +1,6 @@
 import functools
 import json
 import os
-import runpy
 import subprocess
 import sys
 import tarfile
@@ -9,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from small_shards import noise_image, pack_noise
 
-from glsd.contracts import UserError
-from glsd.data.decode import BrokenImage
-from glsd.data.pack import index_shards, pack_folder, pack_samples
-from glsd.data.shards import open_shards
+from glsd.cli import pack
+from glsd.errors import BrokenImage, UserError
+from glsd.packing.folder import index_shards, pack_folder, pack_samples
+from glsd.shards.store import open_shards
+from tests.helpers.small_shards import noise_image, pack_noise
 
 
 @pytest.fixture(autouse=True)
@@ -286,8 +285,7 @@ def test_broken_samples_can_be_packed_for_tests(tmp_path):
 @pytest.fixture
 def launch(monkeypatch):
     """The main function of launch/pack.py."""
-    monkeypatch.syspath_prepend(LAUNCH.parent)
-    return runpy.run_path(str(LAUNCH))["main"]
+    return pack.main
 
 
 def test_command_line(launch, photos_folder, tmp_path, capsys):

@@ -14,11 +14,11 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from small_shards import noise_image
 
-from glsd.contracts import UserError
-from glsd.data.pack import PackSummary, pack_folder, pack_samples
-from glsd.data.pack_list import pack_list
+from glsd.errors import UserError
+from glsd.packing.folder import PackSummary, pack_folder, pack_samples
+from glsd.packing.lists import pack_list
+from tests.helpers.small_shards import noise_image
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
 NUM_IMAGES = 26

@@ -2,21 +2,19 @@ import dataclasses
 import functools
 import json
 import os
-import runpy
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.io import savemat
-from small_shards import noise_image
 
-from glsd.contracts import UserError
-from glsd.data import retrieval_files
-from glsd.data.retrieval_sets import RETRIEVAL_SETS, prepare
-from glsd.data.shards import open_shards
-
-LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
+from glsd.cli import pack
+from glsd.errors import UserError
+from glsd.packing import retrieval_files
+from glsd.packing.retrieval_sets import RETRIEVAL_SETS, prepare
+from glsd.shards.store import open_shards
+from tests.helpers.small_shards import noise_image
 
 
 @pytest.fixture(autouse=True)
@@ -667,8 +665,7 @@ def test_a_role_without_images(small_cub, tmp_path):
 
 
 def test_command_line(small_cub, tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(LAUNCH.parent)
-    main = runpy.run_path(str(LAUNCH))["main"]
+    main = pack.main
     main(["cub200", str(small_cub), str(tmp_path / "out"), "--shard_megabytes", "1"])
     assert capsys.readouterr().out.splitlines() == [
         f"{role}: packed 3 images of 2 classes into 1 shards: {tmp_path}/out/{role}-000000.tar .. {role}-000000.tar"

@@ -4,7 +4,6 @@ import builtins
 import gzip
 import io
 import json
-import runpy
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -15,17 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torchvision
 from PIL import Image, ImageCms, JpegImagePlugin
-from small_shards import noise_image
 
-from glsd.contracts import UserError
-from glsd.data.decode import BrokenImage, decode
-from glsd.data.pack import pack_folder
-from glsd.data.pack_list import pack_list
-from glsd.data.pack_resize import shorten
-from glsd.data.pack_torchvision import TORCHVISION_SETS, pack_torchvision
-from glsd.data.shards import open_shards
-
-LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
+from glsd.cli import pack
+from glsd.data.decode import decode
+from glsd.errors import BrokenImage, UserError
+from glsd.packing.folder import pack_folder
+from glsd.packing.lists import pack_list
+from glsd.packing.resize import shorten
+from glsd.packing.torchvision_sets import TORCHVISION_SETS, pack_torchvision
+from glsd.shards.store import open_shards
+from tests.helpers.small_shards import noise_image
 
 
 @pytest.fixture(autouse=True)
@@ -374,8 +372,7 @@ def test_short_side_leaves_the_rest_to_the_bit(tmp_path):
 
 
 def test_command_line(photos_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(LAUNCH.parent)
-    main = runpy.run_path(str(LAUNCH))["main"]
+    main = pack.main
     rows = [f"x/{number}.jpg,{number % 2}" for number in range(6)]
     (photos_folder / "list.csv").write_text("\n".join(["path,label", *rows, "x/7.jpg,1"]))
     argv = ["list", str(photos_folder / "list.csv"), str(tmp_path / "out"), "--workers=0"]

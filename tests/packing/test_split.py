@@ -1,19 +1,18 @@
 import gzip
 import json
-import runpy
 import tracemalloc
 import zlib
 from pathlib import Path
 
 import pytest
-from small_shards import noise_image
 
-from glsd.contracts import UserError
-from glsd.data.pack import pack_samples
-from glsd.data.retrieval_split import assign_roles, parse_roles, split_shards
-from glsd.data.shards import open_shards
+from glsd.cli import pack
+from glsd.errors import UserError
+from glsd.packing.folder import pack_samples
+from glsd.packing.split import assign_roles, parse_roles, split_shards
+from glsd.shards.store import open_shards
+from tests.helpers.small_shards import noise_image
 
-LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
 LABELS = [4, 0, 9, 4, 2, 0, 9, 9, 2, 7]  # five classes, with gaps, in no order
 NAMES = [f"class {label}" for label in range(10)]
 
@@ -33,8 +32,7 @@ def shards(tmp_path) -> str:
 
 @pytest.fixture
 def main(monkeypatch):
-    monkeypatch.syspath_prepend(LAUNCH.parent)
-    return runpy.run_path(str(LAUNCH))["main"]
+    return pack.main
 
 
 def packed(dst: Path, role: str) -> dict[bytes, int]:

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from warm_python import warm_python
 
-from glsd import forecast as forecast_module
-from glsd.command_line import load
-from glsd.config import PretrainConfig
-from glsd.contracts import UserError
-from glsd.forecast import Forecast, forecast
-from glsd.pretrain import pretrain
+from glsd.config.parse import load
+from glsd.config.pretrain import PretrainConfig
+from glsd.errors import UserError
+from glsd.pretrain import dry_run as forecast_module
+from glsd.pretrain.dry_run import Forecast, forecast
+from glsd.pretrain.train import pretrain
+from tests.helpers.warm_python import warm_python
 
-SCRIPT = Path(__file__).parents[1] / "launch" / "pretrain.py"
+SCRIPT = Path(__file__).parents[2] / "launch" / "pretrain.py"
 
 
 @pytest.fixture(autouse=True)

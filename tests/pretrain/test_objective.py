@@ -3,8 +3,8 @@
 import torch
 from torch.distributed.utils import _recursive_to
 
-from glsd.contracts import CropBatch
-from glsd.distillation import Pixels
+from glsd.batches import CropBatch
+from glsd.pretrain.objective import Pixels
 
 
 def test_boxes_stay_on_the_host():

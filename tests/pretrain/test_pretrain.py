@@ -11,15 +11,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from warm_python import warm_python
 
-from glsd.command_line import load
-from glsd.config import PretrainConfig
-from glsd.contracts import UserError
-from glsd.pretrain import pretrain
+from glsd.config.parse import load
+from glsd.config.pretrain import PretrainConfig
+from glsd.errors import UserError
+from glsd.pretrain.train import pretrain
 from glsd.runtime import checkpoint
+from tests.helpers.warm_python import warm_python
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def train(argv: list[str]) -> Path:
@@ -192,7 +192,7 @@ def test_probes_are_repeated_exactly_on_resume(tiny_run, digit_shards):
 @pytest.mark.slow
 def test_a_run_that_dies_in_a_probe_has_lost_no_step(tiny_run, digit_shards, monkeypatch):
     """What a scheduler leaves between its signal and the end may be shorter than a probe."""
-    import glsd.pretrain as story
+    import glsd.pretrain.train as story
 
     options = {
         "watch__probe_every": 2,
@@ -287,7 +287,7 @@ def test_what_a_run_leaves_behind(tiny_run, digit_shards):
 @pytest.mark.slow
 def test_a_bad_gradient_stops_before_the_weights_move(tiny_run, monkeypatch):
     """Gradients go bad at the 4th step, the check comes at the 6th: by then the student is still that of step 3."""
-    import glsd.pretrain as story
+    import glsd.pretrain.train as story
 
     seen = {}
     real_step, real_check = story.train_step, story.check_gradients

@@ -13,15 +13,15 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import glsd.distillation
-import glsd.pretrain as story
-from glsd.command_line import load
-from glsd.config import PretrainConfig
+import glsd.pretrain.objective
+import glsd.pretrain.train as story
+from glsd.config.parse import load
+from glsd.config.pretrain import PretrainConfig
 from glsd.data import photometric
-from glsd.data.shards import open_shards
-from glsd.pretrain_build import State, build
-from glsd.pretrain_plan import make_plan, rates_at
+from glsd.pretrain.networks import State, build
+from glsd.pretrain.plan import make_plan, rates_at
 from glsd.runtime.meters import Meters
+from glsd.shards.store import open_shards
 
 META = torch.device("meta")
 
@@ -149,7 +149,7 @@ def test_a_step_that_waits_is_found_out(tiny_run, tmp_path, meta_device, monkeyp
         notes.append("before")
         read(outs[0].loss)
         notes.append("after")
-        return glsd.distillation.mean_values(outs, shares)
+        return glsd.pretrain.objective.mean_values(outs, shares)
 
     monkeypatch.setattr(story, "mean_values", and_read)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
@@ -161,7 +161,7 @@ def test_a_copy_that_waits_is_found_out(tiny_run, tmp_path, meta_device, monkeyp
     def and_copy(outs, shares):
         torch.tensor([1.0, 2.0], device=outs[0].loss.device)
         torch.ones(2).to(outs[0].loss.device)
-        return glsd.distillation.mean_values(outs, shares)
+        return glsd.pretrain.objective.mean_values(outs, shares)
 
     monkeypatch.setattr(story, "mean_values", and_copy)
     waits, _, _ = take_steps(tiny_run(), tmp_path, count=1)

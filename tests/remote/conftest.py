@@ -1,7 +1,8 @@
 """One warm process for all runs of this folder."""
 
 import pytest
-from warm import Warm
+
+from tests.remote.warm import Warm
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from warm import Started, Warm
 
 from glsd.data.order import EpochOrder, epoch_length
-from glsd.data.shard_index import build_index, index_path, write_index
-from glsd.data.shards import open_shards
+from glsd.shards.index import build_index, index_path, write_index
+from glsd.shards.store import open_shards
+from tests.remote.warm import Started, Warm
 
 SIZES = (5, 13, 2, 9, 17, 1, 7, 3, 11, 4)  # samples a shard: 72, 12 batches of 6, 1.6 MB
 NAMES = "train-{000000..000009}.tar"

@@ -8,18 +8,29 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty import FaultyServer
-from servers import nginx
 
-from glsd.contracts import UserError
-from glsd.data import remote
-from glsd.data.addresses import beside, identity, shown
-from glsd.data.pack import pack_samples
-from glsd.data.prefetch import Prefetcher
-from glsd.data.remote import copy_to, look_up, patience, read_all
-from glsd.data.shard_cache import PART, WHOLE, ShardCache, cache_bytes, cache_folder
-from glsd.data.shard_files import find_shards, index_remote, shard_headers
-from glsd.data.shards import open_shards
+from glsd.errors import UserError
+from glsd.packing.folder import pack_samples
+from glsd.shards import remote
+from glsd.shards.addresses import beside, identity, shown
+from glsd.shards.cache import (
+    PART,
+    WHOLE,
+    ShardCache,
+    cache_bytes,
+    cache_folder,
+)
+from glsd.shards.find import find_shards, index_remote, shard_headers
+from glsd.shards.prefetch import Prefetcher
+from glsd.shards.remote import (
+    copy_to,
+    look_up,
+    patience,
+    read_all,
+)
+from glsd.shards.store import open_shards
+from tests.remote.faulty import FaultyServer
+from tests.remote.servers import nginx
 
 PIECE = 40_000
 COUNT = 6  # shards of one sample, of SIZE bytes each

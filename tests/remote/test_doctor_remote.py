@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faulty import FaultyServer
 from PIL import Image
 
-from glsd.data.doctor import examine
-from glsd.data.pack import pack_samples
+from glsd.audit.report import examine
+from glsd.packing.folder import pack_samples
+from tests.remote.faulty import FaultyServer
 
 
 def scene(seed: int) -> bytes:

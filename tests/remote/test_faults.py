@@ -5,8 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty import FaultyServer
-from killed_run import (
+
+from glsd.runtime import checkpoint
+from tests.pretrain.test_pretrain import assert_same_run
+from tests.remote.faulty import FaultyServer
+from tests.remote.killed_run import (
     CACHE_BYTES,
     NAMES,
     ROOMY,
@@ -21,11 +24,8 @@ from killed_run import (
     steps_written,
     wait_for_step,
 )
-from servers import free_port
-from test_pretrain import assert_same_run
-from warm import Started
-
-from glsd.runtime import checkpoint
+from tests.remote.servers import free_port
+from tests.remote.warm import Started
 
 STEPS = 20  # an epoch of 12 and a part of the next
 PATIENCE = 2.0  # GLSD_REMOTE_TIMEOUT of these tests, in seconds

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killed_run import (
+
+from tests.pretrain.test_pretrain import assert_same_run
+from tests.remote.killed_run import (
     CACHE_BYTES,
     NAMES,
     SIZES,
@@ -20,8 +22,12 @@ from killed_run import (
     samples,
     wait_for_step,
 )
-from servers import Served, free_port, nginx, s3
-from test_pretrain import assert_same_run
+from tests.remote.servers import (
+    Served,
+    free_port,
+    nginx,
+    s3,
+)
 
 KILLS = 20
 STEPS = 132  # 11 epochs of 12

@@ -10,8 +10,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from faulty import FaultyServer
-from servers import nginx, s3
+
+from tests.remote.faulty import FaultyServer
+from tests.remote.servers import nginx, s3
 
 CONTENT = os.urandom(300_000)
 

@@ -117,11 +117,9 @@ class Started:
 
 def serve() -> None:
     """Be the warm process. A forked run comes out of here and ends as a program does."""
-    sys.path.insert(0, str(ROOT / "launch"))
-    import _door
-    import pretrain
-
-    from glsd.data import remote
+    from glsd.cli import pretrain
+    from glsd.cli.door import run as run_door
+    from glsd.shards import remote
 
     import_what_a_run_imports()
     remote.PIECE = PIECE
@@ -135,7 +133,7 @@ def serve() -> None:
             answer = os.fork()
             if answer == 0:
                 become(order)
-                _door.run(pretrain.main)
+                run_door(pretrain.main)
         print(json.dumps(answer), flush=True)
 
 

@@ -5,12 +5,17 @@ import os
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import nn
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.runtime import checkpoint
-from glsd.runtime.checkpoint import load, load_latest, restore, save
+from glsd.runtime.checkpoint import (
+    load,
+    load_latest,
+    restore,
+    save,
+)
+from tests.helpers.ranks import run_ranks
 
 
 def network(width: int = 3) -> nn.Sequential:

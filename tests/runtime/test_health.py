@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from glsd.config import PretrainConfig
+from glsd.config.pretrain import PretrainConfig
 from glsd.runtime.health import check, rankme
 
 K = 4096

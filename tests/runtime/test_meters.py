@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch
-from ranks import run_ranks
 from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
 
 from glsd.runtime import meters as meters_module
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import rewind
+from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
 

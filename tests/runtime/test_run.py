@@ -9,10 +9,18 @@ import time
 import tracemalloc
 
 import pytest
-from ranks import run_ranks
 
-from glsd.contracts import UserError
-from glsd.runtime.run import Run, StopVote, append_rows, catch_signals, open_run, redact, rewind
+from glsd.errors import UserError
+from glsd.runtime.run import (
+    Run,
+    StopVote,
+    append_rows,
+    catch_signals,
+    open_run,
+    redact,
+    rewind,
+)
+from tests.helpers.ranks import run_ranks
 
 
 def test_a_new_run_has_its_papers(tmp_path):

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 
 from glsd.data.order import EpochOrder
-from glsd.data.shard_index import DTYPES, VERSION, _checksum
-from glsd.data.shards import open_shards
+from glsd.shards.index import DTYPES, VERSION, _checksum
+from glsd.shards.store import open_shards
 
 NUM_SHARDS = SAMPLES_OF_SHARD = 10_000
 IMAGE_BYTES, KEY_BYTES = 100_000, 8

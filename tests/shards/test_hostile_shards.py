@@ -9,25 +9,31 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fuzz_shards
-import fuzz_watch
 import psutil
 import pytest
 from accelerate.state import AcceleratorState
-from fuzz_shards import BLOCK, by_tarfile, header, member, pax, tar
-from small_shards import noise_image, pack_noise
 
-from glsd.command_line import load
-from glsd.config import PretrainConfig
-from glsd.contracts import BrokenSample, UserError
+from glsd.batches import BrokenSample
+from glsd.config.parse import load
+from glsd.config.pretrain import PretrainConfig
 from glsd.data.crops import CropSpec
-from glsd.data.decode import BrokenImage
 from glsd.data.order import EpochOrder
 from glsd.data.pretrain_loader import pretrain_loader
-from glsd.data.shard_index import build_index, index_path, write_index
-from glsd.data.shards import ShardSet, open_shards
-from glsd.data.tar_members import MAX_EXTENDED, TarError, read_members
-from glsd.pretrain import pretrain
+from glsd.errors import BrokenImage, UserError
+from glsd.pretrain.train import pretrain
+from glsd.shards.index import build_index, index_path, write_index
+from glsd.shards.store import ShardSet, open_shards
+from glsd.shards.tar import MAX_EXTENDED, TarError, read_members
+from tests.helpers import fuzz_shards, fuzz_watch
+from tests.helpers.fuzz_shards import (
+    BLOCK,
+    by_tarfile,
+    header,
+    member,
+    pax,
+    tar,
+)
+from tests.helpers.small_shards import noise_image, pack_noise
 
 SEED = 5
 NUM_MUTATED = 200

@@ -11,16 +11,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_shards import noise_image, pack_noise
 from webdataset import TarWriter
 
-from glsd.contracts import UserError
-from glsd.data import shards as shards_module
-from glsd.data.decode import BrokenImage
-from glsd.data.pack import pack_samples
-from glsd.data.shard_files import find_shards
-from glsd.data.shard_index import build_index, index_path, map_index, read_header, write_index
-from glsd.data.shards import check_disjoint, check_same_classes, open_shards, read_classes
+from glsd.errors import BrokenImage, UserError
+from glsd.packing.folder import pack_samples
+from glsd.shards import store as shards_module
+from glsd.shards.find import find_shards
+from glsd.shards.index import (
+    build_index,
+    index_path,
+    map_index,
+    read_header,
+    write_index,
+)
+from glsd.shards.store import (
+    check_disjoint,
+    check_same_classes,
+    open_shards,
+    read_classes,
+)
+from tests.helpers.small_shards import noise_image, pack_noise
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import torch
 from matplotlib.patches import ConnectionPatch, Rectangle
 from PIL import Image
 
-from glsd.contracts import UserError
+from glsd.errors import UserError
 from glsd.show import matches, neighbours
 from glsd.show.matches import draw_matches
 from glsd.show.neighbours import draw_neighbours
