@@ -81,7 +81,7 @@ class Match(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledBatch:
+class LabeledBatch:
     """Images for evaluation or metric learning; index -1 marks padding rows that must be dropped."""
 
     images: Float32[Tensor, "b 3 h w"]
@@ -90,7 +90,7 @@ class LabelledBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledCrops:
+class LabeledCrops:
     """One rank's share of a metric-learning batch: one random crop per image, class ranks as labels."""
 
     images: UInt8[Tensor, "b 3 h w"]
@@ -99,14 +99,14 @@ class LabelledCrops:
     keys: tuple[str, ...]
     broken: tuple[BrokenSample, ...] = ()
 
-    def pin_memory(self) -> "LabelledCrops":
+    def pin_memory(self) -> "LabeledCrops":
         """Return the batch in pinned memory (called by the DataLoader)."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def to(self, device: torch.device) -> "LabelledCrops":
+    def to(self, device: torch.device) -> "LabeledCrops":
         """Return the batch on ``device``, copied asynchronously when pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, move) -> "LabelledCrops":
+    def _map(self, move) -> "LabeledCrops":
         tensors = {name: move(getattr(self, name)) for name in ("images", "labels", "indices")}
         return replace(self, **tensors)

@@ -1,7 +1,9 @@
 """What a user sees when something cannot work, and what a run raises when it was asked to stop."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class StoppedEarly(Exception):
@@ -32,3 +34,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 class BrokenImage(Exception):
     """These bytes are not an image that can be used; the message is the reason, in a few words."""
+
+
+@contextlib.contextmanager
+def config_keys(keys: Mapping[str, str]) -> Iterator[None]:
+    """Within the block a UserError names configuration keys where a part has named its own arguments.
+
+    keys: argument of a part -> configuration key that it came from, such as {"image_size": "data.global_size"}.
+    """
+    try:
+        yield
+    except UserError as problem:
+        raise UserError(with_config_keys(str(problem), keys)) from problem
+
+
+def with_config_keys(text: str, keys: Mapping[str, str]) -> str:
+    """Return a part's text with its arguments' names replaced by the configuration keys that they came from."""
+    names = "|".join(map(re.escape, sorted(keys, key=len, reverse=True)))
+    # Not inside of a longer name, a path, a flag or a quoted value.
+    return (
+        re.sub(rf"(?<![\w./'-])({names})(?![\w/'-]|\.\w)", lambda match: keys[match[1]], text)
+        if keys
+        else text
+    )

@@ -53,7 +53,7 @@ def photos() -> Path:
 
 @pytest.fixture(scope="session")
 def digit_shards(tmp_path_factory) -> Path:
-    """Folder with train-a-000000.tar, train-b-000000.tar (48 labelled 40x40 digits) and val-000000.tar (24)."""
+    """Folder with train-a-000000.tar, train-b-000000.tar (48 labeled 40x40 digits) and val-000000.tar (24)."""
     folder = tmp_path_factory.mktemp("digits")
     digits = load_digits()
 

@@ -1,4 +1,4 @@
-"""Patch centres against a literal average of pixel coordinates, and the properties a box must have."""
+"""Patch centers against a literal average of pixel coordinates, and the properties a box must have."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from glsd.geometry import patch_centers, squared_half_diagonals
 
 
 def literal_centers(box, crop_size: int, stride: int) -> np.ndarray:
-    """Resample every output pixel's source coordinate (pixel centres, half-pixel convention), mirror, average by patch."""
+    """Resample every output pixel's source coordinate (pixel centers, half-pixel convention), mirror, average by patch."""
     x0, y0, x1, y1 = box
     left, width = min(x0, x1), abs(x1 - x0)
     columns = np.array([left + (c + 0.5) * width / crop_size - 0.5 for c in range(crop_size)])

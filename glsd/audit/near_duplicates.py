@@ -1,5 +1,5 @@
 """The same picture in other bytes: coded again, resized, a little brighter. By a 64-bit hash of its coarse structure, then by
-a thumbnail in colour, for many pictures share their structure without being the same.
+a thumbnail in color, for many pictures share their structure without being the same.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 HASH_SIDE = 32  # gray pixels per side of what is hashed
-THUMB_SIDE = 12  # coloured ones of what is compared
+THUMB_SIDE = 12  # colored ones of what is compared
 BITS = 64
 MAX_BITS = 6  # different bits of two hashes that may be one picture
 # Measured on Caltech-101: coded again at quality 30 or halved in size, all pairs are found; of 18 million pairs of other
@@ -72,7 +72,7 @@ def find_near_duplicates(
     Two such hashes agree in one of max_bits + 1 bands of their bits, so only pictures that share a band are compared.
     Where hashes are spread evenly, that is some n^2 / 160 pairs: 7 s for 400,000 pictures, minutes for a few million, days for
     a hundred million.
-    Pictures of one flat colour are left alone. ``splits``: the split of each; ``contents``: equal numbers = the same pixels,
+    Pictures of one flat color are left alone. ``splits``: the split of each; ``contents``: equal numbers = the same pixels,
     which are never partners.
     """
     found = NearDuplicates(np.arange(len(hashes)), np.full(len(hashes), -1))

@@ -148,7 +148,7 @@ def _sizes(census: Census) -> Iterator[Finding]:
             f"more than {HUGE / 1e6:.0f} megapixels: pack them with --short_side",
         ),
         ("long", long > LONG * short, f"one side more than {LONG:.0f} times the other"),
-        ("blank", flat, "of nearly one colour"),
+        ("blank", flat, "of nearly one color"),
     )
     for topic, those, what in odd:
         found = rows[those]

@@ -19,17 +19,17 @@ from glsd.data.eval_loader import eval_loader
 from glsd.evaluate.embed import Embedded, embed
 from glsd.evaluate.run import evaluate, load_model
 from glsd.finetune.train import finetune
-from glsd.metrics.knn import knn_accuracy, nearest_neighbours
+from glsd.metrics.knn import knn_accuracy, nearest_neighbors
 from glsd.packing.embedded import CANVAS, NUM_VAL_DIGITS, digit_canvases
 from glsd.packing.folder import pack_samples
 from glsd.packing.split import split_shards
 from glsd.pretrain.train import pretrain
 from glsd.shards.store import open_shards
-from glsd.show.neighbours import draw_neighbours
+from glsd.show.neighbors import draw_neighbors
 
 OUT = Path("demo_out")
 SHARDS = {"train": f"{OUT}/shards/train-*.tar", "val": f"{OUT}/shards/val-*.tar"}
-NUM_QUERIES, NUM_NEIGHBOURS, K = 8, 8, 20
+NUM_QUERIES, NUM_NEIGHBORS, K = 8, 8, 20
 UNSEEN = 0.4  # share of the digits that fine-tuning never sees: 6 to 9
 
 
@@ -60,9 +60,9 @@ def main(argv: list[str]) -> None:
     tuned = {reg: fine_tune(reg) for reg in ("none", "obdsd")}
 
     chapter("5. look")
-    draw_neighbours_of(run, "teacher", SHARDS["val"], SHARDS["train"])
+    draw_neighbors_of(run, "teacher", SHARDS["val"], SHARDS["train"])
     for folder in tuned.values():
-        draw_neighbours_of(folder, "student", f"{OUT}/unseen/test-*.tar")
+        draw_neighbors_of(folder, "student", f"{OUT}/unseen/test-*.tar")
     print(f"\nk-NN (k={K}) accuracy on {NUM_VAL_DIGITS} unseen images")
     for name, score in scores.items():
         print(f"  {name:24} {score:6.1%}")
@@ -73,19 +73,19 @@ def main(argv: list[str]) -> None:
         print(f"  {name:24} {found['recall@1']:6.1%} {found['map_at_r']:6.1%}")
     folders = [str(folder) for folder in (run, *tuned.values())]
     print(f"\n{time.perf_counter() - start:.0f} s in all")
-    print(f"pictures: {run}/first_batch.png  " + "  ".join(f"{folder}/neighbours.png" for folder in folders))
+    print(f"pictures: {run}/first_batch.png  " + "  ".join(f"{folder}/neighbors.png" for folder in folders))
     print(f"curves:   tensorboard --logdir {OUT}")
 
 
 def fine_tune(reg: str) -> Path:
-    """Fine-tune what was pretrained, with or without a regulariser."""
+    """Fine-tune what was pretrained, with or without a regularizer."""
     flags = ["--config", "configs/dml/digits.yaml", "--reg", reg, "--out", f"{OUT}/dml-{reg}"]
     print(f"   python launch/finetune_dml.py {' '.join(flags)}", flush=True)
     return finetune(load(FinetuneConfig, flags))
 
 
 def retrieval_table(tuned: dict[str, Path]) -> dict[str, dict[str, float]]:
-    """What the runs wrote down: before fine-tuning, and after it with each regulariser."""
+    """What the runs wrote down: before fine-tuning, and after it with each regularizer."""
     records = {reg: json.loads((folder / "evals.json").read_text())[-1] for reg, folder in tuned.items()}
     table = {"pretrained, no labels": next(iter(records.values()))["epoch 0"]}
     for reg, record in records.items():
@@ -131,27 +131,27 @@ def raw_pixels_knn() -> float:
     return knn_accuracy(train.features, train.labels, val.features, val.labels, k_list=(K,))[K]["top1"]
 
 
-def draw_neighbours_of(run: Path, features: str, queries: str, gallery: str | None = None) -> None:
-    """Write neighbours.png: a few images with those that the network finds most like them, in the gallery or beside them."""
+def draw_neighbors_of(run: Path, features: str, queries: str, gallery: str | None = None) -> None:
+    """Write neighbors.png: a few images with those that the network finds most like them, in the gallery or beside them."""
     measured = load_model(eval_config(run, features))
     measured.network.eval()
     query = embed_shards(queries, measured.features)
     found = query if gallery is None else embed_shards(gallery, measured.features)
     chosen = torch.linspace(0, len(query.labels) - 1, NUM_QUERIES).long()
     itself = 0 if gallery else 1
-    cosines, rows = nearest_neighbours(query.features[chosen], found.features, k=NUM_NEIGHBOURS + itself)
+    cosines, rows = nearest_neighbors(query.features[chosen], found.features, k=NUM_NEIGHBORS + itself)
     if itself:  # out by its number: another image may be as near
         others = rows != chosen[:, None]
         others[others.all(dim=1), -1] = False
-        cosines, rows = (part[others].reshape(NUM_QUERIES, NUM_NEIGHBOURS) for part in (cosines, rows))
+        cosines, rows = (part[others].reshape(NUM_QUERIES, NUM_NEIGHBORS) for part in (cosines, rows))
     query_shards, found_shards = open_shards(queries), open_shards(gallery or queries)
-    draw_neighbours(
-        run / "neighbours.png",
+    draw_neighbors(
+        run / "neighbors.png",
         torch.stack([decode(query_shards.read(int(i))) for i in query.indices[chosen]]),
         torch.stack(
             [torch.stack([decode(found_shards.read(int(i))) for i in row]) for row in found.indices[rows]]
         ),
         query_labels=query.labels[chosen],
-        neighbour_labels=found.labels[rows],
+        neighbor_labels=found.labels[rows],
         cosines=cosines,
     )

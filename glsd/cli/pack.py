@@ -77,7 +77,7 @@ def benchmark(name: str, argv: list[str]) -> None:
 def split(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="pack.py split",
-        description="Pack labelled shards again: the first classes as train-*.tar, the last ones as test-*.tar.",
+        description="Pack labeled shards again: the first classes as train-*.tar, the last ones as test-*.tar.",
     )
     parser.add_argument("shards", nargs="+", help="brace patterns or globs of .tar files")
     add_output(parser)
@@ -95,7 +95,7 @@ def split(argv: list[str]) -> None:
 
 def roles(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="pack.py roles", description="Pack labelled shards again: ROLE-*.tar for each role of a table."
+        prog="pack.py roles", description="Pack labeled shards again: ROLE-*.tar for each role of a table."
     )
     parser.add_argument("shards", nargs="+", help="brace patterns or globs of .tar files")
     add_output(parser)

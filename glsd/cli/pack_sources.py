@@ -78,7 +78,7 @@ def add_reading(parser: argparse.ArgumentParser, *, prefix: str | None) -> None:
         "--short_side",
         type=int,
         metavar="PIXELS",
-        help="make images with a longer short side that small: JPEG of quality 95 with full colour (PNG stays PNG), upright, "
+        help="make images with a longer short side that small: JPEG of quality 95 with full color (PNG stays PNG), upright, "
         "without EXIF; all others stay as they are to the bit",
     )
     add_workers(parser)
@@ -95,7 +95,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 def report(summary: PackSummary) -> None:
     first, last = summary.shards[0], summary.shards[-1]
-    labels = "labels without names" if summary.labelled else "no labels"
+    labels = "labels without names" if summary.labeled else "no labels"
     classes = f"{len(summary.classes)} classes" if summary.classes else labels
     if summary.resumed:
         print(f"went on after {summary.resumed} shards that were finished")

@@ -52,7 +52,7 @@ def without_gradients(root: nn.Module) -> Iterator[None]:
         parted.reshard()  # without a backward pass they would stay, and go stale
 
 
-def synchronise_gradients(root: nn.Module, wanted: bool) -> None:
+def synchronize_gradients(root: nn.Module, wanted: bool) -> None:
     """Say whether the next backward passes add up the gradients of all ranks, or keep this rank's whole ones for later."""
     if isinstance(root, FSDPModule):
         root.set_requires_gradient_sync(wanted)

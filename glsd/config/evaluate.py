@@ -6,16 +6,16 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDataConfig:
-    """The labelled images that measure a backbone.
+    """The labeled images that measure a backbone.
 
     Args:
-        train_shards: Labelled shards that vote (k-NN) or train the classifier (linear): brace pattern, glob, or a list.
-        val_shards: Labelled shards that are classified.
-        test_shards: Labelled shards, each image searched among all others (retrieval, leave-one-out).
+        train_shards: Labeled shards that vote (k-NN) or train the classifier (linear): brace pattern, glob, or a list.
+        val_shards: Labeled shards that are classified.
+        test_shards: Labeled shards, each image searched among all others (retrieval, leave-one-out).
         query_shards: Instead of test_shards: the images that are searched for ...
         gallery_shards: ... among these.
-        resize: Short side in pixels before the centre crop; unset = 256/224 of the crop.
-        crop: Side of the centre crop in pixels; unset = the run's data.global_size, 224 for other models.
+        resize: Short side in pixels before the center crop; unset = 256/224 of the crop.
+        crop: Side of the center crop in pixels; unset = the run's data.global_size, 224 for other models.
         batch_size: Images per forward pass and rank.
         num_workers: Loader processes per rank.
         limit: At most this many images of each set, evenly spread; 0 = all.
@@ -35,7 +35,7 @@ class EvalDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Measure a frozen backbone on labelled images.
+    """Measure a frozen backbone on labeled images.
 
     Args:
         model: Run folder, checkpoint folder, 'timm:NAME' (timm's pretrained weights) or a weights file.
@@ -43,11 +43,11 @@ class EvalConfig:
         features: Which network of a run: its teacher, its student, or the initial one before the first step; unset = the teacher
             of pretraining, the student of metric learning.
         pool: Class token or mean of the patch tokens; unset = as the run was trained, class token otherwise.
-        protocol: 'knn' (weighted nearest neighbours), 'linear' (classifier trained on the cached features) or 'retrieval'
+        protocol: 'knn' (weighted nearest neighbors), 'linear' (classifier trained on the cached features) or 'retrieval'
             (Recall@K, MAP@R, R-precision, NMI).
-        k: Numbers of neighbours that vote.
-        temperature: A neighbour votes with weight exp(cosine / temperature).
-        backend: Neighbour search by faiss or torch, the same numbers; auto = faiss on the CPU when it is installed.
+        k: Numbers of neighbors that vote.
+        temperature: A neighbor votes with weight exp(cosine / temperature).
+        backend: Neighbor search by faiss or torch, the same numbers; auto = faiss on the CPU when it is installed.
         recall_at: The K of Recall@K.
         distance: How embeddings are compared (retrieval); unset = as the run was trained, cosine otherwise.
         nmi_seeds: Runs of k-means behind the NMI (retrieval); 0 = none, it is slow for very many classes.

@@ -11,18 +11,18 @@ Reg = Literal["none", "psd", "obdsd", "mdr", "obdsd+mdr"]
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneDataConfig:
-    """Labelled images: some classes to learn from, others to be retrieved.
+    """Labeled images: some classes to learn from, others to be retrieved.
 
     Args:
-        train_shards: Labelled shards to learn from: brace pattern, glob, or a list.
-        test_shards: Labelled shards of unseen classes, each image searched among all others (leave-one-out).
+        train_shards: Labeled shards to learn from: brace pattern, glob, or a list.
+        test_shards: Labeled shards of unseen classes, each image searched among all others (leave-one-out).
         query_shards: Instead of test_shards: the images that are searched for ...
         gallery_shards: ... among these.
         val_share: Share of the training classes (the last ones) that is held out and measured, to choose an epoch by; 0 = none.
         images_per_class: Images per class in a batch (M); a batch holds optim.batch_size / M classes (P).
         drop_lone_classes: Leave out training classes with a single image instead of stopping.
         crop: Side of the crops in pixels; unset = that of the run given with --init, 224 otherwise.
-        resize: Short side before the centre crop when measuring; unset = 256/224 of the crop.
+        resize: Short side before the center crop when measuring; unset = 256/224 of the crop.
         scale: Share of the image's area that a training crop covers, smallest and largest.
         flip_prob: Share of training crops mirrored left-right.
         num_workers: Loader processes per rank; the result does not depend on it.
@@ -55,7 +55,7 @@ class FinetuneModelConfig:
             unset = as the run given with --init, class token where there is one otherwise.
         embed_dim: Width of the embedding, a linear layer on the pooled feature; 0 = the feature itself.
         drop_path: Stochastic depth of the last block.
-        freeze_batch_norm: Batch normalisation keeps the statistics it came with (CNNs; their scales still learn).
+        freeze_batch_norm: Batch normalization keeps the statistics it came with (CNNs; their scales still learn).
         allow_partial: Go on when the weights given with --init fit only partly.
     """
 
@@ -78,7 +78,7 @@ class SelfDistillConfig:
         w: Share of each diffusion step that walks on, 0 to 0.999 (obdsd; 0 = psd).
         tau_d: Temperature of the walk between images (form softmax).
         form: Diffusion of probabilities over a softmax walk, as released, or of similarities over the symmetrically
-            normalised affinities, as in the paper.
+            normalized affinities, as in the paper.
         mask_self: Leave each image's similarity with itself out of both distributions; needed for tau below 0.5.
     """
 
@@ -92,7 +92,7 @@ class SelfDistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MdrConfig:
-    """The multi-level distance regulariser: standardised distances are drawn to the nearest of a few learned levels.
+    """The multi-level distance regularizer: standardized distances are drawn to the nearest of a few learned levels.
 
     Args:
         weight: Weight lambda.
@@ -111,7 +111,7 @@ class MdrConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptimConfig:
-    """Optimiser and schedule; everything is a function of the step.
+    """Optimizer and schedule; everything is a function of the step.
 
     Args:
         epochs: Epochs; the ramp of psd and obdsd counts in them.
@@ -151,7 +151,7 @@ class FinetuneWatchConfig:
     """What is measured and written while it trains.
 
     Args:
-        log_every: Steps between lines of metrics.jsonl (the only host synchronisation).
+        log_every: Steps between lines of metrics.jsonl (the only host synchronization).
         checkpoint_every: Steps between checkpoints; 0 = at the end of each epoch.
         keep_checkpoints: Checkpoints kept on disk, at least 2.
         eval_every: Epochs between measurements; the start and the end are always measured.
@@ -187,7 +187,7 @@ class FinetuneConfig:
         loss: Ranking loss: triplet, triplet_semihard, contrastive, margin, multi_similarity, proxy_anchor, proxy_nca,
             arcface, smooth_ap.
         loss_args: Settings of that loss beside its published ones, e.g. {beta: 50}.
-        reg: Regulariser beside it.
+        reg: Regularizer beside it.
         out: Run directory: config, metrics, measurements, checkpoints.
         seed: Every random draw is a function of it and of the step.
         resume: 'auto' goes on from the last checkpoint in out, 'never' refuses a folder that already has one.

@@ -84,7 +84,7 @@ def _dotted_keys(config_class: Any, prefix: str = "") -> list[str]:
 
 
 def _check_flags(argv: list[str], config_class: Any) -> None:
-    """Look at keys before jsonargparse does: its message for an unknown one names neither the file nor a neighbour."""
+    """Look at keys before jsonargparse does: its message for an unknown one names neither the file nor a neighbor."""
     known = _dotted_keys(config_class)
     builtin = {"help", "config", "print_config"}
     for place, word in enumerate(argv):

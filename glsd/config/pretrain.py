@@ -81,9 +81,9 @@ class HeadConfig:
     Args:
         num_prototypes: Outputs of the head (k).
         hidden_dim: Width of the hidden layers.
-        bottleneck_dim: Width of the normalised vector before the prototypes.
+        bottleneck_dim: Width of the normalized vector before the prototypes.
         num_layers: Linear layers before the prototypes.
-        batch_norm: Batch normalisation in the hidden layers.
+        batch_norm: Batch normalization in the hidden layers.
         trainable_gain: Learn the length of each prototype (the papers' norm_last_layer = false).
         shared: One head for class token and patches instead of one each.
     """
@@ -113,8 +113,8 @@ class LossConfig:
         teacher_temp: Temperature of the teacher after its warm-up.
         warmup_teacher_temp: Temperature of the teacher in the first epoch.
         warmup_teacher_temp_epochs: Epochs over which the teacher's temperature rises, 0 = constant.
-        centering: Against collapse: 'ema' (centre of the teacher's logits, as published) or 'sinkhorn' (Sinkhorn-Knopp).
-        center_momentum: Momentum of the EMA centre.
+        centering: Against collapse: 'ema' (center of the teacher's logits, as published) or 'sinkhorn' (Sinkhorn-Knopp).
+        center_momentum: Momentum of the EMA center.
         sinkhorn_iterations: Rounds of Sinkhorn-Knopp, which balances each micro-batch (of all ranks).
     """
 
@@ -136,7 +136,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimiser and schedules; everything is a function of the step.
+    """Optimizer and schedules; everything is a function of the step.
 
     Args:
         epochs: Passes over the data.
@@ -178,14 +178,14 @@ class WatchConfig:
     """What is written while it trains.
 
     Args:
-        log_every: Steps between lines of metrics.jsonl (the only host synchronisation).
+        log_every: Steps between lines of metrics.jsonl (the only host synchronization).
         sample_log: Write the epoch and key of every sample, step by step, into samples.jsonl.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Checkpoints kept on disk, at least 2 (a damaged one falls back to the one before).
         probe_every: Steps between k-NN probes of the teacher, 0 = never.
-        probe_train_shards: Labelled shards that vote in the k-NN probe.
-        probe_val_shards: Labelled shards that are classified in the k-NN probe.
-        probe_k: Neighbours that vote in the probe.
+        probe_train_shards: Labeled shards that vote in the k-NN probe.
+        probe_val_shards: Labeled shards that are classified in the k-NN probe.
+        probe_k: Neighbors that vote in the probe.
         probe_images: At most this many images of each probe set.
     """
 
@@ -206,7 +206,7 @@ class ClusterConfig:
 
     Args:
         lost_after: Seconds without a sign of life after which a rank counts as lost and all others stop.
-        parallel: What a rank keeps of weights, teacher and optimiser state: all ('ddp'), or its part of each tensor ('fsdp').
+        parallel: What a rank keeps of weights, teacher and optimizer state: all ('ddp'), or its part of each tensor ('fsdp').
     """
 
     lost_after: float = 60.0

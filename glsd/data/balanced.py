@@ -9,7 +9,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from glsd.batches import BrokenSample, LabelledCrops
+from glsd.batches import BrokenSample, LabeledCrops
 from glsd.data.crops import random_crop, require
 from glsd.data.order import permutation, random_words
 from glsd.data.workers import make_loader, raised
@@ -60,10 +60,10 @@ def class_groups(
     UserError, since nothing in the class could be found for that image. key_of: the name of an image in that
     message. UserError also for images without label and for a chosen label that no image has.
     """
-    unlabelled = int((labels < 0).sum())
-    if unlabelled:
+    unlabeled = int((labels < 0).sum())
+    if unlabeled:
         raise UserError(
-            f"data.train_shards: {unlabelled} of {len(labels)} images have no label: pack a folder that has "
+            f"data.train_shards: {unlabeled} of {len(labels)} images have no label: pack a folder that has "
             "one subfolder per class"
         )
     if chosen is not None and not np.isin(chosen, labels).all():
@@ -133,7 +133,7 @@ def balanced_batch(
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledSample:
+class LabeledSample:
     """The crop of one image, and which image of which class that was."""
 
     image: UInt8[Tensor, "3 h w"]
@@ -145,7 +145,7 @@ class LabelledSample:
 
 @dataclass(eq=False, kw_only=True)
 class BalancedDataset(Dataset):
-    """Cropped, labelled samples by (step, slot in the global batch); each a function of that and the seed alone.
+    """Cropped, labeled samples by (step, slot in the global batch); each a function of that and the seed alone.
 
     An image that cannot be read is replaced by another one of its class, drawn from (seed, step, slot), if
     possible one that is not in the batch; the stand-in gets the crop of the slot.
@@ -169,7 +169,7 @@ class BalancedDataset(Dataset):
         self._latest_step = -1
         self._batch(self.first_step)  # refuses too few classes now, not in a worker
 
-    def __getitem__(self, place: tuple[int, int]) -> LabelledSample:
+    def __getitem__(self, place: tuple[int, int]) -> LabeledSample:
         """Raises UserError if no image of the class can be read."""
         step, slot = place
         label = int(self._batch(step)[1][slot])
@@ -190,14 +190,14 @@ class BalancedDataset(Dataset):
                 unreadable.append((index, self.shards.key(index), str(error)))
                 continue
             broken = tuple(BrokenSample(step, slot, *what, replaced_by=index) for what in unreadable)
-            return LabelledSample(image, label, index, self.shards.key(index), broken)
+            return LabeledSample(image, label, index, self.shards.key(index), broken)
         index, key, reason = unreadable[0]
         raise UserError(
             f"sample {key!r} of shard {self.shards.shard_of(index)} cannot be read ({reason}), nor can any other of "
             f"the {len(unreadable)} images of its class {self.groups.labels[label]}: check the shards"
         )
 
-    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[LabelledSample] | UserError:
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[LabeledSample] | UserError:
         """Return a batch of samples, or the UserError as a value: the DataLoader would wrap it otherwise."""
         try:
             return [self[place] for place in places]
@@ -237,7 +237,7 @@ def balanced_loader(
     world_size: int,
     num_workers: int,
     pin_memory: bool,
-) -> Iterator[LabelledCrops]:
+) -> Iterator[LabeledCrops]:
     """Return this rank's endless batches from step ``first_step`` on: its share of balanced_batch, as crops.
 
     Rank r of R takes the r-th of R contiguous parts, so gathering in rank order gives the batch of one process.
@@ -280,11 +280,11 @@ def rank_slots(batch_size: int, *, rank: int, world_size: int) -> range:
     return range(rank * share, (rank + 1) * share)
 
 
-def collate(samples: list[LabelledSample] | UserError) -> LabelledCrops | UserError:
+def collate(samples: list[LabeledSample] | UserError) -> LabeledCrops | UserError:
     """Return one batch in the order of its slots."""
     if isinstance(samples, UserError):
         return samples
-    return LabelledCrops(
+    return LabeledCrops(
         # In a worker default_collate writes straight into shared memory, which saves a copy of every batch.
         images=default_collate([sample.image for sample in samples]),
         labels=torch.tensor([sample.label for sample in samples]),

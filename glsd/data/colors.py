@@ -1,4 +1,4 @@
-"""What the changes of colour are: constants, their order, and the values that leave a crop as it is.
+"""What the changes of color are: constants, their order, and the values that leave a crop as it is.
 
 Two arrangements of the same arithmetic follow them: photometric.py (any torch device) and photometric_cpu.py.
 """

@@ -1,6 +1,6 @@
 """From one image to its crops: what is drawn for each crop, and the one resize that cuts it.
 
-A crop is the pixels inside a box of the source image, resized to a square; its colours are changed later, on
+A crop is the pixels inside a box of the source image, resized to a square; its colors are changed later, on
 the training device (photometric.py), from numbers that are drawn here.
 """
 
@@ -22,7 +22,7 @@ from glsd.data.reduced import choose_reduction
 from glsd.errors import UserError
 
 NUM_GLOBAL = 2
-NUM_TRIES = 10  # draws of a box before the centred fallback
+NUM_TRIES = 10  # draws of a box before the centerd fallback
 ASPECT = (3 / 4, 4 / 3)  # width / height of a box
 LOG_ASPECT = (math.log(ASPECT[0]), math.log(ASPECT[1]))
 BLUR_SIGMA = (0.1, 2.0)  # pixels of the resized crop
@@ -125,7 +125,7 @@ def draw(spec: CropSpec, *, height: int, width: int, seed: int, epoch: int, posi
 
     The numbers depend on (seed, epoch, position) alone, not on what was drawn before or in which process. A box
     covers a share of the area uniform in the scale, with an aspect log-uniform in 3/4 .. 4/3, in whole pixels, at
-    a uniform place; after ten tries that do not fit it is the largest centred box within the aspect limits.
+    a uniform place; after ten tries that do not fit it is the largest centerd box within the aspect limits.
     Source: augmentation of DINO (arXiv 2104.14294) and GLSD (arXiv 2207.14676).
     """
     u = uniforms(spec.num_crops, seed=seed, epoch=epoch, position=position)

@@ -1,4 +1,4 @@
-"""Labelled batches for evaluation: every image exactly once over all ranks, as many batches on each."""
+"""Labeled batches for evaluation: every image exactly once over all ranks, as many batches on each."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from glsd.batches import LabelledBatch
+from glsd.batches import LabeledBatch
 from glsd.data.decode import decode
-from glsd.data.photometric import normalise
+from glsd.data.photometric import normalize
 from glsd.data.workers import make_loader, raised
 from glsd.errors import BrokenImage, UserError
 from glsd.shards.store import ShardSet
 
-# Of the part that is resized: only the centre is used, and a 1 x 100000 image must not become gigabytes.
+# Of the part that is resized: only the center is used, and a 1 x 100000 image must not become gigabytes.
 MAX_ASPECT = 8
 PADDING = -1
 
@@ -32,7 +32,7 @@ class BrokenImageRecord:
 
 
 class EvalLoader:
-    """One rank's batches of a labelled set; can be iterated any number of times. ``len`` counts batches.
+    """One rank's batches of a labeled set; can be iterated any number of times. ``len`` counts batches.
 
     An unreadable image comes as a row with index -1 and is listed in ``broken`` (of the latest iteration,
     this rank's only).
@@ -50,7 +50,7 @@ class EvalLoader:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[LabelledBatch]:
+    def __iter__(self) -> Iterator[LabeledBatch]:
         self.broken.clear()
         loader = make_loader(
             self._dataset, self._batches, collate=_collate, num_workers=self._num_workers, pin_memory=False
@@ -77,7 +77,7 @@ def eval_loader(
     chosen: the dataset indices of a part of the set, ascending; the rest is as if it were not there.
 
     The short side is resized to ``resize`` pixels (bicubic, antialiased), a square of ``crop`` is cut from
-    the centre and normalised with the mean and deviation of ImageNet. Rank r of R takes images r, r+R, ...;
+    the center and normalized with the mean and deviation of ImageNet. Rank r of R takes images r, r+R, ...;
     each rank yields the same number of rows, the missing ones padded with index -1 and label -1. Raises
     UserError for sizes that cannot be. Source: evaluation protocol of DINO (arXiv 2104.14294), there 256 and
     224.
@@ -141,7 +141,7 @@ class _EvalDataset(Dataset):
 
 
 def center_square(image: UInt8[Tensor, "3 h w"], *, resize_to: int, crop: int) -> UInt8[Tensor, "3 s s"]:
-    """Return the centre square of ``crop`` pixels of an image resized to a short side of ``resize_to``."""
+    """Return the center square of ``crop`` pixels of an image resized to a short side of ``resize_to``."""
     height, width = image.shape[1:]
     longest = MAX_ASPECT * min(height, width)
     if max(height, width) > longest:
@@ -152,11 +152,11 @@ def center_square(image: UInt8[Tensor, "3 h w"], *, resize_to: int, crop: int) -
 
 def _collate(
     samples: list[_EvalSample] | UserError,
-) -> tuple[LabelledBatch, list[BrokenImageRecord]] | UserError:
+) -> tuple[LabeledBatch, list[BrokenImageRecord]] | UserError:
     if isinstance(samples, UserError):
         return samples
-    batch = LabelledBatch(
-        images=normalise(torch.stack([sample.image for sample in samples])),
+    batch = LabeledBatch(
+        images=normalize(torch.stack([sample.image for sample in samples])),
         labels=torch.tensor([sample.label for sample in samples]),
         indices=torch.tensor([sample.index for sample in samples]),
     )

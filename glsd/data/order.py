@@ -13,7 +13,7 @@ from glsd.errors import UserError
 # numbers.
 SHARD_STREAM, SAMPLE_STREAM = 0x736861726473, 0x73616D706C6573
 SHARE_STREAM, PART_STREAM = 0x7368617265, 0x70617274  # of weights that are no whole numbers
-CACHED_WINDOWS = 2  # neighbouring positions may straddle two windows
+CACHED_WINDOWS = 2  # neighboring positions may straddle two windows
 
 
 class EpochOrder:

@@ -1,4 +1,4 @@
-"""Jitter, grayscale, blur, solarise, normalise: a whole batch of uint8 crops at once, on its device.
+"""Jitter, grayscale, blur, solarise, normalize: a whole batch of uint8 crops at once, on its device.
 
 Written twice: here in torch for GPUs, in photometric_cpu.py for the CPU; the tests hold the two together.
 """
@@ -27,7 +27,7 @@ from glsd.data.photometric_cpu import photometric_cpu
 def photometric(
     crops: UInt8[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]
 ) -> Float32[Tensor, "m 3 h w"]:
-    """Return the crops changed as their parameters say, then normalised with MEAN and STD.
+    """Return the crops changed as their parameters say, then normalized with MEAN and STD.
 
     crops: on any device; parameters: columns PHOTOMETRIC_FIELDS, on the CPU. Order: the four jitters in the crop's
     own order, grayscale, blur (sigma in pixels, edges repeated), solarise. Values are kept within 0..1 and not
@@ -49,12 +49,12 @@ def photometric_torch(
         changed = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
         torch.div(crops, 255, out=changed)
         _apply(changed, parameters)
-        return _standardise(changed)
+        return _standardize(changed)
 
 
-def normalise(images: UInt8[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 3 h w"]:
+def normalize(images: UInt8[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 3 h w"]:
     """Return the images in 0..1 minus MEAN, over STD, channel by channel, on their device."""
-    return _standardise(images.float().div_(255))
+    return _standardize(images.float().div_(255))
 
 
 class Task(NamedTuple):
@@ -178,7 +178,7 @@ CHANGES = {
 }
 
 
-def _standardise(x: Float32[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 3 h w"]:
+def _standardize(x: Float32[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 3 h w"]:
     for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
         x[:, channel].sub_(mean).div_(std)
     return x

@@ -1,6 +1,6 @@
-"""The changes of colour on the CPU, one crop after the other with OpenCV: the same arithmetic as photometric.py, in fewer passes.
+"""The changes of color on the CPU, one crop after the other with OpenCV: the same arithmetic as photometric.py, in fewer passes.
 
-What makes it fast: brightness, contrast, saturation, gray and normalisation are matrices, and matrices that follow each other
+What makes it fast: brightness, contrast, saturation, gray and normalization are matrices, and matrices that follow each other
 are one; a change by a factor of at most 1 stays within 0..255, so only those above 1 need their values made and clamped; a blur
 with weights that add up to 1 may trade places with a matrix, and stops where its weights do; crops stay in the cache.
 """
@@ -26,11 +26,11 @@ from glsd.data.colors import (
 )
 from glsd.data.opencv import single_threaded
 
-# A colour change is 4 x 4 on (red, green, blue, 1), values in 0..255; OpenCV takes its first three rows.
+# A color change is 4 x 4 on (red, green, blue, 1), values in 0..255; OpenCV takes its first three rows.
 UNCHANGED = np.eye(4)
 GRAY = np.array([[*LUMA, 0], [*LUMA, 0], [*LUMA, 0], [0, 0, 0, 1]])
-NORMALISE = np.diag([*(1 / (255 * s) for s in STD), 1])
-NORMALISE[:3, 3] = [-m / s for m, s in zip(MEAN, STD, strict=True)]
+NORMALIZE = np.diag([*(1 / (255 * s) for s in STD), 1])
+NORMALIZE[:3, 3] = [-m / s for m, s in zip(MEAN, STD, strict=True)]
 # v >= 127.5 ? 255 - v : v is a fold: 127.5 - |v - 127.5|.
 MIDDLE = 127.5
 AFTER_FOLD = np.diag([-1.0, -1, -1, 1])
@@ -42,7 +42,7 @@ REACH = 4.5
 def photometric_cpu(
     crops: UInt8[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]
 ) -> Float32[Tensor, "m 3 h w"]:
-    """Return what photometric() defines, for crops on the CPU; within 1e-4 of the other arrangement (normalised values).
+    """Return what photometric() defines, for crops on the CPU; within 1e-4 of the other arrangement (normalized values).
 
     Each result depends on its crop and parameters alone; as many crops at a time as torch may use threads.
     """
@@ -92,7 +92,7 @@ def _change(
         x -= MIDDLE
         np.abs(x, out=x)
         pending = AFTER_FOLD
-    _finish(x, NORMALISE @ pending, into)
+    _finish(x, NORMALIZE @ pending, into)
 
 
 def _brightness(x: np.ndarray, pending: np.ndarray, factor: float) -> np.ndarray:

@@ -63,7 +63,7 @@ def examine(
     except Lost:
         if panel.store is not None and rank not in panel.alive:
             with contextlib.suppress(RuntimeError):  # rank 0 may be gone as well
-                part(panel)  # a launcher that loses one rank would end its neighbours
+                part(panel)  # a launcher that loses one rank would end its neighbors
         raise
     code = panel.tell("code", lambda: int(any(line.verdict == "FIX" for line in panel.lines)))
     part(panel)

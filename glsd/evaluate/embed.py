@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from glsd.batches import LabelledBatch
+from glsd.batches import LabeledBatch
 from glsd.cluster import dist
 from glsd.errors import UserError
 
 
 class Embedded(NamedTuple):
-    """Features of a labelled set on the CPU, in the order of the data set."""
+    """Features of a labeled set on the CPU, in the order of the data set."""
 
     features: Float32[Tensor, "n d"]
     labels: Int64[Tensor, " n"]  # -1 = no label
@@ -23,7 +23,7 @@ class Embedded(NamedTuple):
 @torch.no_grad()
 def embed(
     forward: Callable[[Tensor], Tensor],
-    loader: Iterable[LabelledBatch],
+    loader: Iterable[LabeledBatch],
     *,
     device: torch.device,
     precision: str = "no",

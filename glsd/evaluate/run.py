@@ -1,4 +1,4 @@
-"""The third story: a frozen network looks at labelled images, and we count what its features know."""
+"""The third story: a frozen network looks at labeled images, and we count what its features know."""
 
 import time
 from pathlib import Path
@@ -15,7 +15,7 @@ from glsd.evaluate.embed import Embedded
 from glsd.evaluate.model import Measured, load_model
 from glsd.evaluate.record import append_record, cannot_write
 from glsd.evaluate.retrieval import describe_scores, describe_search, score_retrieval
-from glsd.evaluate.sets import embed_set, open_labelled, open_retrieval
+from glsd.evaluate.sets import embed_set, open_labeled, open_retrieval
 from glsd.metrics.clusters import kmeans_nmi
 from glsd.metrics.knn import knn_accuracy
 from glsd.metrics.linear import check_settings, linear_probe
@@ -79,8 +79,8 @@ def open_classified(cfg: EvalConfig) -> dict[str, ShardSet]:
         check_settings(
             cfg.linear_lr, epochs=cfg.linear_epochs, batch_size=cfg.linear_batch_size, seed=cfg.seed
         )
-    train = open_labelled(cfg.data.train_shards, "data.train_shards")
-    val = open_labelled(cfg.data.val_shards, "data.val_shards")
+    train = open_labeled(cfg.data.train_shards, "data.train_shards")
+    val = open_labeled(cfg.data.val_shards, "data.val_shards")
     check_disjoint(train, val, names=("data.train_shards", "data.val_shards"))
     check_same_classes(train, val)
     check_k(cfg, min(cfg.data.limit, len(train)) if cfg.data.limit else len(train))
@@ -101,7 +101,7 @@ def check_k(cfg: EvalConfig, num_train: int) -> None:
     """Raise UserError for a k that the train set is too small for."""
     for k in cfg.k if cfg.protocol == "knn" else ():
         if not 1 <= k <= num_train:
-            raise UserError(f"k: {k} neighbours of {num_train} train images: expected 1 to {num_train}")
+            raise UserError(f"k: {k} neighbors of {num_train} train images: expected 1 to {num_train}")
 
 
 def about_set(cfg: EvalConfig, name: str, shards: ShardSet, embedded: Embedded) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def about_set(cfg: EvalConfig, name: str, shards: ShardSet, embedded: Embedded) 
     return {"shards": getattr(cfg.data, f"{name}_shards"), "images": count, "unreadable": used - count}
 
 
-def by_neighbours(
+def by_neighbors(
     cfg: EvalConfig, measured: Measured, sets: dict[str, Embedded], device: torch.device
 ) -> tuple[str, dict]:
     """Weighted k-NN of the val images among the train images."""
@@ -126,7 +126,7 @@ def by_neighbours(
         temperature=cfg.temperature,
         backend=cfg.backend,
     )
-    text = f"k-NN of L2-normalised features, votes weighted exp(cos / {cfg.temperature:g})"
+    text = f"k-NN of L2-normalized features, votes weighted exp(cos / {cfg.temperature:g})"
     return text, {f"k={k}": shares for k, shares in result.items()}
 
 
@@ -179,13 +179,13 @@ def by_retrieval(
 
 
 OPENERS = {"knn": open_classified, "linear": open_classified, "retrieval": open_searched}
-PROTOCOLS = {"knn": by_neighbours, "linear": by_classifier, "retrieval": by_retrieval}
+PROTOCOLS = {"knn": by_neighbors, "linear": by_classifier, "retrieval": by_retrieval}
 
 
 def describe_features(cfg: EvalConfig, measured: Measured) -> str:
     """Say what a feature is, in words that go with the number."""
     precision = {"no": "float32", "bf16": "bfloat16"}[cfg.precision]
-    size = f"resize {measured.sizes.resize} bicubic, centre crop {measured.sizes.crop}"
+    size = f"resize {measured.sizes.resize} bicubic, center crop {measured.sizes.crop}"
     return f"{size}, {measured.what}, {precision}"
 
 

@@ -1,4 +1,4 @@
-"""Labelled sets at the door of an evaluation: opened, checked, and turned into features."""
+"""Labeled sets at the door of an evaluation: opened, checked, and turned into features."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,11 +21,11 @@ from glsd.shards.store import (
     open_shards,
 )
 
-RESIZE_TO_CROP = 256 / 224  # the margin around the centre crop in DINO's protocol (arXiv 2104.14294)
+RESIZE_TO_CROP = 256 / 224  # the margin around the center crop in DINO's protocol (arXiv 2104.14294)
 
 
 class Sizes(NamedTuple):
-    """What is done to an image, in pixels: short side resized, square cut from the centre."""
+    """What is done to an image, in pixels: short side resized, square cut from the center."""
 
     resize: int
     crop: int
@@ -37,18 +37,18 @@ def choose_sizes(native: int, *, crop: int | None = None, resize: int | None = N
     return Sizes(round(crop * RESIZE_TO_CROP) if resize is None else resize, crop)
 
 
-def open_labelled(patterns: str | list[str], key: str) -> ShardSet:
+def open_labeled(patterns: str | list[str], key: str) -> ShardSet:
     """Open one set; UserError naming the key if it is not given, empty, or an image has no label."""
     if not patterns:
         example = f"shards/{key.rpartition('.')[2].removesuffix('_shards')}-*.tar"
-        raise UserError(f"{key} is not set: give labelled shards, e.g. --{key} '{example}'")
+        raise UserError(f"{key} is not set: give labeled shards, e.g. --{key} '{example}'")
     shards = open_shards(patterns)
     if not len(shards):
         raise UserError(f"{key} {patterns!r}: no images in these shards")
-    unlabelled = int((shards.labels() < 0).sum())
-    if unlabelled:
+    unlabeled = int((shards.labels() < 0).sum())
+    if unlabeled:
         raise UserError(
-            f"{key}: {unlabelled} of {len(shards)} images have no label:"
+            f"{key}: {unlabeled} of {len(shards)} images have no label:"
             " pack a folder that has one subfolder per class"
         )
     return shards
@@ -62,7 +62,7 @@ def open_retrieval(data: EvalDataConfig | FinetuneDataConfig) -> dict[str, Shard
             "retrieval needs either data.test_shards (each image searched among all others) or data.query_shards "
             f"and data.gallery_shards, but {' and '.join(f'data.{role}_shards' for role in given) or 'none'} is set"
         )
-    sets = {role: open_labelled(getattr(data, f"{role}_shards"), f"data.{role}_shards") for role in given}
+    sets = {role: open_labeled(getattr(data, f"{role}_shards"), f"data.{role}_shards") for role in given}
     if len(sets) == 2:
         check_disjoint(sets["query"], sets["gallery"], names=("data.query_shards", "data.gallery_shards"))
         check_same_classes(sets["query"], sets["gallery"])

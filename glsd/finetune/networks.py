@@ -1,4 +1,4 @@
-"""From configuration to networks: the backbone that --init names, its embedding layer, the losses, the optimiser."""
+"""From configuration to networks: the backbone that --init names, its embedding layer, the losses, the optimizer."""
 
 import copy
 import dataclasses
@@ -149,11 +149,11 @@ def build_embedder(cfg: FinetuneConfig, source: str) -> Embedder:
 
 
 def build(cfg: FinetuneConfig, source: str, num_classes: int, accelerator: Accelerator) -> State:
-    """Make the network, its teacher, the losses and the optimiser, on this rank's device."""
+    """Make the network, its teacher, the losses and the optimizer, on this rank's device."""
     device = accelerator.device
     student = build_embedder(cfg, source).to(device)
-    normalised = any(isinstance(module, _BatchNorm) for module in student.modules())
-    if normalised and not cfg.model.freeze_batch_norm and dist.world_size() > 1:
+    normalized = any(isinstance(module, _BatchNorm) for module in student.modules())
+    if normalized and not cfg.model.freeze_batch_norm and dist.world_size() > 1:
         raise UserError(
             "model.freeze_batch_norm false on several ranks: each would have statistics of its own; train on one rank, or "
             "set it to true"

@@ -1,4 +1,4 @@
-"""What one metric-learning step minimises: a ranking loss, and beside it the pull of the past (PSD, OBD-SD) and of levels (MDR)."""
+"""What one metric-learning step minimizes: a ranking loss, and beside it the pull of the past (PSD, OBD-SD) and of levels (MDR)."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from glsd.losses.mdr import (
     MdrStatistics,
     level_penalty,
     mdr_loss,
-    mean_normalise,
+    mean_normalize,
     observe,
     pairwise_distances,
 )
@@ -49,13 +49,13 @@ def batch_losses(
 
     embeddings: raw, of all ranks in rank order; teacher_embeddings: of the same images by the network of the previous
     epoch, not asked for where sd_weight is 0. total = ranking + sd_weight * KL + mdr.weight * MDR + mdr.level_weight *
-    sum of squared levels. The ranking loss sees unit vectors; beside MDR a triplet loss sees the mean-normalised ones that MDR
+    sum of squared levels. The ranking loss sees unit vectors; beside MDR a triplet loss sees the mean-normalized ones that MDR
     is made for ("learning without L2 norm"). Source: OBD-SD (arXiv 2211.07566), MDR (arXiv 2102.04223).
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         unit = F.normalize(embeddings, dim=1)
-        scaled = mean_normalise(embeddings) if cfg.uses_mdr else unit
+        scaled = mean_normalize(embeddings) if cfg.uses_mdr else unit
         seen = scaled if RANKING[cfg.loss].geometry == "scaled" else unit
         ranking = state.ranking(seen, labels, seed=seed)
         loss, parts, statistics = ranking, {"ranking": ranking}, state.mdr_statistics

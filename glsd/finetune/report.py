@@ -16,7 +16,7 @@ from glsd.evaluate.retrieval import describe_scores, describe_search, score_retr
 from glsd.evaluate.sets import (
     choose_sizes,
     embed_set,
-    open_labelled,
+    open_labeled,
     open_retrieval,
 )
 from glsd.finetune.networks import State
@@ -38,7 +38,7 @@ class Sets(NamedTuple):
 
 def open_sets(cfg: FinetuneConfig) -> Sets:
     """Open all sets and check that they go together; UserError if a class is both learned from and measured."""
-    train = open_labelled(cfg.data.train_shards, "data.train_shards")
+    train = open_labeled(cfg.data.train_shards, "data.train_shards")
     labels = train.labels()
     groups = class_groups(labels, key_of=train.key, drop_lone=cfg.data.drop_lone_classes)
     groups, val = split_classes(groups, cfg.data.val_share)
@@ -143,7 +143,7 @@ def measure(
             meters.say(f"epoch {epoch:<4g} {what:<12} {distance:<9}  {describe_scores(scores)}")
 
 
-def summarise(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Run, meters: Meters) -> None:
+def summarize(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Run, meters: Meters) -> None:
     """Say what was gained since the start, and append it to evals.json."""
     steps = sorted(map(int, state.scores))
     first, last = (state.scores[str(step)] for step in (steps[0], steps[-1]))

@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from glsd.batches import LabelledCrops
+from glsd.batches import LabeledCrops
 from glsd.cluster import dist, shutdown
 from glsd.cluster.launch import start
 from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import dump
 from glsd.data.balanced import balanced_loader
-from glsd.data.photometric import normalise
+from glsd.data.photometric import normalize
 from glsd.errors import StoppedEarly, UserError
 from glsd.evaluate.record import cannot_write
 from glsd.finetune.networks import State, build, resolve
@@ -32,7 +32,7 @@ from glsd.finetune.report import (
     is_due,
     measure,
     open_sets,
-    summarise,
+    summarize,
 )
 from glsd.losses.mdr import MdrStatistics
 from glsd.optim.clip import clip_global
@@ -122,11 +122,11 @@ def finetune(cfg: FinetuneConfig) -> Path:
                 with meters.aside():
                     measure(cfg, plan, state, sets, meters, accelerator)
         with meters.aside():
-            summarise(cfg, plan, state, sets, run, meters)
+            summarize(cfg, plan, state, sets, run, meters)
     return run.folder
 
 
-def make_batches(cfg: FinetuneConfig, plan: Plan, sets: Sets, first_step: int) -> Iterator[LabelledCrops]:
+def make_batches(cfg: FinetuneConfig, plan: Plan, sets: Sets, first_step: int) -> Iterator[LabeledCrops]:
     """Return this rank's endless share of the batches from step ``first_step`` on."""
     return balanced_loader(
         sets.train,
@@ -149,7 +149,7 @@ def train_step(
     cfg: FinetuneConfig,
     rates: Rates,
     state: State,
-    batches: Iterator[LabelledCrops],
+    batches: Iterator[LabeledCrops],
     meters: Meters,
     accelerator: Accelerator,
 ) -> StepReport:
@@ -160,7 +160,7 @@ def train_step(
     with meters.waiting():
         batch = next(batches)
     device_batch = batch.to(accelerator.device)
-    images = normalise(device_batch.images)
+    images = normalize(device_batch.images)
     teacher_embeddings = None
     with accelerator.autocast():
         embeddings = state.model(images)

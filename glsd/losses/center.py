@@ -1,4 +1,4 @@
-"""Centres of the teacher's logits: what keeps every image from choosing the same prototype."""
+"""Centers of the teacher's logits: what keeps every image from choosing the same prototype."""
 
 import math
 
@@ -35,14 +35,14 @@ def sinkhorn_center(
     iterations: int,
     budget: int = SINKHORN_BUDGET,
 ) -> Float[Tensor, " k"]:
-    """Return the centre that makes softmax((t - centre) / teacher_temp) of the logits t Sinkhorn-Knopp over all ranks.
+    """Return the center that makes softmax((t - center) / teacher_temp) of the logits t Sinkhorn-Knopp over all ranks.
 
     Sinkhorn-Knopp scales the columns and rows of exp(t / teacher_temp), t = prototypes @ vector, in turn until every
     prototype gets the same mass and every row sums to 1. Ending with the rows makes its result a softmax whose column
-    scales u act as a centre, centre = -teacher_temp * log u. It belongs to this batch alone: no momentum.
-    Every rank gets the same centre. Computed in the log domain, in float32 or better; the operands of the products
+    scales u act as a center, center = -teacher_temp * log u. It belongs to this batch alone: no momentum.
+    Every rank gets the same center. Computed in the log domain, in float32 or better; the operands of the products
     are rounded to autocast's dtype, as in prototype_ce. Logits beyond ``budget`` bytes are computed anew in every
-    iteration, a few rows at a time. A shift of all entries of the centre changes nothing; at convergence the
+    iteration, a few rows at a time. A shift of all entries of the center changes nothing; at convergence the
     columns of the softmax sum to rows / k.
     Source: Sinkhorn distances (arXiv 1306.0895), as in SwAV (arXiv 2006.09882, sec. 3.1).
     """

@@ -20,15 +20,15 @@ def geometric(
     hinge: bool = True,
     hinge_factor: float = 1.0,
 ) -> Match:
-    """Return the teacher patch nearest to every student patch, by their centres in the source image.
+    """Return the teacher patch nearest to every student patch, by their centers in the source image.
 
-    Where the centres (on the CPU) form square, axis-parallel grids, as those of crops do, the nearest row and the nearest
+    Where the centers (on the CPU) form square, axis-parallel grids, as those of crops do, the nearest row and the nearest
     column are searched on their own: the same answer for a small part of the work.
 
     *_centers: x, y in source pixels; *_half: squared half diagonal of a patch cell, in squared source pixels.
     With hinge the weight is 1 where the distance is smaller than hinge_factor times the larger half diagonal
     (strictly) and 0 elsewhere, without it 1 everywhere. Equal distances: the lowest index. Several student
-    patches may share a teacher patch. In the dtype of the centres.
+    patches may share a teacher patch. In the dtype of the centers.
     Source: GLSD (arXiv 2207.14676), rejection threshold as in its published code.
     """
     axes = _grid_axes(student_centers), _grid_axes(teacher_centers)
@@ -65,13 +65,13 @@ def _nearest_on_grids(
 
 
 def _grid_axes(centers: Float[Tensor, "b n 2"]) -> tuple[Tensor, Tensor] | None:
-    """Return x of the columns and y of the rows if row-major centres form a square grid exactly; None elsewhere or unseen."""
+    """Return x of the columns and y of the rows if row-major centers form a square grid exactly; None elsewhere or unseen."""
     side = math.isqrt(centers.shape[1])
     if centers.device.type != "cpu" or side * side != centers.shape[1]:
         return None
     x, y = centers.unflatten(1, (side, side)).unbind(-1)  # (b, rows, columns)
     columns, rows = x[:, 0], y[:, :, 0]
-    # Compared in numpy: it is host data, and a host synchronisation in the step would be told by torch.equal.
+    # Compared in numpy: it is host data, and a host synchronization in the step would be told by torch.equal.
     exact = (x.numpy() == columns[:, None].numpy()).all() and (y.numpy() == rows[:, :, None].numpy()).all()
     return (columns, rows) if exact else None
 

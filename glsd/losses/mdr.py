@@ -1,6 +1,6 @@
-"""MDR, the multi-level distance regulariser: pairwise distances gather around a few learned levels.
+"""MDR, the multi-level distance regularizer: pairwise distances gather around a few learned levels.
 
-A training step: e = mean_normalise(f), distances = pairwise_distances(e), stats = observe(stats, distances), then
+A training step: e = mean_normalize(f), distances = pairwise_distances(e), stats = observe(stats, distances), then
 loss = ranking(e) + weight * mdr_loss(distances, levels, stats) + penalty * level_penalty(levels). f are raw network outputs of the
 whole batch of all ranks. Nothing here waits for the device. Source: MDR (arXiv 2102.04223) and its released code.
 """
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-# Squared distances below this share of the squared norms (about the centre) are what rounding makes of coinciding points.
+# Squared distances below this share of the squared norms (about the center) are what rounding makes of coinciding points.
 COINCIDE = 1e-14
 # A batch whose distances deviate less than this relative to their mean has no deviation to measure in.
 LEAST_DEVIATION = 1e-6
@@ -81,11 +81,11 @@ def pairwise_distances(e: Float[Tensor, "b e"]) -> Float[Tensor, "b b"]:
         return torch.where(apart, torch.where(apart, squared.to(wide), 1.0).sqrt(), 0.0)
 
 
-def mean_normalise(f: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
+def mean_normalize(f: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
     """Return f divided by the mean distance of its b (b-1) pairs; the gradient flows through that mean.
 
     float32 or better. One image, or equal ones, have no mean distance: they are returned as they are.
-    Source: MDR (arXiv 2102.04223, section 3.1) and its released code: it takes the place of the L2 normalisation.
+    Source: MDR (arXiv 2102.04223, section 3.1) and its released code: it takes the place of the L2 normalization.
     """
     pairs = _pairs(pairwise_distances(f))
     mean = pairs.sum() / max(pairs.numel(), 1)

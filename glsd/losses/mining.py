@@ -1,4 +1,4 @@
-"""Which pairs and triplets of a labelled batch count: drawn as a function of a seed, the global random state left alone."""
+"""Which pairs and triplets of a labeled batch count: drawn as a function of a seed, the global random state left alone."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
 """OBD-SD: the student's similarities within a batch follow those of its earlier self (PSD), diffused over the batch (OBDP).
 
-z and z_teacher are unit vectors, rows of length 1: the caller normalises, in float32 or better. Everything here is computed in
+z and z_teacher are unit vectors, rows of length 1: the caller normalizes, in float32 or better. Everything here is computed in
 float32 or better whatever the autocast: the rows of a target differ from uniform by little more than bfloat16 can tell apart.
 """
 

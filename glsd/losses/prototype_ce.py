@@ -35,7 +35,7 @@ class PrototypeCE(NamedTuple):
     """A prototype cross-entropy and what the teacher looked like in it."""
 
     loss: Float[Tensor, ""]
-    teacher_mean: Float[Tensor, " k"]  # of the raw teacher logits over all rows: the EMA centre follows it
+    teacher_mean: Float[Tensor, " k"]  # of the raw teacher logits over all rows: the EMA center follows it
     teacher_entropy: Float[Tensor, ""]  # mean entropy in nats of the teacher rows in use (uniform: ln k)
     teacher_rows: int  # in use
 
@@ -72,7 +72,7 @@ def prototype_ce(
     CE(t, s) = -<softmax((t - center) / teacher_temp), log_softmax(s / student_temp)> over the k logits t =
     teacher_prototypes @ vector and s = student_prototypes @ vector. Under autocast the operands of the products are
     rounded to its dtype; sums, softmax and everything else are float32 or better. Gradients, formed in this very
-    pass, reach the student's vectors and prototypes, never the teacher, the centre or the weights; they can be taken once
+    pass, reach the student's vectors and prototypes, never the teacher, the center or the weights; they can be taken once
     and not be differentiated again.
     index points into the s teacher rows; weights are not negative, and one of 0 leaves the entry out (its index must
     still be valid).

@@ -1,4 +1,4 @@
-"""The ranking losses by name: which tuples of a labelled batch of embeddings are pulled together and which apart.
+"""The ranking losses by name: which tuples of a labeled batch of embeddings are pulled together and which apart.
 
 Every rank computes the same loss on the same gathered batch; what is drawn depends on the seed passed in alone.
 """
@@ -40,7 +40,7 @@ class RankingEntry(NamedTuple):
     """One ranking loss.
 
     geometry: "unit" where the loss means cosines or distances on the unit sphere; "scaled" where only differences of
-    distances count, so that mean-normalised vectors (losses.mdr) serve as well.
+    distances count, so that mean-normalized vectors (losses.mdr) serve as well.
     """
 
     build: Callable[..., Compute]  # (num_classes, embed_dim, generator, **settings)
@@ -61,7 +61,7 @@ class RankingLoss(nn.Module):
     def forward(self, z: Float[Tensor, "b e"], labels: Int[Tensor, " b"], *, seed: int) -> Float[Tensor, ""]:
         """Return the loss in float32 or better, whatever the autocast.
 
-        z: unit vectors, or mean-normalised ones if geometry is "scaled"; labels: 0 .. num_classes - 1. seed decides what
+        z: unit vectors, or mean-normalized ones if geometry is "scaled"; labels: 0 .. num_classes - 1. seed decides what
         is drawn, if anything is. A batch without a pair or triplet to learn from gives a 0 that can be differentiated.
         """
         with torch.autocast(z.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Normalised mutual information of k-means clusters and classes."""
+"""Normalized mutual information of k-means clusters and classes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 from glsd.errors import UserError, pick
 
 _ITERATIONS = 20
-_NORMALISED = {"cosine": True, "euclidean": False}
+_NORMALIZED = {"cosine": True, "euclidean": False}
 
 
 class ClusterScores(NamedTuple):
@@ -38,10 +38,10 @@ def kmeans_nmi(
     """Return the NMI of the labels and of k-means with as many clusters as there are labels.
 
     k-means starts from random images, runs 20 iterations at most over all images, in float32, and depends on nothing
-    but the seed; cosine: the vectors are normalised first. 11,000 clusters of 60,000 images are minutes of work.
+    but the seed; cosine: the vectors are normalized first. 11,000 clusters of 60,000 images are minutes of work.
     Raises UserError for an empty set, features that are not finite, missing labels, no seed, an unknown distance.
     """
-    normalised = pick(_NORMALISED, distance, "distance")
+    normalized = pick(_NORMALIZED, distance, "distance")
     if not len(features):
         raise UserError("NMI: the set is empty")
     if not features.isfinite().all():
@@ -53,7 +53,7 @@ def kmeans_nmi(
     if not seeds:
         raise UserError("NMI: the list of seeds is empty: give at least one")
     points = features.detach().float()
-    points = F.normalize(points, dim=1) if normalised else points
+    points = F.normalize(points, dim=1) if normalized else points
     num_clusters = len(labels.unique())
     values = {}
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification: exact, in bounded memory, the same with faiss and torch."""
+"""Weighted k-nearest-neighbor classification: exact, in bounded memory, the same with faiss and torch."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -33,22 +33,22 @@ def knn_accuracy(
 
     The k train images of the largest cosine vote for their label with weight exp(cosine / temperature).
     Labels with equal votes rank in ascending order; a label without a vote never counts as found. backend,
-    chunk: as in nearest_neighbours.
+    chunk: as in nearest_neighbors.
     Raises UserError for a k outside 1..n, features that are not finite, a missing label, an unknown backend.
     Source: Wu et al. (arXiv 1805.01978, section 3.4); temperature and k list of DINO (arXiv 2104.14294).
     """
     _check(train_features, train_labels, "train")
     _check(val_features, val_labels, "val")
     if not k_list:
-        raise UserError("k-NN: the list k is empty: give at least one number of neighbours")
+        raise UserError("k-NN: the list k is empty: give at least one number of neighbors")
     for k in k_list:
         if not 1 <= k <= len(train_features):
             raise UserError(
-                f"k = {k} neighbours of {len(train_features)} train images: set k to 1..{len(train_features)}"
+                f"k = {k} neighbors of {len(train_features)} train images: set k to 1..{len(train_features)}"
             )
     if temperature <= 0:
         raise UserError(f"k-NN temperature is {temperature}: expected a number above 0")
-    cosines, index = nearest_neighbours(
+    cosines, index = nearest_neighbors(
         val_features, train_features, k=max(k_list), backend=backend, chunk=chunk
     )
     classes, train_classes = train_labels.cpu().unique(return_inverse=True)
@@ -64,7 +64,7 @@ def knn_accuracy(
     return {k: {"top1": shares[k][0], "top5": shares[k][1]} for k in k_list}
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     query: Float[Tensor, "q d"],
     train: Float[Tensor, "n d"],
     *,
@@ -74,7 +74,7 @@ def nearest_neighbours(
 ) -> tuple[Float64[Tensor, "q k"], Int64[Tensor, "q k"]]:
     """Return (on the CPU) the k largest cosines of each query, descending, and their rows in ``train``.
 
-    Vectors are normalised in float32 and multiplied in float64; cosines are rounded to 1e-9, of equal ones
+    Vectors are normalized in float32 and multiplied in float64; cosines are rounded to 1e-9, of equal ones
     the lower row comes first. backend: a key of BACKENDS, or "auto" = faiss if it is installed and the
     features are on the CPU, else torch; chunk: queries at a time. Neither changes the result.
     """

@@ -42,7 +42,7 @@ def linear_probe(
 
     The settings of DINO's linear evaluation (arXiv 2104.14294): SGD with momentum 0.9, no weight decay,
     lr * batch_size / 256 falling to 0 by a cosine over the epochs, weights from N(0, 0.01), features not
-    normalised. Two differences: the features are computed once, so train images are not augmented; and as the
+    normalized. Two differences: the features are computed once, so train images are not augmented; and as the
     published rate 0.001 is made for 10^5 steps, several may be tried: the one that does best on a held-out
     tenth of the train set trains on all of it. The val set chooses nothing. Order and initial weights are a
     function of ``seed``; runs in float32 on the device of the features.

@@ -103,7 +103,7 @@ def as_search(
     *,
     euclidean: bool,
 ) -> Search:
-    """Return the search with vectors normalised (cosine), or scaled by one power of two (Euclidean: exact)."""
+    """Return the search with vectors normalized (cosine), or scaled by one power of two (Euclidean: exact)."""
     query = query.float()
     if euclidean:
         peak = max(float(x.abs().max()) for x in (query, gallery) if x is not None) * query.shape[1] ** 0.5

@@ -118,7 +118,7 @@ def rank_queries(
     """Return (on the CPU) the ranks of every query among the gallery, or among the other queries (leave-one-out).
 
     References are in the order of (similarity descending, index ascending); without a gallery the query itself,
-    known by its index, is no reference. distance: "cosine" = products of float32-normalised vectors in float64,
+    known by its index, is no reference. distance: "cosine" = products of float32-normalized vectors in float64,
     rounded to 1e-9; "euclidean" = squared distances of the float32 vectors in float64, rounded to 2^-34 of the square
     of a power of two that bounds all lengths, so those of integers below 2^17 in length are exact. backend: "auto" =
     "torch" (where the gallery is the queries themselves it needs half of the products) or "faiss"; tile: references

@@ -107,7 +107,7 @@ def build_backbone(
     """
     args = _checked_args(name, drop_path, pool, timm_args or {})
     if init == "timm":
-        _check_normalisation(name)
+        _check_normalization(name)
     native = {} if _family(name) in _WITHOUT_NATIVE_SIZE else {"img_size": image_size}
     with torch.random.fork_rng(devices=[]):  # built on the CPU: no other generator is touched
         torch.default_generator.manual_seed(seed)
@@ -169,8 +169,8 @@ def _is_plain(value: Any) -> bool:
     return all(item is None or isinstance(item, bool | int | float | str) for item in items)
 
 
-def _check_normalisation(name: str) -> None:
-    """Raise UserError for timm's weights of images normalised in another way than ours: they would be fed wrong ones."""
+def _check_normalization(name: str) -> None:
+    """Raise UserError for timm's weights of images normalized in another way than ours: they would be fed wrong ones."""
     expected = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     try:
         known = timm.get_pretrained_cfg(name)

@@ -13,9 +13,9 @@ class Embedder(nn.Module):
     """Images -> raw embeddings: the backbone's pooled feature, through one linear layer with bias.
 
     embed_dim: width e of the embedding, 0 = the pooled feature itself, without a layer. freeze_batch_norm:
-    batch normalisation keeps to its stored statistics in training mode as well (as in the released code of
+    batch normalization keeps to its stored statistics in training mode as well (as in the released code of
     OBD-SD); only the statistics are frozen, its weights and biases still learn. Nothing happens to
-    networks without batch normalisation. seed: the layer's start is a function of it alone, and the global
+    networks without batch normalization. seed: the layer's start is a function of it alone, and the global
     random state stays as it was.
 
     Attributes: ``embed_dim`` width of the output (also where 0 was given), ``backbone``, ``stride``. Parameter
@@ -42,16 +42,16 @@ class Embedder(nn.Module):
         self.train(self.training)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
-        """Return embeddings of any length, not normalised: cosine and MDR scale them in different ways.
+        """Return embeddings of any length, not normalized: cosine and MDR scale them in different ways.
 
-        Under autocast they may be in half precision: make them float32 before they are normalised. Raises
+        Under autocast they may be in half precision: make them float32 before they are normalized. Raises
         UserError if a side is not a multiple of the stride.
         """
         features, _ = self.backbone(images)
         return features if self.head is None else self.head(features.to(self.head.weight.dtype))
 
     def train(self, mode: bool = True) -> "Embedder":
-        """Set training mode, but leave frozen batch normalisation in evaluation mode."""
+        """Set training mode, but leave frozen batch normalization in evaluation mode."""
         super().train(mode)
         if self.freeze_batch_norm:
             for module in self.modules():

@@ -12,7 +12,7 @@ class Prototypes(nn.Module):
     """The last layer of a head: logit k = <vector, prototype k>, prototype = gain * direction / |direction|.
 
     With the gain frozen at 1 (the papers' norm_last_layer = true) and vectors of length 1 logits are cosines.
-    Source: DINO (arXiv 2104.14294), weight normalisation (arXiv 1602.07868).
+    Source: DINO (arXiv 2104.14294), weight normalization (arXiv 1602.07868).
     """
 
     def __init__(self, num_prototypes: int, dim: int, *, trainable_gain: bool = False):
@@ -37,7 +37,7 @@ class Prototypes(nn.Module):
 class ProjectionHead(nn.Module):
     """A small MLP whose output has length 1, and its prototypes.
 
-    num_layers linear layers before the normalisation, GELU (and batch normalisation before it) between them.
+    num_layers linear layers before the normalization, GELU (and batch normalization before it) between them.
     Linear weights start N(0, 0.02), biases 0; the start is a function of ``seed`` alone and leaves the global
     random state untouched. Give the global and the local head different seeds. Raises UserError for sizes
     below 1. Source: DINO (arXiv 2104.14294), projection head; golden files head_*.

@@ -45,7 +45,7 @@ class MultiCrop(nn.Module):
         """Return the views of g global and l local crops of ``num_images`` = b images each.
 
         Local crops may be None or empty. Crops of one size go through the backbone together, and a head sees
-        all rows of its kind at once, so that batch normalisation has the statistics of all views. Raises
+        all rows of its kind at once, so that batch normalization has the statistics of all views. Raises
         ValueError if the rows are not a multiple of b. Source: DINO (arXiv 2104.14294), multi-crop.
         """
         if local_crops is not None and local_crops.shape[0] == 0:

@@ -15,7 +15,7 @@ def resample_pos_embed(
     """Return the position embedding for grid ``grid_out`` (rows, columns), made from one for ``grid_in``.
 
     num_prefix: leading entries without a place (class token, registers), copied; the rest is row-major, so n
-    = num_prefix + rows_in * columns_in. Bicubic, half-pixel centres, no antialiasing, scale exactly grid_out
+    = num_prefix + rows_in * columns_in. Bicubic, half-pixel centers, no antialiasing, scale exactly grid_out
     / grid_in; computed in float32 or better, same dtype as pos_embed. timm antialiases here, which moves a
     14x14 -> 6x6 embedding by up to two standard deviations. Raises ValueError if n does not fit grid_in.
     Source: DINO (arXiv 2104.14294), without the 0.1 that its code adds to the target grid.

@@ -63,7 +63,7 @@ def _with_prefix_and_positions(net: Any, patches: Tensor) -> Tensor:
 
 
 def _split(net: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalise and split; one of the two norms is the identity, depending on how the network pools."""
+    """Normalize and split; one of the two norms is the identity, depending on how the network pools."""
     tokens = net.fc_norm(net.norm(tokens))
     return tokens[:, : net.num_prefix_tokens], tokens[:, net.num_prefix_tokens :]
 

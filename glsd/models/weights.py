@@ -32,7 +32,7 @@ _TIMM_FORMS = {
     "SwinTransformerV2": swin_transformer_v2.checkpoint_filter_fn,
 }
 
-# Batch normalisation counts its batches; old torch files do not hold the count, and nothing is computed from it here.
+# Batch normalization counts its batches; old torch files do not hold the count, and nothing is computed from it here.
 _COUNTER = "num_batches_tracked"
 
 _MAX_DEPTH = 8  # of dictionaries around the network; one that holds itself has no end
@@ -41,7 +41,7 @@ _MAX_DEPTH = 8  # of dictionaries around the network; one that holds itself has 
 class LoadReport(NamedTuple):
     """How well weights fitted: tensors of the network that were filled, of how many, and what did not fit.
 
-    The batch counters of batch normalisation are no weights and appear nowhere.
+    The batch counters of batch normalization are no weights and appear nowhere.
     """
 
     matched: int
@@ -105,7 +105,7 @@ def read_weights(path: str | Path) -> State:
 
 
 def _one_line(message: str) -> str:
-    """Shorten an error message of torch or safetensors: the cause without torch's advice, colours and odd bytes."""
+    """Shorten an error message of torch or safetensors: the cause without torch's advice, colors and odd bytes."""
     cause = re.sub(r"\x1b\[\d*m", "", message.rpartition("WeightsUnpickler error: ")[2])
     return "".join(character for character in " ".join(cause.split()) if character.isprintable())[:200]
 

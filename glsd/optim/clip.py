@@ -1,4 +1,4 @@
-"""Gradient clipping without host synchronisation."""
+"""Gradient clipping without host synchronization."""
 
 from collections.abc import Iterable
 

@@ -11,7 +11,7 @@ def ema_update(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], mom
     """Move every named parameter of the teacher: teacher <- momentum * teacher + (1 - momentum) * student, in place.
 
     Parameters only: buffers, such as the running statistics of a batch norm, stay the teacher's own. No
-    host synchronisation; momentum 1 changes no bit. ValueError if names or shapes differ or a parameter is
+    host synchronization; momentum 1 changes no bit. ValueError if names or shapes differ or a parameter is
     below float32, where steps of 1e-3 would be rounded away. Source: DINO (Caron et al. 2021), section 3.1.
     """
     if teacher.keys() != student.keys():

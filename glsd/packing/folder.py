@@ -47,7 +47,7 @@ class PackSummary:
     num_images: int
     shards: tuple[Path, ...]
     classes: tuple[str, ...] = ()  # in the order of their labels; empty = they have no names
-    labelled: bool = False
+    labeled: bool = False
     stray: str = (
         ""  # the first image outside the subfolders, if a few such images cost most images their labels
     )
@@ -152,7 +152,7 @@ def pack_source(
         num_images=done.num_images,
         shards=tuple(dst / name for name in done.shards),
         classes=tuple(source.classes),
-        labelled=source.labels is not None,
+        labeled=source.labels is not None,
         unreadable=tuple(done.unreadable),
         resized=done.resized,
         resumed=resumed,

@@ -73,7 +73,7 @@ def pack_list(
     source = Source(
         title=title,
         names=rows.names,
-        read=read if labels is None else _LabelledOnly(read, labels),
+        read=read if labels is None else _LabeledOnly(read, labels),
         labels=labels,
         classes=tuple(names),
         runs=[group.rows for group in rows.groups],
@@ -81,7 +81,7 @@ def pack_list(
     return pack_source(source, dst, **settings)
 
 
-class _LabelledOnly:
+class _LabeledOnly:
     """Reads what another reader does, where there is a label."""
 
     def __init__(self, read: Any, labels: Sequence[int]):

@@ -10,9 +10,7 @@ from PIL import Image
 from glsd.data.decode import DECODE_ERRORS, FORMATS, decode
 from glsd.errors import BrokenImage, UserError
 
-JPEG_QUALITY = (
-    95  # with colour as fine as brightness (4:4:4): the second coding costs next to nothing visible
-)
+JPEG_QUALITY = 95  # with color as fine as brightness (4:4:4): the second coding costs next to nothing visible
 LOSSY = ("JPEG", "MPO", "WEBP")
 PRE_SHRINK = (
     3  # times the target: what is larger is first averaged down to it, which Lanczos cannot tell afterwards
@@ -29,7 +27,7 @@ def shorten(raw: bytes, short_side: int) -> tuple[bytes, str, str] | None:
     """Return (bytes, extension, "width x height" before) of an image made smaller, or None if it is small enough.
 
     The pixels are those of ``decode`` (upright, RGB, no alpha), resized with Lanczos; the aspect ratio stays. A lossy
-    original becomes a JPEG of JPEG_QUALITY, a lossless one a PNG, gray stays gray. An RGB colour profile is kept as it is;
+    original becomes a JPEG of JPEG_QUALITY, a lossless one a PNG, gray stays gray. An RGB color profile is kept as it is;
     EXIF, which holds the place of a photograph, is not. Raises BrokenImage if it cannot be decoded.
     """
     with warnings.catch_warnings():

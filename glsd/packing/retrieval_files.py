@@ -109,8 +109,8 @@ def read_cars(src: Path) -> Listing:
         files = {merged: ("relative_im_path", "")}
         names_file = merged
     else:
-        labelled = [folder / "cars_test_annos_withlabels.mat" for folder in (devkit, root)]
-        test = next((file for file in labelled if file.exists()), labelled[0])
+        labeled = [folder / "cars_test_annos_withlabels.mat" for folder in (devkit, root)]
+        test = next((file for file in labeled if file.exists()), labeled[0])
         if not devkit.is_dir():
             raise FileNotFoundError(errno.ENOENT, "", f"{merged} (or the folder devkit, the other form)")
         if not test.exists() and (devkit / "cars_test_annos.mat").exists():

@@ -1,4 +1,4 @@
-"""Packed labelled shards, packed again: split by class, or into the roles that a table gives each image."""
+"""Packed labeled shards, packed again: split by class, or into the roles that a table gives each image."""
 
 import functools
 import gzip

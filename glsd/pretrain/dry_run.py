@@ -38,7 +38,7 @@ class Forecast:
     """What a run will need; bytes on this rank's device."""
 
     parameters: dict[str, int]  # student: 'backbone', 'heads'
-    memory: dict[str, int]  # 'weights', 'teacher', 'gradients', 'optimiser state', 'activations and loss'
+    memory: dict[str, int]  # 'weights', 'teacher', 'gradients', 'optimizer state', 'activations and loss'
     device_memory: int
     images_per_s: float  # of all ranks
     data_wait: float  # share of the time, 0..1
@@ -142,11 +142,11 @@ def memory_of(state: State, beyond: int) -> dict[str, int]:
         "weights": size([*state.own.values(), *state.student.buffers()]),
         "teacher": size([*state.own_teacher.values(), *state.teacher.buffers()]),
         "gradients": size(trained),
-        "optimiser state": size(optimizer_tensors(state)),
+        "optimizer state": size(optimizer_tensors(state)),
     }
     return {
         **known,
-        "activations and loss": max(0, beyond - known["gradients"] - known["optimiser state"]),
+        "activations and loss": max(0, beyond - known["gradients"] - known["optimizer state"]),
     }
 
 

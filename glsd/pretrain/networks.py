@@ -1,4 +1,4 @@
-"""From configuration to networks: student, teacher, the losses around the student, the optimiser."""
+"""From configuration to networks: student, teacher, the losses around the student, the optimizer."""
 
 from dataclasses import dataclass, field
 
@@ -63,7 +63,7 @@ def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
         )
         if any(isinstance(module, _BatchNorm) for module in backbone.modules()):
             raise UserError(
-                f"model.backbone {cfg.model.backbone!r} has batch normalisation, whose statistics a momentum teacher would "
+                f"model.backbone {cfg.model.backbone!r} has batch normalization, whose statistics a momentum teacher would "
                 "not follow: pretraining takes ViT, Eva and Swin (fine-tuning and evaluation take CNNs too)"
             )
         if cfg.data.num_local:
@@ -105,7 +105,7 @@ def should_compile(wish: bool | None, device: torch.device) -> bool:
 
 
 def build(cfg: PretrainConfig, accelerator: Accelerator) -> State:
-    """Make the networks, the losses around the student, and the optimiser, on this rank's device."""
+    """Make the networks, the losses around the student, and the optimizer, on this rank's device."""
     on_gpu = accelerator.device.type == "cuda"
     student, teacher = (network.to(accelerator.device) for network in build_networks(cfg))
     if cfg.head.batch_norm and dist.world_size() > 1 and on_gpu:

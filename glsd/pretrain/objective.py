@@ -28,7 +28,7 @@ NUM_GLOBAL = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
-    """Augmented, normalised crops of b images on the training device; rows are view-major.
+    """Augmented, normalized crops of b images on the training device; rows are view-major.
 
     The boxes stay on the CPU: the host then knows which patches match by place, and drops the others without waiting for
     the device. (A dataclass, because DDP would move the tensors of a tuple to its device.)
@@ -169,9 +169,9 @@ def run_teacher(
     temp: float,
     sinkhorn_iterations: int | None = None,
 ) -> TeacherOutput:
-    """Return the teacher's views of the global crops with the centres to use on them.
+    """Return the teacher's views of the global crops with the centers to use on them.
 
-    sinkhorn_iterations: None takes ``centers``; a number replaces them by the Sinkhorn-Knopp centres of this micro-batch
+    sinkhorn_iterations: None takes ``centers``; a number replaces them by the Sinkhorn-Knopp centers of this micro-batch
     over all ranks.
     """
     with fsdp.without_gradients(teacher):
@@ -234,7 +234,7 @@ def mean_values(outs: Sequence[Distilled], shares: Sequence[float]) -> dict[str,
 
 
 def mean_logits(outs: Sequence[Distilled], shares: Sequence[float]) -> dict[str, Float[Tensor, " k"]]:
-    """Return the teacher's mean raw logits of a step's micro-batches, for the centres of the same names; shares as above."""
+    """Return the teacher's mean raw logits of a step's micro-batches, for the centers of the same names; shares as above."""
     means = {"global": _weighted([out.image.teacher_mean for out in outs], shares)}
     if outs[0].patch is not None:
         means["local"] = _weighted([out.patch.teacher_mean for out in outs if out.patch], shares)

@@ -68,7 +68,7 @@ def draw_first_batch(run: Run, state: State, pixels: Pixels, batch: CropBatch) -
     """Write first_batch.png (a global crop against the other one) and first_batch_local.png, with the matches in use.
 
     Without a local loss the geometric matches are drawn all the same: they show that boxes and crops agree. Only rank 0
-    works here, so nothing may be a collective: backbones, no heads (whose batch norm may be synchronised).
+    works here, so nothing may be a collective: backbones, no heads (whose batch norm may be synchronized).
     """
     student, teacher = state.backbone("student"), state.backbone("teacher")
     if not dist.is_main():
@@ -99,7 +99,7 @@ def draw_first_batch(run: Run, state: State, pixels: Pixels, batch: CropBatch) -
 
 
 def open_probe(cfg: PretrainConfig) -> tuple[ShardSet, ShardSet] | None:
-    """Return the labelled sets of the k-NN probe, None if there is none; UserError now rather than hours into the run."""
+    """Return the labeled sets of the k-NN probe, None if there is none; UserError now rather than hours into the run."""
     w = cfg.watch
     if not w.probe_every:
         return None
@@ -108,14 +108,14 @@ def open_probe(cfg: PretrainConfig) -> tuple[ShardSet, ShardSet] | None:
         patterns = getattr(w, key)
         if not patterns:
             raise UserError(
-                f"watch.{key} is not set: name labelled shards, or turn the probe off with --watch.probe_every 0"
+                f"watch.{key} is not set: name labeled shards, or turn the probe off with --watch.probe_every 0"
             )
         sets[key] = open_shards(patterns)
-        unlabelled = (sets[key].labels() < 0).nonzero()[0]
-        if len(unlabelled):
-            shard = sets[key].shard_of(int(unlabelled[0]))
+        unlabeled = (sets[key].labels() < 0).nonzero()[0]
+        if len(unlabeled):
+            shard = sets[key].shard_of(int(unlabeled[0]))
             raise UserError(
-                f"watch.{key}: {shard} holds images without a label; pack them from labelled folders"
+                f"watch.{key}: {shard} holds images without a label; pack them from labeled folders"
             )
     train, val = sets["probe_train_shards"], sets["probe_val_shards"]
     check_disjoint(train, val, names=("watch.probe_train_shards", "watch.probe_val_shards"))

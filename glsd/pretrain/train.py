@@ -1,4 +1,4 @@
-"""The first story: a student and its momentum teacher look at crops of unlabelled images until they agree."""
+"""The first story: a student and its momentum teacher look at crops of unlabeled images until they agree."""
 
 import contextlib
 import itertools
@@ -174,7 +174,7 @@ def make_batches(cfg: PretrainConfig, shards: ShardSet, consumed: int) -> Iterat
 
 
 def augment(batch: CropBatch) -> Pixels:
-    """Change the colours of all crops, on the device they are on."""
+    """Change the colors of all crops, on the device they are on."""
     return Pixels(
         global_crops=photometric(batch.global_crops, batch.global_photometric),
         local_crops=photometric(batch.local_crops, batch.local_photometric),
@@ -213,7 +213,7 @@ def train_step(
                 else None,
             )
         # Gradients travel between ranks with the last micro-batch only.
-        fsdp.synchronise_gradients(state.losses, number == len(plan.shares))
+        fsdp.synchronize_gradients(state.losses, number == len(plan.shares))
         with contextlib.nullcontext() if number == len(plan.shares) else accelerator.no_sync(state.model):
             out = state.model(pixels, targets)
             accelerator.backward(out.loss * share)

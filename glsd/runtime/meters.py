@@ -94,7 +94,7 @@ class Meters:
         self._step = step
 
     def flush(self, step: int, **extra: int | float) -> dict[str, Any]:
-        """Read everything added since the last flush, the one host synchronisation; every rank calls and
+        """Read everything added since the last flush, the one host synchronization; every rank calls and
         gets the same row.
 
         extra: host numbers equal on all ranks, written as they are (epoch, schedules). Row: step, extra,

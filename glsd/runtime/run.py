@@ -248,7 +248,7 @@ def catch_signals() -> Iterator[Callable[[], str]]:
 class StopVote:
     """Ranks agree after which step they stop, whichever of them got the signal; without waiting for each other.
 
-    What they asked for at the end of one step is known at the end of the next: by then the answer has long travelled.
+    What they asked for at the end of one step is known at the end of the next: by then the answer has long traveled.
     """
 
     def __init__(self) -> None:

@@ -29,9 +29,9 @@ from glsd.shards.index import (
 from glsd.shards.prefetch import Prefetcher
 from glsd.shards.remote import look_up, read_all
 
-CLASSES_FILE = "classes.json"  # beside labelled shards: the class names, in the order of their labels
+CLASSES_FILE = "classes.json"  # beside labeled shards: the class names, in the order of their labels
 CHECKED_AT_START = 1000  # shards whose content is looked at when they are opened: some 0.1 ms each
-MAX_IMAGE_BYTES = 1 << 30  # 16 bits a colour of the largest image that decode.py takes, uncompressed
+MAX_IMAGE_BYTES = 1 << 30  # 16 bits a color of the largest image that decode.py takes, uncompressed
 MAX_OPEN_SHARDS = 64  # per process, two files each; a system allows 1,024 open files by default
 
 

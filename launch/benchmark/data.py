@@ -124,7 +124,7 @@ def measure(shards: ShardSet, sizes: Mapping[str, Any], args: argparse.Namespace
         (
             "pipeline",
             pipeline,
-            f"whole pipeline, colours on the CPU too: plain / ours {ratios['pipeline_ratio']:.2f}",
+            f"whole pipeline, colors on the CPU too: plain / ours {ratios['pipeline_ratio']:.2f}",
         ),
     ):
         results = {kind: Result(took) for kind, took in seconds.items()}
@@ -170,7 +170,7 @@ def worker_tasks(shards: ShardSet, spec: CropSpec, images: int) -> dict[str, Cal
 def pipeline_task(
     kind: str, shards: ShardSet, sizes: Mapping[str, Any], batches: int
 ) -> Callable[[], object]:
-    """Return the making of some batches of normalised crops in this process."""
+    """Return the making of some batches of normalized crops in this process."""
 
     def task() -> None:
         with contextlib.closing(loaded(kind, shards, sizes, 0)) as stream:
@@ -209,7 +209,7 @@ def loading_seconds(
 def loaded(
     kind: str, shards: ShardSet, sizes: Mapping[str, Any], workers: int
 ) -> Generator[CropBatch | list[Tensor], None, None]:
-    """Yield batch after batch as the loader hands it over: plain ones are finished, ours lack their colours."""
+    """Yield batch after batch as the loader hands it over: plain ones are finished, ours lack their colors."""
     spec, batch_size = crop_spec(sizes), sizes["batch_size"]
     if kind == "plain":
         yield from plain_batches(shards, spec, batch_size=batch_size, num_workers=workers)

@@ -1,4 +1,4 @@
-"""Time of a metric-learning step with each regulariser as a ratio to the one without, all in the same run."""
+"""Time of a metric-learning step with each regularizer as a ratio to the one without, all in the same run."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from glsd.batches import LabelledCrops
+from glsd.batches import LabeledCrops
 from glsd.config.finetune import FinetuneConfig, Reg
 from glsd.config.parse import load
 from glsd.finetune.networks import State, build, resolve
@@ -23,7 +23,7 @@ from launch.benchmark.tools import (
     add_json,
     finish,
     paired_ratio,
-    synchronise,
+    synchronize,
 )
 
 
@@ -56,7 +56,7 @@ def benchmark(args: argparse.Namespace) -> None:
     for reg in typing.get_args(Reg):
         cfg = dataclasses.replace(base, reg=reg)
         kinds[reg] = cfg, build(cfg, source, args.batch_size // 2, accelerator)
-    batch = LabelledCrops(
+    batch = LabeledCrops(
         images=torch.randint(0, 256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8),
         labels=torch.arange(args.batch_size) // 2,
         indices=torch.arange(args.batch_size),
@@ -74,10 +74,10 @@ def benchmark(args: argparse.Namespace) -> None:
     report(args, seconds, accelerator.device)
 
 
-def timed(name: str, kinds: dict, batch: LabelledCrops, meters: Meters, accelerator: Accelerator) -> float:
+def timed(name: str, kinds: dict, batch: LabeledCrops, meters: Meters, accelerator: Accelerator) -> float:
     """Return the seconds of one step, or of the teacher's forward pass alone."""
     device = accelerator.device
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     if name == "teacher forward":
         teacher, images = kinds["psd"][1].teacher, batch.to(device).images.float() / 255
@@ -87,7 +87,7 @@ def timed(name: str, kinds: dict, batch: LabelledCrops, meters: Meters, accelera
         cfg, state = kinds[name]
         rates = Rates(epoch=1, scale=1.0, sd_weight=1.0 if state.teacher is not None else 0.0)
         train_step(cfg, rates, state, itertools.repeat(batch), meters, accelerator)
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the vectors (%(default)s)")
     parser.add_argument(
-        "--noise", type=float, default=2.2, help="of the classes' images around their centres (%(default)s)"
+        "--noise", type=float, default=2.2, help="of the classes' images around their centers (%(default)s)"
     )
     add_json(parser)
 
@@ -52,8 +52,8 @@ def benchmark(args: argparse.Namespace) -> None:
         labels = class_labels(args.images, args.classes, generator)
         vectors = torch.randn(args.images, args.dim, generator=generator)
         if name == "trained-like":
-            centres = torch.randn(args.classes, args.dim, generator=generator)
-            vectors = vectors.mul_(args.noise).add_(centres[labels])
+            centers = torch.randn(args.classes, args.dim, generator=generator)
+            vectors = vectors.mul_(args.noise).add_(centers[labels])
         with tempfile.TemporaryDirectory() as folder:
             torch.save((F.normalize(vectors, dim=1), labels), Path(folder) / "inputs.pt")
             del vectors

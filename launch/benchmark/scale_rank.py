@@ -30,7 +30,7 @@ from launch.benchmark.step import (
     random_batch,
     take_step,
 )
-from launch.benchmark.tools import synchronise
+from launch.benchmark.tools import synchronize
 
 # Names in torch's collectives -> kind, and which of the first two arguments holds the whole (not one rank's part).
 KINDS = {
@@ -74,10 +74,10 @@ def step_seconds(setup: Setup, rounds: int) -> list[float]:
     own = []
     for _ in range(rounds):
         dist.barrier()
-        synchronise(setup.accelerator.device)
+        synchronize(setup.accelerator.device)
         started = time.perf_counter()
         take_step(setup)
-        synchronise(setup.accelerator.device)
+        synchronize(setup.accelerator.device)
         own.append(time.perf_counter() - started)
     return [max(each) for each in zip(*dist.gather_objects(own), strict=True)]
 
@@ -113,10 +113,10 @@ def links(device: torch.device) -> dict[str, dict[str, float]]:
         taken = []
         for _ in range(LINK_ROUNDS + 1):
             dist.barrier()
-            synchronise(device)
+            synchronize(device)
             started = time.perf_counter()
             call()
-            synchronise(device)
+            synchronize(device)
             taken.append(time.perf_counter() - started)
         return max(dist.gather_objects(min(taken[1:])))
 

@@ -45,7 +45,7 @@ from launch.benchmark.tools import (
     paired_ratio,
     print_table,
     start,
-    synchronise,
+    synchronize,
 )
 
 KINDS = ("plain", "ours")
@@ -118,7 +118,7 @@ def benchmark(args: argparse.Namespace) -> None:
     }
     print(
         f"ours: {ratios['time_ratio']:.2f} times as fast as the textbook step, {ratios['extra_memory_ratio']:.2f} times less "
-        "memory beyond weights and optimiser state; FLOPs counted by torch in one step of each, the MFU by ours"
+        "memory beyond weights and optimizer state; FLOPs counted by torch in one step of each, the MFU by ours"
     )
     print_shares(shares)
     largest = {kind: max(parts, key=lambda name: parts[name]) for kind, parts in shares.items()}
@@ -131,7 +131,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def prepared(flags: dict[str, Any]) -> Iterator[Setup]:
-    """Build networks, optimiser and one batch of random pixels with boxes from our own cropper."""
+    """Build networks, optimizer and one batch of random pixels with boxes from our own cropper."""
     argv = [f"--{key}={flags[name]}" for name, key in FLAGS.items()]
     cfg = load(PretrainConfig, [*argv, "--data.shards=none"])
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=cfg.optim.precision)
@@ -203,10 +203,10 @@ class Clock:
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        synchronise(self.device)
+        synchronize(self.device)
         started = time.perf_counter()
         yield
-        synchronise(self.device)
+        synchronize(self.device)
         self.seconds[name] += time.perf_counter() - started
 
     def around(self, name: str, function: Callable) -> Callable:
@@ -260,10 +260,10 @@ def shares_of(kind: str, setup: Setup, *, rounds: int) -> dict[str, float]:
         measure(state.student, "forward", "student forward")
         measure(state.losses, "match", "matching")
         measure(setup.accelerator, "backward", "backward of the rest")
-        measure(state.optimizer, "step", "optimiser, clipping, EMA")
-        measure(pretrain, "ema_update", "optimiser, clipping, EMA")
+        measure(state.optimizer, "step", "optimizer, clipping, EMA")
+        measure(pretrain, "ema_update", "optimizer, clipping, EMA")
         clippers = {
-            key: clock.around("optimiser, clipping, EMA", clip) for key, clip in pretrain.CLIPPERS.items()
+            key: clock.around("optimizer, clipping, EMA", clip) for key, clip in pretrain.CLIPPERS.items()
         }
         stack.enter_context(mock.patch.dict(pretrain.CLIPPERS, clippers))
         for name in PLAIN:
@@ -273,7 +273,7 @@ def shares_of(kind: str, setup: Setup, *, rounds: int) -> dict[str, float]:
         for _ in range(rounds):
             started = time.perf_counter()
             take_step(setup)
-            synchronise(clock.device)
+            synchronize(clock.device)
             total += time.perf_counter() - started
     parts = {name: seconds / total for name, seconds in clock.seconds.items()}
     return {**parts, "other": 1 - sum(parts.values())}
@@ -287,7 +287,7 @@ def print_shares(shares: dict[str, dict[str, float]]) -> None:
 
 
 def peak_beyond_state(kind: str, setup: Setup) -> float:
-    """Return the MiB of a step's peak beyond weights and optimiser state, after a step of one image."""
+    """Return the MiB of a step's peak beyond weights and optimizer state, after a step of one image."""
     small = setup._replace(batch=random_batch(setup.cfg, 1))
     step(kind, small)
     mark = mark_memory(setup.accelerator.device)

@@ -92,17 +92,17 @@ def peak_flops(name: str) -> float | None:
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(function: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of one call; what it returns is gone before the clock stops."""
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     function()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 

@@ -38,7 +38,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def scene(seed: int, width: int = 96, height: int = 64) -> Image.Image:
-    """A picture with large shapes of many colours, another for every seed."""
+    """A picture with large shapes of many colors, another for every seed."""
     rough = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -287,7 +287,7 @@ def test_what_is_nearly_the_same(change):
     assert (found.partner == -1).all()
 
 
-def test_colour_and_day_and_night_are_told_apart():
+def test_color_and_day_and_night_are_told_apart():
     whole = scene(1, 320, 240)
     red, green, blue = whole.split()
     night = ImageEnhance.Brightness(whole).enhance(0.4)
@@ -305,10 +305,10 @@ def test_pairs_as_the_slow_twin_finds_them(max_bits, monkeypatch):
     rng = np.random.default_rng(max_bits)
     made: list[tuple[int, np.ndarray]] = []
     for _ in range(25):
-        centre, picture = int(rng.integers(0, 2**63)), rng.integers(0, 256, 432).astype(float)
+        center, picture = int(rng.integers(0, 2**63)), rng.integers(0, 256, 432).astype(float)
         for _ in range(6):
             flips = rng.choice(64, rng.integers(0, max_bits // 2 + 2), replace=False)
-            code = centre ^ sum(1 << int(bit) for bit in flips)
+            code = center ^ sum(1 << int(bit) for bit in flips)
             made.append((code, picture + rng.normal(0, rng.choice([2, 14, 40]), 432)))
     codes = np.array([code for code, _ in made], dtype=np.uint64)
     thumbs = np.stack([thumb for _, thumb in made]).clip(0, 255).astype(np.uint8)

@@ -97,9 +97,11 @@ def stand_ins(jobs) -> dict[str, str]:
         options += ["--nodelist=node1", f"--job-name={name}", f"--export={','.join(export)}"]
         script = "evaluate" if name == "measured" else "pretrain"
         ids[name] = jobs.sbatch(*options, f"{ROOT}/launch/slurm/{script}.sbatch", f"--out={name}")
-    export = f"--export=ALL,GLSD_ROOT={ROOT},{slurm_jobs.STAND_IN},STAND_IN=75 0"
+    stand_in = f"--export=ALL,GLSD_ROOT={ROOT},{slurm_jobs.STAND_IN},STAND_IN=75 0"
     script = f"{ROOT}/launch/slurm/array.sbatch"
-    ids["array"] = jobs.sbatch("--array=1-3", "--nodelist=node1", export, script, "pretrain", script, "tasks")
+    ids["array"] = jobs.sbatch(
+        "--array=1-3", "--nodelist=node1", stand_in, script, "pretrain", script, "tasks"
+    )
     return ids
 
 

@@ -1,4 +1,4 @@
-"""Every YAML loads and survives a round trip; every mistake is one line that names the key and its nearest neighbour."""
+"""Every YAML loads and survives a round trip; every mistake is one line that names the key and its nearest neighbor."""
 
 import subprocess
 from pathlib import Path

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from glsd.batches import BrokenSample, LabelledCrops
+from glsd.batches import BrokenSample, LabeledCrops
 from glsd.data.balanced import (
     CROP_STREAM,
     ClassGroups,
@@ -33,7 +33,7 @@ from glsd.data.crops import (
     uniforms,
 )
 from glsd.data.decode import decode
-from glsd.data.photometric import MEAN, STD, normalise
+from glsd.data.photometric import MEAN, STD, normalize
 from glsd.errors import UserError
 from glsd.shards.store import open_shards
 from tests.helpers.small_shards import noise_image, pack_noise
@@ -64,20 +64,20 @@ def make_shards(tmp_path):
     return functools.partial(pack_noise, tmp_path)  # labels: number % 7
 
 
-def batches(shards, count: int, **changes) -> list[LabelledCrops]:
+def batches(shards, count: int, **changes) -> list[LabeledCrops]:
     groups = class_groups(shards.labels())
     return list(itertools.islice(balanced_loader(shards, groups, **{**SETUP, **changes}), count))
 
 
-def same(first: LabelledCrops, second: LabelledCrops) -> bool:
+def same(first: LabeledCrops, second: LabeledCrops) -> bool:
     tensors = all(
         torch.equal(getattr(first, name), getattr(second, name)) for name in ("images", "labels", "indices")
     )
     return tensors and (first.keys, first.broken) == (second.keys, second.broken)
 
 
-def joined(parts: list[LabelledCrops]) -> LabelledCrops:
-    return LabelledCrops(
+def joined(parts: list[LabeledCrops]) -> LabeledCrops:
+    return LabeledCrops(
         images=torch.cat([part.images for part in parts]),
         labels=torch.cat([part.labels for part in parts]),
         indices=torch.cat([part.indices for part in parts]),
@@ -418,7 +418,7 @@ def test_collate_hands_errors_on():
     assert collate(problem) is problem
 
 
-def test_labelled_digits(digit_shards):
+def test_labeled_digits(digit_shards):
     shards = open_shards(f"{digit_shards}/train-*.tar")
     labels = shards.labels()
     train, val = split_classes(class_groups(labels), 0.3)
@@ -442,17 +442,17 @@ def test_photographs_with_and_without_workers(photos):
     assert all(same(a, b) for a, b in zip(expected, made, strict=True))
 
 
-# ---------------------------------------------------------------------------------------- normalise
+# ---------------------------------------------------------------------------------------- normalize
 
 
-def test_normalise_takes_each_channels_mean_and_deviation():
+def test_normalize_takes_each_channels_mean_and_deviation():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
     kept = images.clone()
-    made = normalise(images)
+    made = normalize(images)
     expected = (images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(made, expected.float(), rtol=1e-6, atol=1e-6)
     assert torch.equal(images, kept)
-    assert normalise(images[:0]).shape == (0, 3, 16, 16)
+    assert normalize(images[:0]).shape == (0, 3, 16, 16)
 
 
 def test_gray_and_png_side_by_side(make_shards):

@@ -32,7 +32,7 @@ COLUMN = {name: i for i, name in enumerate(PHOTOMETRIC_FIELDS)}
 
 
 def picture(height: int = 60, width: int = 80, seed: int = 0) -> np.ndarray:
-    """A smooth coloured picture (h w 3): survives JPEG with small errors."""
+    """A smooth colored picture (h w 3): survives JPEG with small errors."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
@@ -73,7 +73,7 @@ def test_gray_is_repeated():
     assert np.array_equal(as_array(decode(encode(gray, "PNG")))[..., 0], np.asarray(gray))
 
 
-def test_cmyk_jpeg_keeps_its_colours():
+def test_cmyk_jpeg_keeps_its_colors():
     raw = encode(Image.fromarray(picture()).convert("CMYK"), "JPEG", quality=98)
     assert np.abs(as_array(decode(raw)).astype(int) - picture()).mean() < 4
 
@@ -456,7 +456,7 @@ def test_the_numbers_of_a_run_never_change():
 FIRST_NUMBERS = [0.18728837046588753, 0.3778779212717954, 0.21586510131340797]
 
 
-def test_neighbouring_positions_are_uncorrelated():
+def test_neighboring_positions_are_uncorrelated():
     u = np.stack([uniforms(2, seed=0, epoch=0, position=i).ravel() for i in range(2000)])
     for lag in (1, 2, 8):
         product = ((u[lag:] - 0.5) * (u[:-lag] - 0.5)).mean(0) * 12

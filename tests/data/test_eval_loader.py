@@ -145,7 +145,7 @@ def test_workers_change_nothing(make_shards):
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (40, 33), (256, 256), (100, 257)])
 def test_protocol_against_pil(width, height):
-    """Short side to 64, bicubic with antialiasing, centre 56: Pillow's own resize within rounding."""
+    """Short side to 64, bicubic with antialiasing, center 56: Pillow's own resize within rounding."""
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([128 + 100 * np.sin(x / 9), 128 + 100 * np.cos(y / 7), (x + y) % 256], axis=-1).astype(
         np.uint8

@@ -50,7 +50,7 @@ def test_whole_files_look_as_in_a_viewer(name):
 
 
 def zipped(kind: bytes, count: int) -> bytes:
-    """A PNG chunk of a few kilobytes that unpacks to ``count`` bytes of text or colour profile."""
+    """A PNG chunk of a few kilobytes that unpacks to ``count`` bytes of text or color profile."""
     return png_chunk(kind, b"a\0\0" + zlib.compress(bytes(count), 9))
 
 
@@ -59,7 +59,7 @@ def solid_png(width: int, height: int) -> bytes:
     packer = zlib.compressobj(9)
     rows = max(1, (1 << 20) // (width + 1))
     parts = [packer.compress(bytes((width + 1) * min(rows, height - y))) for y in range(0, height, rows)]
-    return png(width, height, b"".join(parts) + packer.flush(), colour=0)
+    return png(width, height, b"".join(parts) + packer.flush(), color=0)
 
 
 def webp_canvas(width: int, height: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Colours: both arrangements against one crop at a time, torchvision, Pillow, formulas written out, and each other."""
+"""Colors: both arrangements against one crop at a time, torchvision, Pillow, formulas written out, and each other."""
 
 import colorsys
 import itertools
@@ -45,7 +45,7 @@ def _threads_of_before():
 
 
 def pictures(count: int, size: int = 32, seed: int = 0) -> torch.Tensor:
-    """Random coloured pictures with smooth parts, pure colours, black, white and gray."""
+    """Random colored pictures with smooth parts, pure colors, black, white and gray."""
     rng = torch.Generator().manual_seed(seed)
     small = torch.rand(count, 3, 6, 6, generator=rng)
     images = F.interpolate(small, size=(size, size), mode="bicubic").mul(1.4).sub(0.2).clamp(0, 1)
@@ -69,7 +69,7 @@ def drawn(count: int, num_local: int = 8) -> torch.Tensor:
 
 
 def shown(crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """The changed crops before normalisation, 0..1."""
+    """The changed crops before normalization, 0..1."""
     return photometric(crops, parameters) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
 
 
@@ -208,7 +208,7 @@ def test_drawn_parameters_give_what_one_crop_at_a_time_gives(size):
     assert jumping.any()
 
 
-def test_neutral_parameters_only_normalise():
+def test_neutral_parameters_only_normalize():
     crops = pictures(3)
     assert plan(settings(3)) == []
     expected = tvf.normalize(crops.float() / 255, list(MEAN), list(STD))
@@ -229,7 +229,7 @@ def test_what_a_crop_gets_does_not_depend_on_its_company():
     ("height", "width"), [(32, 32), (33, 47), (1, 1), (1, 40), (40, 1), (2, 3), (96, 96)]
 )
 def test_the_two_arrangements_agree(height, width):
-    """Normalised values; the largest difference is that of the blur, whose tails the CPU leaves out."""
+    """Normalized values; the largest difference is that of the blur, whose tails the CPU leaves out."""
     parameters = drawn(20)
     crops = pictures(len(parameters), size=96)[..., :height, :width]
     ours, theirs = photometric_cpu(crops, parameters), photometric_torch(crops, parameters)
@@ -288,7 +288,7 @@ def test_inputs_stay_and_runs_repeat():
     assert first.isfinite().all()
 
 
-def test_autocast_does_not_reach_the_colours():
+def test_autocast_does_not_reach_the_colors():
     parameters, crops = drawn(2), pictures(20)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = photometric(crops, parameters)

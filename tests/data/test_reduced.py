@@ -104,7 +104,7 @@ def test_reduced_pixels_lie_where_the_grid_says(reduction, orientation, height, 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 7])
 def test_a_snapped_box_is_what_is_cut(orientation):
-    """Crops of one pixel per reduced pixel read their own box off their colours."""
+    """Crops of one pixel per reduced pixel read their own box off their colors."""
     height, width, reduction = 121, 99, 4
     raw = jpeg(STORED[orientation](ramps(height, width)), orientation)
     pixels, grid = decode_reduced(raw, always(reduction))

@@ -1,4 +1,4 @@
-"""Body of test_ranks.py: three training steps in float64, then rank 0 writes losses, gradients, centres and weights.
+"""Body of test_ranks.py: three training steps in float64, then rank 0 writes losses, gradients, centers and weights.
 
 python joined_batch.py OUT.pt FLAGS... : alone it takes the whole batch, under the launcher each rank its share.
 """

@@ -1,4 +1,4 @@
-"""Body of test_finetune_ranks.py: four metric-learning steps, over two epochs, in float64 for every loss and regulariser, written by rank 0.
+"""Body of test_finetune_ranks.py: four metric-learning steps, over two epochs, in float64 for every loss and regularizer, written by rank 0.
 
 python joined_dml.py OUT.pt FLAGS... : alone it takes the whole batch, under the launcher each rank its share.
 """
@@ -21,8 +21,8 @@ from glsd.cluster import dist
 from glsd.cluster.launch import start
 
 torch.set_num_threads(1)
-to_float32 = story.normalise
-story.normalise = lambda images: to_float32(images).double()
+to_float32 = story.normalize
+story.normalize = lambda images: to_float32(images).double()
 CASES: list[tuple[str, Reg]] = [(loss, "none") for loss in RANKING]
 CASES += [("multi_similarity", "psd"), ("multi_similarity", "obdsd"), ("multi_similarity", "mdr")]
 CASES += [("triplet", "obdsd+mdr"), ("margin", "mdr"), ("proxy_anchor", "obdsd+mdr")]

@@ -1,4 +1,4 @@
-"""Metric learning on two gloo processes is metric learning on one with the whole batch, for every loss and regulariser."""
+"""Metric learning on two gloo processes is metric learning on one with the whole batch, for every loss and regularizer."""
 
 from pathlib import Path
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from glsd.batches import LabelledBatch
+from glsd.batches import LabeledBatch
 from glsd.errors import UserError
 from glsd.evaluate.embed import embed
 
@@ -20,7 +20,7 @@ def forward(images):
 def batch(indices):
     index = torch.tensor(indices)
     images = index.float().reshape(-1, 1, 1, 1).expand(-1, 3, 4, 4).contiguous()
-    return LabelledBatch(images=images, labels=index % 5, indices=index)
+    return LabeledBatch(images=images, labels=index % 5, indices=index)
 
 
 def test_sorts_by_index_and_drops_padding():

@@ -109,7 +109,7 @@ def test_knn_of_a_run(cfg, capsys):
     assert list(record["result"]) == ["k=1", "k=5"]
     assert 0.4 < record["result"]["k=5"]["top1"] <= record["result"]["k=5"]["top5"] <= 1.0
     for words in (
-        "resize 36 bicubic, centre crop 32, class token of the last layer, width 48, float32",
+        "resize 36 bicubic, center crop 32, class token of the last layer, width 48, float32",
         "votes weighted exp(cos / 0.07)",
         "1 val images cannot be read",
         f"k=5       top-1 {100 * record['result']['k=5']['top1']:.2f} %",
@@ -176,11 +176,11 @@ def test_run_folder_gets_the_file_when_out_is_unset(cfg, world):
         ({"model": ""}, "model is not set"),
         ({"model": "no/such"}, "'no/such': no such run"),
         ({"model": "timm:vit_tinny_patch16_224"}, "vit_tinny_patch16_224"),
-        ({"k": [91]}, "k: 91 neighbours of 90 train images"),
+        ({"k": [91]}, "k: 91 neighbors of 90 train images"),
         ({"out": "/proc/nowhere"}, "cannot write evals.json to /proc/nowhere"),
         (
             {"data.train_shards": ""},
-            "data.train_shards is not set: give labelled shards, e.g. --data.train_shards 'shards/train-*",
+            "data.train_shards is not set: give labeled shards, e.g. --data.train_shards 'shards/train-*",
         ),
         ({"data.val_shards": ""}, "e.g. --data.val_shards 'shards/val-*.tar'"),
         ({"protocol": "linear", "seed": -1}, "seed -1: expected 0 to"),
@@ -213,10 +213,10 @@ def test_sizes_follow_the_model(cfg, world):
     """A run is measured at the size it was trained for, others at 224, both with the margin of 256 : 224."""
     unset = replace(cfg.data, resize=None, crop=None)
     record = evaluate(replace(cfg, data=unset))
-    assert record["protocol"].startswith("resize 37 bicubic, centre crop 32,")
+    assert record["protocol"].startswith("resize 37 bicubic, center crop 32,")
     assert evaluate(replace(cfg, data=replace(unset, resize=36)))["result"] == evaluate(cfg)["result"]
     record = evaluate(replace(cfg, data=replace(unset, crop=40)))
-    assert record["protocol"].startswith("resize 46 bicubic, centre crop 40,")
+    assert record["protocol"].startswith("resize 46 bicubic, center crop 40,")
     assert choose_sizes(224) == (256, 224)
 
 
@@ -307,7 +307,7 @@ def test_weights_files_need_a_backbone_and_must_fit(cfg, world):
         evaluate(replace(cfg, model=weights, backbone="vit_tiny_patch16_224"))
 
 
-def test_damaged_evals_file_and_unlabelled_shards(cfg, tmp_path):
+def test_damaged_evals_file_and_unlabeled_shards(cfg, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "evals.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):

@@ -26,7 +26,7 @@ from glsd.finetune.networks import build, resolve
 from glsd.finetune.objective import batch_losses
 from glsd.finetune.plan import rates_at
 from glsd.finetune.train import finetune
-from glsd.losses.mdr import mean_normalise
+from glsd.losses.mdr import mean_normalize
 from glsd.models.weights import read_weights
 from glsd.runtime import checkpoint
 from launch.benchmark import main as benchmark
@@ -222,10 +222,10 @@ def test_the_total_is_the_sum_of_its_parts(tiny_finetune):
     assert int(state.mdr_statistics.num_updates) == 0, "losses never mutate"
 
 
-def test_a_triplet_loss_beside_mdr_sees_mean_normalised_embeddings(tiny_finetune):
+def test_a_triplet_loss_beside_mdr_sees_mean_normalized_embeddings(tiny_finetune):
     cfg, state, embeddings, labels = parts(tiny_finetune, reg="mdr", loss="triplet")
     found = batch_losses(cfg, state, embeddings, labels, None, sd_weight=0.0, seed=5)
-    direct = state.ranking(mean_normalise(embeddings), labels, seed=5)
+    direct = state.ranking(mean_normalize(embeddings), labels, seed=5)
     assert float(found.parts["ranking"]) == float(direct)
     without = dataclasses.replace(cfg, reg="none")
     unit = state.ranking(torch.nn.functional.normalize(embeddings), labels, seed=5)
@@ -391,17 +391,17 @@ def test_a_class_with_one_image_and_missing_labels(tiny_finetune, class_shards, 
             yield train_set.read(number), "png", label
 
     pack_samples(samples([0, 0, 1, 1, 2]), tmp_path / "lone")
-    pack_samples(samples([None] * 4), tmp_path / "unlabelled")
+    pack_samples(samples([None] * 4), tmp_path / "unlabeled")
     options = {"optim__batch_size": 4, "data__images_per_class": 2, "optim__max_steps": 1}
     with pytest.raises(UserError, match="class 2 has one image, 00000004"):
         tune(tiny_finetune(data__train_shards=f"{tmp_path}/lone/*.tar", **options))
     with pytest.raises(UserError, match="4 of 4 images have no label"):
-        tune(tiny_finetune(data__train_shards=f"{tmp_path}/unlabelled/*.tar", **options))
+        tune(tiny_finetune(data__train_shards=f"{tmp_path}/unlabeled/*.tar", **options))
     tune(tiny_finetune(data__train_shards=f"{tmp_path}/lone/*.tar", data__drop_lone_classes=True, **options))
 
 
 @pytest.mark.slow
-def test_the_benchmark_compares_every_regulariser(capsys):
+def test_the_benchmark_compares_every_regularizer(capsys):
     AcceleratorState._reset_state()
     flags = ["--backbone=vit_tiny_patch16_224", "--size=32", "--batch_size=8", "--embed_dim=8", "--rounds=2"]
     benchmark.main(["dml", *flags])

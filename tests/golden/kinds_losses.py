@@ -45,7 +45,7 @@ def temperature_of(golden: Golden, epoch: int) -> float:
 
 
 def check_global(golden: Golden) -> None:
-    """Consecutive calls of the global loss with its centre; logits are vectors before identity prototypes."""
+    """Consecutive calls of the global loss with its center; logits are vectors before identity prototypes."""
     student, teacher = golden.tensor("in_student_logits"), golden.tensor("in_teacher_logits")
     identity = torch.eye(student.shape[2], dtype=student.dtype)
     center = torch.zeros(student.shape[2], dtype=student.dtype)

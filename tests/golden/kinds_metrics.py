@@ -27,7 +27,7 @@ NOT_OFFERED = (
 
 
 def check_metrics(golden: Golden) -> None:
-    """Leave-one-out retrieval in both distances, and normalised mutual information."""
+    """Leave-one-out retrieval in both distances, and normalized mutual information."""
     embeddings, labels = golden.tensor("embeddings").float(), golden.tensor("labels")
     for backend in ("torch", "faiss"):
         ranks = rank_queries(embeddings, labels, distance="euclidean", backend=backend)

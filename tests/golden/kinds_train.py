@@ -1,4 +1,4 @@
-"""Golden check of whole optimisation steps: a toy network through our heads, losses and optimizer parts."""
+"""Golden check of whole optimization steps: a toy network through our heads, losses and optimizer parts."""
 
 import copy
 from collections.abc import Iterator
@@ -98,7 +98,7 @@ def schedules(golden: Golden) -> dict[str, list[float]]:
 
 
 def check_train(golden: Golden) -> None:
-    """Run the steps; compare losses, gradients, centres, students and teachers after each."""
+    """Run the steps; compare losses, gradients, centers, students and teachers after each."""
     initial = golden.with_prefix("init_")
     student = Toy(golden).to(next(iter(initial.values())).dtype)
     student.load_state_dict({our_name(name): tensor for name, tensor in initial.items()})

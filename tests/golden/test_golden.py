@@ -96,12 +96,12 @@ def test_a_spoiled_result_fails(tmp_path, path, name):
 )
 def test_every_result_of_the_small_files_counts(tmp_path, stem, name):
     if name in ("grad_mlp.0.bias", "grad_mlp.3.bias") and stem == "head_bn":
-        pytest.skip("zero but for rounding: a bias before batch normalisation")
+        pytest.skip("zero but for rounding: a bias before batch normalization")
     assert not check.check_file(spoil(SUBSET / f"{stem}.npz", tmp_path, name, shift_largest))[0]
 
 
 def float32_head_file(folder: Path, *, rows: int, sizes: tuple[int, int, int, int], scale: float) -> Path:
-    """Write the golden file of a head of three layers with batch normalisation, in float32.
+    """Write the golden file of a head of three layers with batch normalization, in float32.
 
     Its numbers come from the formulas of the golden files' README in numpy, each step rounded to float32.
     """
@@ -182,7 +182,7 @@ def float32_head_file(folder: Path, *, rows: int, sizes: tuple[int, int, int, in
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize(("rows", "sizes"), [(9, (10, 12, 6, 18)), (300, (40, 64, 16, 50))])
 def test_an_unseen_head_with_batch_norm_in_float32(tmp_path, rows, sizes, scale):
-    """A bias before batch normalisation has no gradient but rounding, which no two programs share."""
+    """A bias before batch normalization has no gradient but rounding, which no two programs share."""
     path = float32_head_file(tmp_path, rows=rows, sizes=sizes, scale=scale)
     ok, line = check.check_file(path)
     assert ok, line

@@ -13,7 +13,7 @@ ORIENTATION = 0x0112
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Smooth colours with an edge and some noise: no two pixels mirror each other."""
+    """Smooth colors with an edge and some noise: no two pixels mirror each other."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([60 + 5 * x, 30 + 7 * y, 200 - 3 * x - 2 * y], axis=-1)
     noise = np.random.default_rng(7).integers(-9, 10, waves.shape)
@@ -46,12 +46,12 @@ def png(
     rows: bytes,
     *,
     bits: int = 8,
-    colour: int = 2,
+    color: int = 2,
     extra: bytes = b"",
     adam7: int = 0,
 ) -> bytes:
     """A PNG file of filtered rows, as they are or already compressed."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, adam7)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, adam7)
     data = rows if rows[:1] == b"\x78" else zlib.compress(rows, 9)
     chunks = [png_chunk(b"IHDR", header), extra, png_chunk(b"IDAT", data), png_chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

@@ -1,4 +1,4 @@
-"""The EMA centre, and Sinkhorn-Knopp in its textbook form."""
+"""The EMA center, and Sinkhorn-Knopp in its textbook form."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_sinkhorn_uses_all_prototypes_alike():
 
 
 def test_sinkhorn_fixed_point_of_a_balanced_matrix_is_zero():
-    """A matrix whose softmax is balanced already needs no centre: all entries of the centre are equal."""
+    """A matrix whose softmax is balanced already needs no center: all entries of the center are equal."""
     center = center_of(torch.eye(4).double(), teacher_temp=0.2, iterations=3)
     torch.testing.assert_close(center, center[:1].expand(4))
 

@@ -59,7 +59,7 @@ def test_geometric_equals_the_loop(seed, factor):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_search_along_rows_and_columns_equals_the_search_among_all(dtype):
-    """On grids of crops, mirrored ones too; another order of the same centres is no grid and searched among all."""
+    """On grids of crops, mirrored ones too; another order of the same centers is no grid and searched among all."""
     student, student_half = view(crops(3, dtype=dtype), 32, 8)
     teacher, teacher_half = view(crops(4, dtype=dtype), 56, 8)
     assert module._grid_axes(student) is not None

@@ -11,7 +11,7 @@ from glsd.losses.mdr import (
     initial_statistics,
     level_penalty,
     mdr_loss,
-    mean_normalise,
+    mean_normalize,
     observe,
     pairwise_distances,
 )
@@ -33,19 +33,19 @@ def statistics(mean, std):
     )
 
 
-def whole_loss(f, levels, *, normalise=True, include_diagonal=True, stats=None):
+def whole_loss(f, levels, *, normalize=True, include_diagonal=True, stats=None):
     """One training step's MDR, from raw outputs."""
-    distances = pairwise_distances(mean_normalise(f) if normalise else f)
+    distances = pairwise_distances(mean_normalize(f) if normalize else f)
     stats = observe(stats or initial_statistics(), distances, include_diagonal=include_diagonal)
     return mdr_loss(distances, levels, stats), stats
 
 
-def literal(f, levels, *, normalise, include_diagonal, old=None):
+def literal(f, levels, *, normalize, include_diagonal, old=None):
     """Value, mean and deviation by loops; differentiable through torch's scalar operations, not through the statistics."""
     b = len(f)
     pairs = [(i, j) for i in range(b) for j in range(b) if i != j]
     d = {(i, j): ((f[i] - f[j]) ** 2).sum() ** 0.5 for i, j in pairs}
-    if normalise:
+    if normalize:
         mean = sum(d.values()) / len(pairs)
         d = {pair: value / mean for pair, value in d.items()}
     values = [float(value.detach()) for value in d.values()] + [0.0] * (b if include_diagonal else 0)
@@ -61,13 +61,13 @@ def literal(f, levels, *, normalise, include_diagonal, old=None):
 
 
 @pytest.mark.parametrize("include_diagonal", [True, False])
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("values", [LEVELS, (-1.0, 0.2, 0.9, 2.0), (0.1,)])
-def test_loss_gradients_and_statistics_are_those_of_the_equations(values, normalise, include_diagonal):
+def test_loss_gradients_and_statistics_are_those_of_the_equations(values, normalize, include_diagonal):
     levels, stats, old = levels_of(values), None, None
     for batch in range(3):
         f = (rows(seed=batch) * (1 + batch)).requires_grad_()
-        flags = {"normalise": normalise, "include_diagonal": include_diagonal}
+        flags = {"normalize": normalize, "include_diagonal": include_diagonal}
         loss, stats = whole_loss(f, levels, stats=stats, **flags)
         want, *old = literal(f, levels, old=old, **flags)
         torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
@@ -81,7 +81,7 @@ def test_loss_gradients_and_statistics_are_those_of_the_equations(values, normal
 
 def test_mean_distance_becomes_one_and_the_gradient_flows_through_it():
     f = rows().requires_grad_()
-    distances = pairwise_distances(mean_normalise(f))
+    distances = pairwise_distances(mean_normalize(f))
     assert float(distances.detach().sum() / (9 * 8)) == pytest.approx(1.0, rel=1e-14)
     of_mean = torch.autograd.grad(distances.sum(), f)[0]  # a constant, if the divisor is differentiated too
     assert of_mean.abs().max() < 1e-12
@@ -112,7 +112,7 @@ def test_order_of_the_batch_does_not_matter():
 
 
 def test_of_equally_near_levels_the_first_counts():
-    """Distance 1.5 between the levels 0 and 3, standardised by mean 0 and deviation 1."""
+    """Distance 1.5 between the levels 0 and 3, standardized by mean 0 and deviation 1."""
     distances, levels = torch.tensor([[0.0, 1.5], [1.5, 0.0]]), levels_of(dtype=torch.float32)
     loss = mdr_loss(distances, levels, statistics(0.0, 1.0))
     assert loss.item() == 1.5
@@ -152,8 +152,8 @@ def test_statistics_do_not_change_in_place_and_take_no_gradient():
 
 
 @pytest.mark.parametrize(("include_diagonal", "mean"), [(True, 8 / 9), (False, 1.0)])
-def test_mean_of_normalised_distances_is_known(include_diagonal, mean):
-    distances = pairwise_distances(mean_normalise(rows()))
+def test_mean_of_normalized_distances_is_known(include_diagonal, mean):
+    distances = pairwise_distances(mean_normalize(rows()))
     stats = observe(initial_statistics(), distances, include_diagonal=include_diagonal)
     assert float(stats.mean) == pytest.approx(mean, rel=1e-13)
 
@@ -219,7 +219,7 @@ def test_batches_without_distances_change_nothing(f, started, include_diagonal):
     for gradient in torch.autograd.grad(loss, [leaf, levels]):
         assert not gradient.any()
     assert after == before
-    assert torch.equal(mean_normalise(leaf), leaf)
+    assert torch.equal(mean_normalize(leaf), leaf)
 
 
 # Distances equal but for rounding, which differs from rotation to rotation.
@@ -261,7 +261,7 @@ def test_autocast_changes_nothing():
 
 def test_half_precision_outputs_are_widened():
     f = rows(dtype=torch.bfloat16)
-    assert mean_normalise(f).dtype == torch.float32
+    assert mean_normalize(f).dtype == torch.float32
     assert torch.equal(pairwise_distances(f), pairwise_distances(f.float()))
 
 

@@ -124,7 +124,7 @@ def test_nothing_kept():
     result = prototype_ce(**inputs, **TEMPS, groups=5)
     assert result.loss == 0
     assert all(gradient.abs().max() == 0 for gradient in gradients(inputs, result.loss))
-    assert result.teacher_mean.abs().max() > 0  # the centre follows all rows
+    assert result.teacher_mean.abs().max() > 0  # the center follows all rows
 
 
 def test_rows_that_do_not_divide_into_the_groups():
@@ -198,7 +198,7 @@ def test_entropy_is_ln_k_when_uniform_and_zero_when_sharp():
     assert sharp.teacher_entropy.item() == pytest.approx(0, abs=1e-9)
 
 
-def test_no_gradient_to_the_teacher_centre_and_weights():
+def test_no_gradient_to_the_teacher_center_and_weights():
     inputs = example()
     watched = [
         inputs[name].requires_grad_() for name in ("teacher", "teacher_prototypes", "center", "weight")
@@ -209,8 +209,8 @@ def test_no_gradient_to_the_teacher_centre_and_weights():
     assert not result.teacher_entropy.requires_grad
 
 
-def test_the_centre_absorbs_a_shift_of_all_teacher_logits():
-    """A shift d_k of logit k of every row is undone by the same shift of the centre."""
+def test_the_center_absorbs_a_shift_of_all_teacher_logits():
+    """A shift d_k of logit k of every row is undone by the same shift of the center."""
     inputs = example(e=6)
     identity = torch.eye(6).double()
     shift = torch.randn(6, generator=torch.Generator().manual_seed(1)).double()

@@ -79,7 +79,7 @@ def slow_contrastive(z, y, seed, own, pos_margin=0.0, neg_margin=1.0):
 
 def slow_margin(z, y, seed, own, margin=0.2, nu=0.0, count="triplets"):
     (beta,) = own
-    summed, triplets, terms, regulariser = 0, 0, 0, 0
+    summed, triplets, terms, regularizer = 0, 0, 0, 0
     drawn = triplet_per_anchor(z.detach(), torch.tensor(y), seed=seed)
     for a, p, n in zip(*(part.tolist() for part in drawn), strict=True):
         b = beta[y[a]]
@@ -88,8 +88,8 @@ def slow_margin(z, y, seed, own, margin=0.2, nu=0.0, count="triplets"):
         summed = summed + pull.relu() + push.relu()
         triplets += bool(pull > 0 or push > 0)
         terms += int(pull > 0) + int(push > 0)
-        regulariser = regulariser + nu * b
-    return summed / (triplets if count == "triplets" else terms) + regulariser
+        regularizer = regularizer + nu * b
+    return summed / (triplets if count == "triplets" else terms) + regularizer
 
 
 def slow_multi_similarity(z, y, seed, own, alpha=2.0, beta=40.0, base=0.5, epsilon=0.1):

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from glsd.errors import UserError
 from glsd.metrics import knn
-from glsd.metrics.knn import knn_accuracy, nearest_neighbours
+from glsd.metrics.knn import knn_accuracy, nearest_neighbors
 
 
 def twin(train, train_labels, val, val_labels, k, temperature):
@@ -74,7 +74,7 @@ def test_equals_scikit_learn():
         assert 0.3 < expected < 0.95  # neither trivial nor hopeless, so a wrong weight would show
 
 
-def test_neighbours_equal_those_of_faiss():
+def test_neighbors_equal_those_of_faiss():
     import faiss
 
     train, val = clusters(2000, dim=32, seed=1)[0], clusters(200, dim=32, seed=2)[0]
@@ -82,7 +82,7 @@ def test_neighbours_equal_those_of_faiss():
     index.add(F.normalize(train, dim=1).numpy())
     cosines, rows = index.search(F.normalize(val, dim=1).numpy(), 20)
     for backend in ("torch", "faiss"):
-        got_cosines, got_rows = nearest_neighbours(val, train, k=20, backend=backend)
+        got_cosines, got_rows = nearest_neighbors(val, train, k=20, backend=backend)
         torch.testing.assert_close(got_cosines.float(), torch.from_numpy(cosines), rtol=0, atol=1e-6)
         assert (
             got_rows.numpy() == rows
@@ -100,12 +100,12 @@ def test_backends_and_chunks_give_the_same_bits(make, monkeypatch):
             torch.ones(n, 16) + 1e-4 * torch.randn(n, 16, generator=generator) for n in (3000, 64)
         ),
     }[make]()
-    cosines, rows = nearest_neighbours(val, train, k=50, backend="torch")
+    cosines, rows = nearest_neighbors(val, train, k=50, backend="torch")
     for backend in ("torch", "faiss"):
         for chunk in (1, 13, 64, 1000):
             for held in (knn._NUMBERS_HELD, 5000):
                 monkeypatch.setattr(knn, "_NUMBERS_HELD", held)
-                got = nearest_neighbours(val, train, k=50, backend=backend, chunk=chunk)
+                got = nearest_neighbors(val, train, k=50, backend=backend, chunk=chunk)
                 assert torch.equal(got[0], cosines)
                 assert torch.equal(got[1], rows)
 
@@ -115,7 +115,7 @@ def test_of_equal_cosines_the_lower_row_comes_first(backend):
     train = torch.ones(5000, 8)
     train[[7, 4000]] = torch.eye(8)[:2]
     query = torch.ones(3, 8)
-    _, rows = nearest_neighbours(query, train, k=10, backend=backend)
+    _, rows = nearest_neighbors(query, train, k=10, backend=backend)
     assert rows.tolist() == [[0, 1, 2, 3, 4, 5, 6, 8, 9, 10]] * 3
 
 
@@ -128,7 +128,7 @@ def test_scale_of_features_does_not_matter():
 
 
 def test_votes_and_their_weights():
-    # Two far neighbours of label 5 against one near neighbour of label 3.
+    # Two far neighbors of label 5 against one near neighbor of label 3.
     angle = torch.tensor([0.2, 0.6, 0.6])
     train = torch.stack([angle.cos(), angle.sin()], dim=1)
     labels, val = torch.tensor([3, 5, 5]), torch.tensor([[1.0, 0.0]])
@@ -160,7 +160,7 @@ def test_bad_input_is_one_clear_line():
     train, labels = clusters(50)
     good: dict[str, Any] = {"k_list": [10]}
     for changes, word in (
-        ({"k_list": [10, 200]}, "k = 200 neighbours of 50"),
+        ({"k_list": [10, 200]}, "k = 200 neighbors of 50"),
         ({"k_list": [0]}, "k = 0"),
         ({"k_list": []}, "k is empty"),
         ({"backend": "fais"}, "'faiss'"),

@@ -176,7 +176,7 @@ def test_distances_do_not_depend_on_the_unit(scale):
     )
 
 
-def test_neighbouring_integers_far_from_the_origin_are_told_apart():
+def test_neighboring_integers_far_from_the_origin_are_told_apart():
     # Squared distances of 10^8 + 1 and 10^8: float32 products of such vectors are multiples of 8.
     x, labels = torch.tensor([[0.0, 0.0], [10000.0, 1.0], [10000.0, 0.0]]), torch.tensor([0, 1, 0])
     for backend in BACKENDS:

@@ -55,7 +55,7 @@ def test_vit_equals_timm_bitwise_at_the_native_size(name):
 
 
 @pytest.mark.parametrize("name", SWINS)
-def test_swin_gives_normalised_tokens_and_their_mean(name):
+def test_swin_gives_normalized_tokens_and_their_mean(name):
     backbone = small(name)
     assert backbone.stride == 32
     assert backbone.pool == "mean"
@@ -332,7 +332,7 @@ def test_no_pretrained_weights_is_one_line(monkeypatch):
         ("vit_tiny_patch16_224.no_such_tag", ["no_such_tag", "after the dot"]),
     ],
 )
-def test_pretrained_weights_of_another_normalisation_are_refused(name, words, monkeypatch):
+def test_pretrained_weights_of_another_normalization_are_refused(name, words, monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda *args, **options: pytest.fail("too late"))
     with pytest.raises(UserError) as caught:
         small(name, init="timm")

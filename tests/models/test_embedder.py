@@ -80,7 +80,7 @@ def test_layer_starts_uniform_within_one_over_root_width():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("pool", ["cls", "mean", "mean+max"])
 def test_every_parameter_learns_and_says_where_it_belongs(name, pool, freeze):
-    """Frozen statistics leave the weights of batch normalisation free; a silent parameter would stall DDP."""
+    """Frozen statistics leave the weights of batch normalization free; a silent parameter would stall DDP."""
     net = embedder(name, pool=pool, freeze_batch_norm=freeze).train()
     net(images()).square().sum().backward()
     assert [key for key, p in net.named_parameters() if p.grad is None or not p.requires_grad] == []

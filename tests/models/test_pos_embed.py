@@ -18,7 +18,7 @@ def cubic(t: float, a: float = -0.75) -> float:
 
 
 def literal_weights(size_in: int, size_out: int) -> torch.Tensor:
-    """One axis: output i looks at input (i + 1/2) * in/out - 1/2, four neighbours, edges repeated."""
+    """One axis: output i looks at input (i + 1/2) * in/out - 1/2, four neighbors, edges repeated."""
     weights = torch.zeros(size_out, size_in, dtype=torch.float64)
     for i in range(size_out):
         place = (i + 0.5) * size_in / size_out - 0.5

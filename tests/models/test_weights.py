@@ -39,7 +39,7 @@ def prefixed(state, prefix):
 
 
 def dino_checkpoint(state):
-    """The layout of DINO's full checkpoints: both networks with heads, the optimiser, the command line."""
+    """The layout of DINO's full checkpoints: both networks with heads, the optimizer, the command line."""
     heads = {
         "module.head.mlp.0.weight": torch.zeros(3, 3),
         "module.head.last_layer.weight_g": torch.ones(3, 1),

@@ -63,7 +63,7 @@ def test_a_list_with_numbers(photos_folder, tmp_path, kind):
         rows = [f'"a{sign}b"{sign}{label}{sign}{path}' for label, path in zip(LABELS, paths, strict=True)]
         file.write_text("\ufeffmore" + f"{sign}label{sign}path\n" + "\n\n".join(rows))
     summary = pack_list(file, tmp_path / "out", prefix="train")
-    assert (summary.num_images, summary.classes, summary.labelled) == (6, (), True)
+    assert (summary.num_images, summary.classes, summary.labeled) == (6, (), True)
     assert packed(tmp_path / "out") == {noise_image(number): LABELS[number] for number in range(6)}
     assert not (tmp_path / "out" / "classes.json").exists()
     assert sources(tmp_path / "out") == paths
@@ -107,7 +107,7 @@ def test_rows_that_cannot_be_packed_are_listed(photos_folder, tmp_path):
     assert "no regular file" in reasons["pipe.jpg"]
     summary = pack_list(photos_folder / "list.csv", tmp_path / "plain", label_column="", prefix="train")
     assert set(packed(tmp_path / "plain").values()) == {-1}
-    assert (summary.num_images, summary.labelled) == (4, False)
+    assert (summary.num_images, summary.labeled) == (4, False)
 
 
 BAD_LISTS = {
@@ -302,7 +302,7 @@ def test_a_large_photograph_is_made_smaller(width, height):
     assert min(image.size) == 200
     assert image.size[0] / image.size[1] == pytest.approx(width / height, rel=0.003)
     assert isinstance(image, JpegImagePlugin.JpegImageFile)
-    assert {component[1:3] for component in image.layer} == {(1, 1)}  # colour as fine as brightness
+    assert {component[1:3] for component in image.layer} == {(1, 1)}  # color as fine as brightness
     exact = decode(raw).permute(1, 2, 0).numpy()
     twin = np.asarray(Image.fromarray(exact).resize(image.size, Image.Resampling.LANCZOS)).astype(float)
     assert np.abs(np.asarray(image) - twin).mean() < 1.5

@@ -49,7 +49,7 @@ def test_its_parts_are_those_of_the_networks(tiny_run):
     assert found.memory["gradients"] == 4 * (parameters - frozen)
     # Two moments of each trained parameter, prototypes too although the first epoch freezes them; counters of steps.
     moments = 2 * 4 * (parameters - frozen)
-    assert moments <= found.memory["optimiser state"] < 1.1 * moments
+    assert moments <= found.memory["optimizer state"] < 1.1 * moments
 
 
 def test_an_occupied_folder_is_no_obstacle_and_stays_as_it_is(tiny_run):

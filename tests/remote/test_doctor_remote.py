@@ -13,7 +13,7 @@ from tests.remote.faulty import FaultyServer
 
 
 def scene(seed: int) -> bytes:
-    """A picture with large shapes of many colours."""
+    """A picture with large shapes of many colors."""
     rough = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(rough).resize((96, 64), Image.Resampling.BICUBIC).save(file, "JPEG")

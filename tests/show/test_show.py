@@ -9,16 +9,16 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 from PIL import Image
 
 from glsd.errors import UserError
-from glsd.show import matches, neighbours
+from glsd.show import matches, neighbors
 from glsd.show.matches import draw_matches
-from glsd.show.neighbours import draw_neighbours
+from glsd.show.neighbors import draw_neighbors
 
 
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that would be written."""
     drawn: list = []
-    for module in (matches, neighbours):
+    for module in (matches, neighbors):
         monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure))
     return drawn
 
@@ -33,14 +33,14 @@ def lines_of(figure):
     return [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
 
 
-def test_lines_join_the_centres_of_matched_patches(figures, tmp_path):
+def test_lines_join_the_centers_of_matched_patches(figures, tmp_path):
     # A local crop of 2 x 2 patches in a global crop of 3 x 3 patches of 8 pixels.
     index = torch.tensor([[4, 8, 0, 5]])
     weight = torch.tensor([[1.0, 0.25, 0.0, 1.0]])
     draw_matches(tmp_path / "x.png", crops(1, 16), crops(1, 24), index=index, weight=weight, stride=8)
     (figure,) = figures
     ends = [(line.xy1, line.xy2) for line in lines_of(figure)]
-    # Pixel centres are whole numbers, so the middle of the first patch of 8 pixels is 3.5.
+    # Pixel centers are whole numbers, so the middle of the first patch of 8 pixels is 3.5.
     assert ends == [((3.5, 3.5), (11.5, 11.5)), ((11.5, 3.5), (19.5, 19.5)), ((11.5, 11.5), (19.5, 11.5))]
     left, right = figure.axes
     dark = [p.get_xy() for p in left.patches if isinstance(p, Rectangle) and p.get_fill()]
@@ -86,23 +86,23 @@ def test_match_picture_is_written_whole(tmp_path):
 def test_unwritable_folder_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write the picture"):
-        draw_neighbours(
+        draw_neighbors(
             tmp_path / "file" / "x.png",
             crops(1, 8),
             crops(2, 8)[None],
             query_labels=torch.zeros(1, dtype=torch.int64),
-            neighbour_labels=torch.zeros(1, 2, dtype=torch.int64),
+            neighbor_labels=torch.zeros(1, 2, dtype=torch.int64),
             cosines=torch.ones(1, 2),
         )
 
 
-def test_neighbours_are_marked_right_or_wrong(figures, tmp_path):
-    draw_neighbours(
+def test_neighbors_are_marked_right_or_wrong(figures, tmp_path):
+    draw_neighbors(
         tmp_path / "x.png",
         crops(2, 8),
         crops(6, 8).unflatten(0, (2, 3)),
         query_labels=torch.tensor([1, 0]),
-        neighbour_labels=torch.tensor([[1, 0, 1], [0, 0, 5]]),
+        neighbor_labels=torch.tensor([[1, 0, 1], [0, 0, 5]]),
         cosines=torch.tensor([[0.99, 0.5, 0.25], [0.75, 0.5, -0.125]], dtype=torch.float64),
     )
     titles = [axis.get_title() for axis in figures[0].axes]
@@ -114,15 +114,15 @@ def test_neighbours_are_marked_right_or_wrong(figures, tmp_path):
     assert np.array_equal(shown, crops(6, 8)[3].permute(1, 2, 0).numpy())
 
 
-def test_neighbour_picture_is_written(tmp_path):
-    path = tmp_path / "neighbours.png"
+def test_neighbor_picture_is_written(tmp_path):
+    path = tmp_path / "neighbors.png"
     labels = torch.zeros(2, dtype=torch.int64)
-    draw_neighbours(
+    draw_neighbors(
         path,
         crops(2, 8),
         crops(6, 8).unflatten(0, (2, 3)),
         query_labels=labels,
-        neighbour_labels=labels[:, None].repeat(1, 3),
+        neighbor_labels=labels[:, None].repeat(1, 3),
         cosines=torch.ones(2, 3),
     )
     with Image.open(path) as picture:

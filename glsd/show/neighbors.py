@@ -12,21 +12,21 @@ from glsd.show.matches import save_figure
 _RIGHT, _WRONG = "#1a9850", "#d73027"
 
 
-def draw_neighbours(
+def draw_neighbors(
     path: Path,
     query_images: UInt8[Tensor, "q 3 h w"],
-    neighbour_images: UInt8[Tensor, "q k 3 h w"],
+    neighbor_images: UInt8[Tensor, "q k 3 h w"],
     *,
     query_labels: Int64[Tensor, " q"],
-    neighbour_labels: Int64[Tensor, "q k"],
+    neighbor_labels: Int64[Tensor, "q k"],
     cosines: Float[Tensor, "q k"],
 ) -> None:
-    """Write a picture, one row per query: the query, then its k neighbours with their cosines.
+    """Write a picture, one row per query: the query, then its k neighbors with their cosines.
 
-    A neighbour of the query's label has a green frame and a tick, another one a red frame and a cross.
+    A neighbor of the query's label has a green frame and a tick, another one a red frame and a cross.
     Raises UserError if the file cannot be written.
     """
-    num_queries, k = neighbour_labels.shape
+    num_queries, k = neighbor_labels.shape
     figure = Figure(figsize=(1.5 * (k + 1), 1.75 * num_queries), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots(num_queries, k + 1, squeeze=False)
@@ -34,10 +34,10 @@ def draw_neighbours(
         label = int(query_labels[row])
         _show(axes[row, 0], query_images[row], f"query: {label}", "black")
         for column in range(k):
-            other = int(neighbour_labels[row, column])
+            other = int(neighbor_labels[row, column])
             mark, color = ("\u2713", _RIGHT) if other == label else ("\u2717", _WRONG)
             title = f"{mark} {other} {float(cosines[row, column]):.2f}"
-            _show(axes[row, column + 1], neighbour_images[row, column], title, color)
+            _show(axes[row, column + 1], neighbor_images[row, column], title, color)
     save_figure(figure, path)
 
 
