@@ -20,5 +20,5 @@ def test_only_whole_names_are_replaced():
 
 
 def test_another_error_goes_through():
-    with pytest.raises(ValueError, match="^size$"), config_keys(KEYS):
+    with pytest.raises(ValueError, match=r"^size$"), config_keys(KEYS):
         raise ValueError("size")

@@ -159,7 +159,7 @@ def check_mdr(golden: Golden) -> None:
         for t, batch in enumerate(golden.tensor("raw")):
             stats = check_mdr_batch(golden, variant, t, levels, stats)
             narrow = batch.float()
-            e = mean_normalize(narrow) if variant["mean_normalize"] else narrow
+            e = mean_normalize(narrow) if variant["mean_normalise"] else narrow
             value = mdr_loss(pairwise_distances(e), levels.detach().float(), stats)
             name = f"{variant['prefix']}t{t}_mdr"
             close_in_float32(golden, name, value, golden.tensor(name))
@@ -171,7 +171,7 @@ def check_mdr_batch(
     """Compare everything of batch t; return the statistics after it."""
     prefix = f"{variant['prefix']}t{t}_"
     raw = golden.tensor("raw")[t].requires_grad_()
-    e = mean_normalize(raw) if variant["mean_normalize"] else raw * 1.0
+    e = mean_normalize(raw) if variant["mean_normalise"] else raw * 1.0
     distances = pairwise_distances(e)
     include = variant["include_diag"]
     alone = observe(initial_statistics(), distances, include_diagonal=include)

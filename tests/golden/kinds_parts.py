@@ -131,7 +131,7 @@ def check_param_groups(golden: Golden) -> None:
         )
         named = [*backbone.named_parameters(), *modules.named_parameters()]
         decay, no_decay = param_groups(named)
-        got = dict.fromkeys((name for name, _ in named), "not_optimized")
+        got = dict.fromkeys((name for name, _ in named), "not_optimised")
         got |= dict.fromkeys(decay["names"], "decay") | dict.fromkeys(no_decay["names"], "no_decay")
         golden.equal(f"groups {case}", got, {our_name(name): group for name, group in want.items()})
     golden.used.add("n_params")  # how many numbers the source's network had; the file does not say its widths
