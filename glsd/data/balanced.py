@@ -11,14 +11,10 @@ from torch.utils.data import Dataset, default_collate
 
 from glsd.batches import BrokenSample, LabeledCrops
 from glsd.data.crops import random_crop, require
-from glsd.data.order import permutation, random_words
 from glsd.data.workers import make_loader, raised
 from glsd.errors import BrokenImage, UserError
+from glsd.rng import Stream, permutation, random_words
 from glsd.shards.store import ShardSet
-
-# What draws from the same seed stays apart by these (order.py, crops.py).
-CLASS_STREAM, IMAGE_STREAM = 0x626174636C617373, 0x626174696D616765
-CROP_STREAM, STAND_IN_STREAM = 0x62617463726F70, 0x6261747370617265
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +119,11 @@ def balanced_batch(
             f"data.train_shards hold {len(groups)} classes, fewer than the {classes} = optim.batch_size / "
             "data.images_per_class classes of a batch: use a smaller optim.batch_size or more images per class"
         )
-    ranks = permutation(len(groups), seed=seed, stream=CLASS_STREAM, epoch=step)[:classes]
+    ranks = permutation(len(groups), seed=seed, stream=Stream.BATCH_CLASSES, epoch=step)[:classes]
     drawn = []
     for rank in ranks.tolist():
         images = groups.images(rank)
-        order = permutation(len(images), seed=seed, stream=IMAGE_STREAM, epoch=step, part=rank)
+        order = permutation(len(images), seed=seed, stream=Stream.BATCH_IMAGES, epoch=step, part=rank)
         drawn.append(np.resize(images[order], images_per_class))  # cut off, or repeated in turn
     return np.concatenate(drawn), np.repeat(ranks, images_per_class)
 
@@ -182,7 +178,7 @@ class BalancedDataset(Dataset):
                     scale=self.scale,
                     flip_prob=self.flip_prob,
                     seed=self.seed,
-                    stream=CROP_STREAM,
+                    stream=Stream.BATCH_CROPS,
                     epoch=step,
                     position=slot,
                 )
@@ -218,7 +214,9 @@ class BalancedDataset(Dataset):
         yield int(indices[slot])
         images = self.groups.images(int(labels[slot]))
         others = images[images != indices[slot]]
-        words = random_words(len(others), seed=self.seed, stream=STAND_IN_STREAM, epoch=step, part=slot)
+        words = random_words(
+            len(others), seed=self.seed, stream=Stream.BATCH_STAND_INS, epoch=step, part=slot
+        )
         yield from others[np.lexsort((words, np.isin(others, indices)))].tolist()
 
 

@@ -20,6 +20,7 @@ from glsd.data.decode import decode_reduced
 from glsd.data.opencv import single_threaded
 from glsd.data.reduced import choose_reduction
 from glsd.errors import UserError
+from glsd.rng import Stream, uniforms
 
 NUM_GLOBAL = 2
 NUM_TRIES = 10  # draws of a box before the centerd fallback
@@ -34,7 +35,6 @@ DRAWS = {name: column for column, name in enumerate(DECISIONS)}
 AREA_DRAWS = slice(len(DRAWS), len(DRAWS) + NUM_TRIES)
 ASPECT_DRAWS = slice(AREA_DRAWS.stop, AREA_DRAWS.stop + NUM_TRIES)
 NUM_DRAWS = ASPECT_DRAWS.stop
-STREAM = 0x63726F7073  # keeps these numbers apart from other users of the same seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ def draw(spec: CropSpec, *, height: int, width: int, seed: int, epoch: int, posi
     a uniform place; after ten tries that do not fit it is the largest centerd box within the aspect limits.
     Source: augmentation of DINO (arXiv 2104.14294) and GLSD (arXiv 2207.14676).
     """
-    u = uniforms(spec.num_crops, seed=seed, epoch=epoch, position=position)
+    u = crop_uniforms(spec.num_crops, seed=seed, epoch=epoch, position=position)
     scales = np.array([spec.global_scale] * NUM_GLOBAL + [spec.local_scale] * spec.num_local)
     boxes = torch.from_numpy(_boxes(scales, spec.flip_prob, u, height=height, width=width))
     return CropPlan(boxes, torch.from_numpy(_photometric_parameters(spec, u)))
@@ -152,23 +152,17 @@ def random_crop(
     """
     wanted = [(scale[0], size)]
     image, grid = decode_reduced(raw, lambda height, width: choose_reduction(height, width, wanted, ASPECT))
-    u = uniforms(1, seed=seed, epoch=epoch, position=position, stream=stream)
+    u = crop_uniforms(1, seed=seed, epoch=epoch, position=position, stream=stream)
     boxes = _boxes(np.array([scale]), flip_prob, u, height=grid.height, width=grid.width)
     return cut(image, torch.from_numpy(grid.snap(boxes)[1]), size)[0]
 
 
-def uniforms(num_crops: int, *, seed: int, epoch: int, position: int, stream: int = STREAM) -> np.ndarray:
-    """Return (num_crops, NUM_DRAWS) float64 in [0, 1).
-
-    Philox is counter-based: (seed, stream, epoch, position) select a stream directly, and its raw output never
-    changes between releases of numpy (the distributions built upon it may). seed: any integer; the others: >= 0.
-    """
-    # Explicit uint64: numpy turns a list of mixed large and small integers into float64 and loses digits.
-    key = np.array([seed % 2**64, stream], dtype=np.uint64)
-    counter = np.array([0, 0, position, epoch], dtype=np.uint64)
-    bits = np.random.Philox(key=key, counter=counter)
-    raw = bits.random_raw(num_crops * NUM_DRAWS).reshape(num_crops, NUM_DRAWS)
-    return (raw >> np.uint64(11)) * 2.0**-53
+def crop_uniforms(
+    num_crops: int, *, seed: int, epoch: int, position: int, stream: int = Stream.CROPS
+) -> Float64[np.ndarray, "m u"]:
+    """Return the NUM_DRAWS uniform numbers of every crop of one image."""
+    u = uniforms(num_crops * NUM_DRAWS, seed=seed, stream=stream, epoch=epoch, part=position)
+    return u.reshape(num_crops, NUM_DRAWS)
 
 
 def cut(image: UInt8[Tensor, "3 h w"], boxes: Float[Tensor, "m 4"], size: int) -> UInt8[Tensor, "m 3 s s"]:

@@ -8,11 +8,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from glsd.errors import UserError
+from glsd.rng import Stream, permutation
 
-# The high word of each Philox key: what else draws from the same seed (crops.py) stays apart from these
-# numbers.
-SHARD_STREAM, SAMPLE_STREAM = 0x736861726473, 0x73616D706C6573
-SHARE_STREAM, PART_STREAM = 0x7368617265, 0x70617274  # of weights that are no whole numbers
 CACHED_WINDOWS = 2  # neighboring positions may straddle two windows
 
 
@@ -42,7 +39,7 @@ class EpochOrder:
         shards, counts = _turns(sizes, shard_weights, seed=seed, epoch=epoch)
         if counts.sum() < 1:
             raise UserError("the shards hold no samples: nothing to order")
-        shuffled = permutation(len(shards), seed=seed, stream=SHARD_STREAM, epoch=epoch)
+        shuffled = permutation(len(shards), seed=seed, stream=Stream.SHARDS, epoch=epoch)
         self._shards, self._counts = shards[shuffled], counts[shuffled]
         self._sizes, self._starts = sizes, np.cumsum(sizes) - sizes
         self._window_shards = window_shards
@@ -86,7 +83,7 @@ class EpochOrder:
             turns = zip(self._shards[part].tolist(), self._counts[part].tolist(), strict=True)
             indices = np.concatenate([self._turn(*turn) for turn in turns])
             shuffled = permutation(
-                len(indices), seed=self._seed, stream=SAMPLE_STREAM, epoch=self._epoch, part=window
+                len(indices), seed=self._seed, stream=Stream.SAMPLES, epoch=self._epoch, part=window
             )
             self._windows[window] = indices[shuffled]
             if len(self._windows) > CACHED_WINDOWS:
@@ -99,7 +96,7 @@ class EpochOrder:
         start, size = int(self._starts[shard]), int(self._sizes[shard])
         if count == size:
             return np.arange(start, start + size)
-        drawn = permutation(size, seed=self._seed, stream=PART_STREAM, epoch=self._epoch, part=shard)
+        drawn = permutation(size, seed=self._seed, stream=Stream.SHARD_PART, epoch=self._epoch, part=shard)
         return start + np.sort(drawn[:count])
 
 
@@ -120,32 +117,12 @@ def _turns(
     whole = np.floor(weights).astype(np.int64)
     # Rounded over all shards together, in another order in every epoch: a small share of a small shard, less than one
     # sample, comes in some epochs and not in others.
-    turn = permutation(len(sizes), seed=seed, stream=SHARE_STREAM, epoch=epoch)
+    turn = permutation(len(sizes), seed=seed, stream=Stream.SHARD_SHARE, epoch=epoch)
     wanted = np.cumsum(((weights - whole) * sizes)[turn])
     share = np.empty_like(sizes)
     share[turn] = np.diff(np.floor(np.append(0.0, wanted) + 1e-6)).astype(np.int64)
     some = share > 0
     return np.append(np.repeat(shards, whole), shards[some]), np.append(np.repeat(sizes, whole), share[some])
-
-
-def permutation(
-    count: int, *, seed: int, stream: int, epoch: int = 0, part: int = 0
-) -> Int64[np.ndarray, " n"]:
-    """Return a random permutation of 0 .. count-1, the same with every release of numpy.
-
-    The raw output of a bit generator is guaranteed to stay; what Generator.permutation makes of it is not.
-    Sorting 64-bit numbers is uniform but for ties, whose probability is count^2 / 2^65; a stable sort settles
-    them the same way everywhere.
-    """
-    return np.argsort(random_words(count, seed=seed, stream=stream, epoch=epoch, part=part), kind="stable")
-
-
-def random_words(count: int, *, seed: int, stream: int, epoch: int = 0, part: int = 0) -> np.ndarray:
-    """Return ``count`` uint64 of the Philox stream that (seed, stream, epoch, part) select."""
-    # Explicit uint64: numpy would make floats of a list that mixes small numbers with ones above 2^63.
-    key = np.array([seed % 2**64, stream], dtype=np.uint64)
-    counter = np.array([0, 0, part, epoch], dtype=np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 def epoch_length(num_samples: int, batch_size: int) -> int:

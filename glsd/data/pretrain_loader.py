@@ -20,14 +20,13 @@ from glsd.data.order import (
     EpochOrder,
     epoch_length,
     epoch_samples,
-    random_words,
     rank_positions,
 )
 from glsd.data.workers import make_loader, raised
 from glsd.errors import BrokenImage, UserError
+from glsd.rng import Stream, random_words
 from glsd.shards.store import ShardSet
 
-STAND_IN_STREAM = 0x7374616E64696E
 MAX_STAND_INS = 20
 
 
@@ -116,7 +115,7 @@ class PretrainDataset(Dataset):
         order = self._order(epoch)
         yield order[position]
         words = random_words(
-            MAX_STAND_INS, seed=self.seed, stream=STAND_IN_STREAM, epoch=epoch, part=position
+            MAX_STAND_INS, seed=self.seed, stream=Stream.STAND_INS, epoch=epoch, part=position
         )
         # Of the window's own shards, which are at hand; if these are hopeless, of the whole epoch.
         window, whole = order.bounds(order.window_of(position)), range(len(order))

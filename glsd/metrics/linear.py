@@ -9,12 +9,11 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from glsd.errors import UserError
+from glsd.rng import Stream, permutation, philox
 
 _MOMENTUM = 0.9
 _INIT_STD = 0.01
 _FAR_BELOW = 60.0
-# Random streams of a seed: initial weights, order of each epoch (its number from 1), the split that holds images out.
-_WEIGHTS, _SPLIT = 0, 2**63
 MAX_SEED = 2**63 - 1
 
 
@@ -64,7 +63,9 @@ def linear_probe(
             raise UserError(
                 "linear probe: fewer than 10 train images cannot choose a learning rate: give one only"
             )
-        order = torch.from_numpy(_permutation(len(train_features), seed, _SPLIT)).to(train_features.device)
+        order = torch.from_numpy(permutation(len(train_features), seed=seed, stream=Stream.PROBE_SPLIT)).to(
+            train_features.device
+        )
         tenth, rest = order[: len(order) // 10], order[len(order) // 10 :]
         weight, bias = _train(
             train_features[rest], train_classes[rest], len(classes), lr_list, epochs, batch_size, seed
@@ -101,16 +102,15 @@ def _train(
 ) -> tuple[Float32[Tensor, "r d c"], Float32[Tensor, "r c"]]:
     """Train one classifier per learning rate side by side: same batches, same initial weights."""
     device, num_rates = features.device, len(lr_list)
-    start = np.random.Generator(np.random.Philox(key=[np.uint64(seed), np.uint64(_WEIGHTS)])).standard_normal(
-        (features.shape[1], num_classes)
-    )
+    normal = np.random.Generator(philox(seed=seed, stream=Stream.PROBE_WEIGHTS))
+    start = normal.standard_normal((features.shape[1], num_classes))
     weight = torch.tensor(start * _INIT_STD, dtype=torch.float32, device=device).repeat(num_rates, 1, 1)
     bias = torch.zeros(num_rates, 1, num_classes, device=device)
     weight_speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
     rates = torch.tensor(lr_list, device=device).reshape(-1, 1, 1) * batch_size / 256
     num_steps, step = epochs * -(-len(features) // batch_size), 0
     for epoch in range(epochs):
-        order = torch.from_numpy(_permutation(len(features), seed, epoch + 1)).to(device)
+        order = torch.from_numpy(permutation(len(features), seed=seed, stream=epoch + 1)).to(device)
         for rows in order.split(batch_size):
             x = features[rows]
             logits = x @ weight + bias
@@ -141,11 +141,6 @@ def _shares(
         return 0.0, 0.0
     found = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]
     return found[:, 0].double().mean().item(), found.any(dim=1).double().mean().item()
-
-
-def _permutation(n: int, seed: int, draw: int) -> np.ndarray:
-    """Random order of 0..n-1 from the raw bit stream, which numpy keeps the same between versions."""
-    return np.argsort(np.random.Philox(key=[np.uint64(seed), np.uint64(draw)]).random_raw(n), kind="stable")
 
 
 def _check(features: Tensor, labels: Tensor, name: str) -> None:

@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from glsd.data.order import permutation
 from glsd.errors import BrokenImage, UserError
-from glsd.packing.source import SHUFFLE_STREAM, image_extension
+from glsd.packing.source import image_extension
 from glsd.packing.write import (
     Sample,
     staging,
     write_classes,
     write_shards,
 )
+from glsd.rng import Stream, permutation
 from glsd.shards.store import CLASSES_FILE, read_classes
 
 
@@ -99,7 +99,7 @@ def _samples(
     hint: str | None,
 ) -> Iterator[Sample]:
     """Read the images in shuffled order, one at a time; fill the lists of what was read and what could not be."""
-    order = permutation(len(images), seed=seed, stream=SHUFFLE_STREAM)
+    order = permutation(len(images), seed=seed, stream=Stream.PACK)
     for number in tqdm(order, f"packing {role}", unit=" images", disable=None):
         source, label, read = images[number]
         try:

@@ -13,13 +13,12 @@ from jaxtyping import Int64
 from PIL import Image
 
 from glsd.data.decode import FORMATS, decode
-from glsd.data.order import permutation
 from glsd.data.workers import make_loader
 from glsd.errors import BrokenImage, UserError
 from glsd.packing.resize import shorten
+from glsd.rng import Stream, permutation
 from glsd.shards.index import IMAGE_EXTENSIONS
 
-SHUFFLE_STREAM = 0x7061636B
 IMAGES_AT_ONCE = (
     2  # handed to a worker at a time, which is given two such rounds: the images held in memory stay few
 )
@@ -52,12 +51,12 @@ class Loaded(NamedTuple):
 def reading_order(source: Source, seed: int) -> Int64[np.ndarray, " n"]:
     """Return a random order of the images, a function of the seed; runs are shuffled, and the images inside each."""
     if not source.runs:
-        return permutation(len(source.names), seed=seed, stream=SHUFFLE_STREAM)
+        return permutation(len(source.names), seed=seed, stream=Stream.PACK)
     lengths = np.asarray(source.runs, dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
-    runs = permutation(len(lengths), seed=seed, stream=SHUFFLE_STREAM)
+    runs = permutation(len(lengths), seed=seed, stream=Stream.PACK)
     parts = [
-        starts[run] + permutation(int(lengths[run]), seed=seed, stream=SHUFFLE_STREAM, part=int(run) + 1)
+        starts[run] + permutation(int(lengths[run]), seed=seed, stream=Stream.PACK, part=int(run) + 1)
         for run in runs
     ]
     return np.concatenate(parts)

@@ -15,7 +15,6 @@ from PIL import Image
 
 from glsd.batches import BrokenSample, LabeledCrops
 from glsd.data.balanced import (
-    CROP_STREAM,
     ClassGroups,
     balanced_batch,
     balanced_loader,
@@ -28,13 +27,14 @@ from glsd.data.crops import (
     AREA_DRAWS,
     ASPECT_DRAWS,
     DRAWS,
+    crop_uniforms,
     cut,
     random_crop,
-    uniforms,
 )
 from glsd.data.decode import decode
 from glsd.data.photometric import MEAN, STD, normalize
 from glsd.errors import UserError
+from glsd.rng import Stream
 from glsd.shards.store import open_shards
 from tests.helpers.small_shards import noise_image, pack_noise
 
@@ -244,7 +244,7 @@ def crop_by_hand(raw: bytes, *, seed: int, step: int, slot: int) -> torch.Tensor
     """The random resized crop written out, one try at a time."""
     image = decode(raw)
     height, width = image.shape[1:]
-    u = uniforms(1, seed=seed, epoch=step, position=slot, stream=CROP_STREAM)[0].tolist()
+    u = crop_uniforms(1, seed=seed, epoch=step, position=slot, stream=Stream.BATCH_CROPS)[0].tolist()
     for u_area, u_aspect in zip(u[AREA_DRAWS], u[ASPECT_DRAWS], strict=True):
         area = (0.2 + 0.8 * u_area) * height * width
         aspect = (3 / 4) ** (1 - u_aspect) * (4 / 3) ** u_aspect
@@ -277,14 +277,14 @@ def test_rows_are_the_drawn_images_cropped(make_shards):
 
 def test_scale_and_flip_are_obeyed():
     raw = noise_image(1, "PNG")
-    key = {"size": 24, "seed": 0, "stream": CROP_STREAM, "epoch": 0}
+    key = {"size": 24, "seed": 0, "stream": Stream.BATCH_CROPS, "epoch": 0}
     plain = random_crop(raw, scale=(0.3, 0.3), flip_prob=0.0, position=2, **key)
     flipped = random_crop(raw, scale=(0.3, 0.3), flip_prob=1.0, position=2, **key)
     assert torch.equal(plain, flipped.flip(-1))
     assert not torch.equal(plain, flipped)
     assert not torch.equal(plain, random_crop(raw, scale=(0.9, 0.9), flip_prob=0.0, position=2, **key))
     assert not torch.equal(plain, random_crop(raw, scale=(0.3, 0.3), flip_prob=0.0, position=3, **key))
-    other_stream = {**key, "stream": CROP_STREAM + 1}
+    other_stream = {**key, "stream": Stream.BATCH_CROPS + 1}
     assert not torch.equal(
         plain, random_crop(raw, scale=(0.3, 0.3), flip_prob=0.0, position=2, **other_stream)
     )

@@ -21,9 +21,9 @@ from glsd.data.crops import (
     DRAWS,
     CropSpec,
     crop_sample,
+    crop_uniforms,
     cut,
     draw,
-    uniforms,
 )
 from glsd.data.decode import decode
 from glsd.errors import BrokenImage, UserError
@@ -287,7 +287,7 @@ def test_float_pixels_are_refused():
 def boxes_by_loop(spec: CropSpec, height: int, width: int, key: dict) -> list[list[int]]:
     """Random resized crop written out, one crop and one try at a time, from the same uniform numbers."""
     boxes = []
-    for crop, u in enumerate(uniforms(spec.num_crops, **key).tolist()):
+    for crop, u in enumerate(crop_uniforms(spec.num_crops, **key).tolist()):
         low, high = spec.global_scale if crop < 2 else spec.local_scale
         for u_area, u_aspect in zip(u[AREA_DRAWS], u[ASPECT_DRAWS], strict=True):
             area = (low + (high - low) * u_area) * height * width
@@ -424,7 +424,7 @@ def test_half_of_the_crops_are_mirrored():
 
 def test_a_draw_depends_on_its_key_alone():
     def one(seed=5, epoch=2, position=7):
-        return uniforms(10, seed=seed, epoch=epoch, position=position)
+        return crop_uniforms(10, seed=seed, epoch=epoch, position=position)
 
     reference = one()
     one(position=8)
@@ -450,14 +450,14 @@ def test_a_draw_depends_on_its_key_alone():
 
 def test_the_numbers_of_a_run_never_change():
     # Written down once: a change here changes every run that goes on from a checkpoint.
-    assert uniforms(1, seed=0, epoch=0, position=0)[0, :3].tolist() == FIRST_NUMBERS
+    assert crop_uniforms(1, seed=0, epoch=0, position=0)[0, :3].tolist() == FIRST_NUMBERS
 
 
 FIRST_NUMBERS = [0.18728837046588753, 0.3778779212717954, 0.21586510131340797]
 
 
 def test_neighboring_positions_are_uncorrelated():
-    u = np.stack([uniforms(2, seed=0, epoch=0, position=i).ravel() for i in range(2000)])
+    u = np.stack([crop_uniforms(2, seed=0, epoch=0, position=i).ravel() for i in range(2000)])
     for lag in (1, 2, 8):
         product = ((u[lag:] - 0.5) * (u[:-lag] - 0.5)).mean(0) * 12
         assert np.abs(product).max() < 5 / math.sqrt(2000 - lag)

@@ -9,7 +9,6 @@ from glsd.data.order import (
     epoch_length,
     epoch_samples,
     micro_batches,
-    permutation,
     rank_positions,
 )
 from glsd.errors import UserError
@@ -61,8 +60,6 @@ def test_order_depends_on_seed_epoch_and_sizes_alone():
 def test_order_is_pinned():
     # Frozen values: a change here silently breaks the resume of every run that is under way.
     assert listed()[:8] == [33, 36, 26, 35, 29, 28, 34, 32]
-    assert permutation(5, seed=0, stream=1).tolist() == [3, 2, 4, 1, 0]
-    assert permutation(5, seed=-1, stream=1).tolist() == [3, 2, 4, 0, 1]
 
 
 def test_random_access_in_any_order():
@@ -87,9 +84,6 @@ def test_shuffle_is_uniform():
         [EpochOrder([2, 3], seed=1, epoch=e, window_shards=2)[0] for e in range(4000)], minlength=5
     )
     assert abs(firsts - 800).max() < 127
-    inside = np.array([permutation(3, seed=1, stream=9, epoch=e) for e in range(3000)])
-    counts = [(inside == p).all(axis=1).sum() for p in itertools.permutations(range(3))]
-    assert np.abs(np.array(counts) - 500).max() < 103
 
 
 def test_hundred_million_samples_cost_two_windows():

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from glsd.errors import UserError
 from glsd.metrics import linear
 from glsd.metrics.linear import linear_probe
+from glsd.rng import permutation
 
 
 def clusters(n, *, dim=12, num_classes=7, spread=0.5, seed=0):
@@ -28,7 +29,7 @@ def test_training_equals_torch_sgd_with_autograd():
         optimizer = torch.optim.SGD(layer.parameters(), lr=rate * batch_size / 256, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * 3)
         for epoch in range(epochs):
-            for rows in torch.from_numpy(linear._permutation(70, 4, epoch + 1)).split(batch_size):
+            for rows in torch.from_numpy(permutation(70, seed=4, stream=epoch + 1)).split(batch_size):
                 optimizer.zero_grad()
                 torch.nn.functional.cross_entropy(layer(features[rows]), classes[rows]).backward()
                 optimizer.step()
@@ -39,7 +40,7 @@ def test_training_equals_torch_sgd_with_autograd():
 
 
 def test_every_image_once_per_epoch_and_never_in_the_same_order():
-    orders = [linear._permutation(50, 0, epoch) for epoch in range(3)]
+    orders = [permutation(50, seed=0, stream=epoch) for epoch in range(3)]
     assert all(sorted(order.tolist()) == list(range(50)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 3
 
@@ -48,9 +49,9 @@ def test_weights_split_and_epochs_draw_from_streams_of_their_own(monkeypatch):
     streams = []
     philox = np.random.Philox
 
-    def spy(key):
+    def spy(key, counter):
         streams.append(tuple(map(int, key)))
-        return philox(key=key)
+        return philox(key=key, counter=counter)
 
     monkeypatch.setattr(np.random, "Philox", spy)
     train, labels = clusters(30)
