@@ -44,8 +44,8 @@ test-cluster: $(STAMP)
 # The doctor on ranks and hosts with faults, and what ranks send to each other.
 test-doctor: $(STAMP)
 	bash tests/cluster/install.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster/test_doctor_*.py tests/cluster/test_traffic.py tests/test_cluster_doctor.py \
-		tests/test_benchmark_scale.py -m multinode
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/doctor tests/cluster/test_doctor_*.py tests/cluster/test_traffic.py \
+		tests/benchmark/test_benchmark_scale.py -m multinode
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not slow and not photos and not remote and not slurm and not multinode"

@@ -1,5 +1,7 @@
 """What a user sees when something cannot work, and what a run raises when it was asked to stop."""
 
+from __future__ import annotations
+
 import contextlib
 import difflib
 import re
@@ -30,6 +32,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(problem: object, limit: int = 300) -> str:
+    """Return what an error says as one printable line: the reason of an OSError, else the text, else the name of its class.
+
+    problem: an exception, or a text. torch's C++ stack is left out.
+    """
+    said = (isinstance(problem, OSError) and problem.strerror) or str(problem)
+    said = re.split(r"\n\s*Exception raised from", said)[0]
+    said = "".join(character if character.isprintable() else " " for character in said)
+    return " ".join(said.split())[:limit] or type(problem).__name__
 
 
 class BrokenImage(Exception):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
 
@@ -23,7 +23,7 @@ def is_finetuned(run: Path) -> bool:
     try:
         config = yaml.safe_load((run / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
-        raise UserError(f"cannot read {run / 'config.yaml'}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot read {run / 'config.yaml'}: {one_line(error)}") from error
     return isinstance(config, dict) and "reg" in config
 
 

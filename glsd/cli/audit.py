@@ -10,7 +10,7 @@ from glsd.audit.near_duplicates import MAX_BITS
 from glsd.audit.report import Examination, SplitSummary, examine
 from glsd.cli.door import printable
 from glsd.cli.pack_sources import add_workers
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 
 SHOWN = 3
 
@@ -84,7 +84,7 @@ def write_list(found: Examination, file: Path) -> None:
     try:
         file.write_text("\n".join(["level\ttopic\twhere\twhat", *rows]) + "\n", "utf-8", "backslashreplace")
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {file}: {one_line(error)}") from error
 
 
 def as_json(found: Examination) -> str:

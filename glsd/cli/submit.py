@@ -17,7 +17,7 @@ import copy
 import dataclasses
 from pathlib import Path
 
-from glsd.errors import UserError, pick
+from glsd.errors import UserError, one_line, pick
 from glsd.slurm.flags import (
     CONFIGS,
     check_flags,
@@ -143,7 +143,7 @@ def keep_sweep(file: str, kept: Path) -> None:
         if not kept.exists():
             kept.write_bytes(text)
     except OSError as problem:
-        raise UserError(f"cannot write {kept}: {problem.strerror}; give another --out") from problem
+        raise UserError(f"cannot write {kept}: {one_line(problem)}; give another --out") from problem
 
 
 def pipeline(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], bool]:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from glsd.cluster import collectives, dist
 from glsd.cluster.heartbeat import Progress, Signs, waits
 from glsd.cluster.verdict import Verdict, propose, read
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 
 EXIT_LOST = 75  # sysexits.h EX_TEMPFAIL: nothing is wrong with the run, start it again
 LOST_AFTER = 60.0  # seconds
@@ -243,9 +243,8 @@ def end_with_lost(problem: Exception) -> NoReturn:
         _in_time(lambda: watch.main_notes.set("trouble", str(dist.rank())), WAIT_FOR_OTHERS)
         time.sleep(max(0, started + WAIT_FOR_OTHERS + 2 * BEATS_TO_MISS * watch.period - time.monotonic()))
     if end_others(EXIT_LOST):
-        text = " ".join(str(problem).split())
         rank = dist.rank() if watch else os.environ.get("RANK", "0")
-        print(f"error: rank {rank}: {what}: {text}; {advice}", file=sys.stderr)
+        print(f"error: rank {rank}: {what}: {one_line(problem)}; {advice}", file=sys.stderr)
         sys.stderr.flush()
     os._exit(EXIT_LOST)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from glsd.errors import UserError, nearest
+from glsd.errors import UserError, nearest, one_line
 
 Config = TypeVar("Config")
 
@@ -23,7 +23,7 @@ class _Parser(ArgumentParser):
         message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message).replace(
             "Expected a ", "expected "
         )
-        raise UserError(" ".join(message.split()))
+        raise UserError(one_line(message, 1000))
 
 
 def load(config_class: type[Config], argv: list[str]) -> Config:
@@ -111,11 +111,9 @@ def _check_file(path: Path, config_class: Any) -> None:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as problem:
-        raise UserError(f"cannot read config file {path}: {problem.strerror}") from problem
+        raise UserError(f"cannot read config file {path}: {one_line(problem)}") from problem
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError(
-            f"config file {path} is not valid YAML: {' '.join(str(problem).split())}"
-        ) from problem
+        raise UserError(f"config file {path} is not valid YAML: {one_line(problem)}") from problem
     _check_tree(tree, config_class, "", path)
 
 

@@ -22,7 +22,7 @@ from glsd.data.reduced import (
     turned,
     upright_grid,
 )
-from glsd.errors import BrokenImage
+from glsd.errors import BrokenImage, one_line
 
 # Pillow's own hard limit, applied to every format: a few bytes of header may claim any size, and the memory for
 # it would be taken before a single pixel is read.
@@ -220,5 +220,4 @@ def _to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"unreadable: {OWN_PLACES.sub('', lines[0])[:200]}"
+    return f"unreadable: {OWN_PLACES.sub('', one_line(error))[:200]}"

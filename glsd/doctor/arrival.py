@@ -7,8 +7,9 @@ from datetime import timedelta
 from typing import Any
 
 from glsd.cluster import dist
-from glsd.doctor.line import Line, first_line
+from glsd.doctor.line import Line
 from glsd.doctor.panel import SLACK, Lost, Panel
+from glsd.errors import one_line
 
 OVER_SECONDS = 60.0
 
@@ -24,7 +25,7 @@ def arrive(rank: int, wait: float) -> Any:
     except (RuntimeError, ValueError) as problem:
         what = "cannot open it for the others" if rank == 0 else "cannot reach it"
         raise Lost(
-            f"rank {rank} on {platform.node()} {what} (MASTER_ADDR and MASTER_PORT {place}): {first_line(problem)}"
+            f"rank {rank} on {platform.node()} {what} (MASTER_ADDR and MASTER_PORT {place}): {one_line(problem)}"
         ) from problem
     if other != me:
         store.set(f"twice/{store.add('twice', 1)}", f"{rank} {me}")

@@ -12,12 +12,8 @@ from typing import Any
 import torch
 
 from glsd.doctor.launch import local_rank
-from glsd.doctor.line import (
-    Line,
-    first_line,
-    plain,
-    who,
-)
+from glsd.doctor.line import Line, plain, who
+from glsd.errors import one_line
 
 FILES_NEEDED, FILES_WISHED = 512, 4096  # open ones of a process
 SHM_NEEDED, SHM_WISHED = 128e6, 512e6  # bytes of a rank: two loader processes with two batches of crops each
@@ -46,8 +42,8 @@ def _cuda() -> dict[str, Any]:
             try:
                 torch.cuda.init()
             except (RuntimeError, AssertionError) as problem:
-                found["why_not"] = first_line(problem)
-    found["why_not"] = found["why_not"] or " ".join(first_line(w.message) for w in said)
+                found["why_not"] = one_line(problem)
+    found["why_not"] = found["why_not"] or " ".join(one_line(w.message) for w in said)
     number = local_rank()
     if number < found["count"]:
         properties = torch.cuda.get_device_properties(number)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glsd.doctor.line import Line, who
+from glsd.errors import one_line
 
 SEE_SECONDS = 20.0  # until a file of another host must be seen: network disks remember for a while that it was not there
 RENAME_SECONDS = 1.0
@@ -63,7 +64,7 @@ def see(folder: Path, token: str, rank: int) -> dict[str, Any]:
                 break
             said = "of another content"
         except OSError as problem:
-            said = problem.strerror or str(problem)
+            said = one_line(problem)
         time.sleep(POLL)
     else:
         return {"seen": False, "why": said}
@@ -72,7 +73,7 @@ def see(folder: Path, token: str, rank: int) -> dict[str, Any]:
         if rank:
             replace(folder / f"from_{rank}", token)
     except OSError as problem:
-        found["why"] = f"cannot write there: {problem.strerror}"
+        found["why"] = f"cannot write there: {one_line(problem)}"
     return found
 
 
@@ -129,7 +130,7 @@ def _locked(file: Any) -> str:
     except BlockingIOError:
         return "held"
     except OSError as problem:
-        return problem.strerror or str(problem)
+        return one_line(problem)
     return ""
 
 
@@ -175,7 +176,7 @@ def write_speed(folder: Path) -> dict[str, Any]:
             os.fsync(file.fileno())
         return {"seconds": time.monotonic() - began, "why": ""}
     except OSError as problem:
-        return {"seconds": 0.0, "why": problem.strerror or str(problem)}
+        return {"seconds": 0.0, "why": one_line(problem)}
     finally:
         path.unlink(missing_ok=True)
 

@@ -47,12 +47,6 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
-def first_line(problem: object, limit: int = 300) -> str:
-    """Return the first line of an error that says something, cut to ``limit`` characters."""
-    said = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
-    return plain(said[:limit]) or type(problem).__name__
-
-
 def ranges(numbers: Iterable[int]) -> str:
     """Return ``0-3, 5`` for 0 1 2 3 5."""
     parts: list[list[int]] = []

@@ -17,12 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glsd.doctor.line import (
-    Line,
-    first_line,
-    plain,
-    who,
-)
+from glsd.doctor.line import Line, plain, who
+from glsd.errors import one_line
 
 OLDEST, NEWEST = (3, 11), (3, 13)  # of Python
 IMPORTED = ("torch", "torchvision", "numpy", "safetensors", "timm", "accelerate", "webdataset", "jaxtyping")
@@ -197,7 +193,7 @@ def _torch_and_torchvision(here: Mapping[str, Any]) -> list[Line]:
     if "torch" in here["errors"]:
         return []  # told of as what it is
     if error:
-        return [Line("FIX", "torchvision", f"{pair} do not belong together ({first_line(error)})", fix)]
+        return [Line("FIX", "torchvision", f"{pair} do not belong together ({one_line(error)})", fix)]
     pin = here["pins"].get("torchvision", "")
     if pin and not _fits(torch, pin):
         return [Line("FIX", "torchvision", f"{pair} do not belong together: that one needs torch {pin}", fix)]
@@ -216,7 +212,7 @@ def _others(errors: Mapping[str, str]) -> list[Line]:
             continue  # timm and others only pass on what torchvision said
         if vision and name in ("timm", "accelerate"):
             continue
-        what = f"cannot import {name}: {first_line(error)}"
+        what = f"cannot import {name}: {one_line(error)}"
         lines.append(Line("FIX", "packages", what, f"pip install --force-reinstall --no-deps {name}"))
     return lines
 

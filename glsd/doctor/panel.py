@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from glsd.doctor.line import Line, first_line, who
-from glsd.errors import UserError
+from glsd.doctor.line import Line, who
+from glsd.errors import UserError, one_line
 
 SILENT = "no answer within"
 SLACK = 5.0  # seconds between the bound of a check and the end of waiting for its answers
@@ -130,7 +130,7 @@ class Panel:
         try:
             yield
         except RuntimeError as problem:
-            raise Lost(f"{gone}: {first_line(problem)}") from problem
+            raise Lost(f"{gone}: {one_line(problem)}") from problem
         finally:
             timer.cancel()
 
@@ -142,7 +142,7 @@ def bounded(work: Callable[[], Any], seconds: float) -> Answer:
     pool.shutdown(wait=False)
     try:
         return Answer(value=future.result(seconds))
-    except TimeoutError as problem:
-        return Answer(error=first_line(problem) if future.done() else f"not done within {seconds:.0f} s")
     except (UserError, OSError, RuntimeError) as problem:
-        return Answer(error=first_line(problem))
+        if isinstance(problem, TimeoutError) and not future.done():
+            return Answer(error=f"not done within {seconds:.0f} s")
+        return Answer(error=one_line(str(problem) or type(problem).__name__))

@@ -27,13 +27,14 @@ from glsd.doctor import (
     packages as doctor_packages,
 )
 from glsd.doctor.arrival import arrive, part, twice
-from glsd.doctor.line import Line, first_line
+from glsd.doctor.line import Line
 from glsd.doctor.panel import (
     SLACK,
     Lost,
     Panel,
     bounded,
 )
+from glsd.errors import one_line
 
 QUICK = 20.0  # seconds for a check that takes none
 DEVICE_SECONDS = 90.0  # the first use of a GPU on a busy host
@@ -230,7 +231,7 @@ def data(panel: Panel, shards: Sequence[str]) -> None:
         from glsd.doctor.shards import read_shards
     except ImportError as problem:
         panel.ask("shards", lambda: None, QUICK)
-        skipped = f"not looked at: {first_line(problem)}"
+        skipped = f"not looked at: {one_line(problem)}"
         panel.lines.append(Line("note", "shards", skipped, "mend the lines about packages first"))
         return
     read_shards(panel, shards)

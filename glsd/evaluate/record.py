@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 
 FILE = "evals.json"
 
@@ -29,7 +29,7 @@ def append_record(folder: Path, record: dict[str, Any]) -> None:
                 os.fsync(file.fileno())
             draft.replace(path)
     except OSError as problem:
-        raise UserError(f"cannot write {path}: {problem.strerror}; choose another folder") from problem
+        raise UserError(f"cannot write {path}: {one_line(problem)}; choose another folder") from problem
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def cannot_write(folder: Path) -> UserError | None:
         return problem
     except OSError as problem:
         return UserError(
-            f"cannot write {FILE} to {folder}: {problem.strerror}; choose another folder with --out"
+            f"cannot write {FILE} to {folder}: {one_line(problem)}; choose another folder with --out"
         )
     return None
 

@@ -11,7 +11,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from glsd.errors import UserError, nearest, pick
+from glsd.errors import UserError, nearest, one_line, pick
 from glsd.models.drop_path import skip_dropped_rows
 from glsd.models.tokens import POOLS, TOKENS
 from glsd.models.weights import LoadReport, load_weights, read_weights
@@ -175,7 +175,9 @@ def _check_normalization(name: str) -> None:
     try:
         known = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise UserError(f"model.backbone {name!r}: {_line(error)}: check the part after the dot") from error
+        raise UserError(
+            f"model.backbone {name!r}: {one_line(error)}: check the part after the dot"
+        ) from error
     if known is None or (tuple(known.mean), tuple(known.std)) == expected:
         return
     others = {
@@ -203,13 +205,13 @@ def _create(name: str, args: dict[str, Any]) -> nn.Module:
         net = timm.create_model(name, **args)
     except (TypeError, AssertionError, ValueError, KeyError, ZeroDivisionError) as error:
         raise UserError(
-            f"model.backbone {name!r} cannot be built: {_line(error)} (check model.timm_args)"
+            f"model.backbone {name!r} cannot be built: {one_line(error)} (check model.timm_args)"
         ) from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
-            raise UserError(f"model.backbone {name!r} cannot be built: {_line(error)}") from error
+            raise UserError(f"model.backbone {name!r} cannot be built: {one_line(error)}") from error
         raise UserError(
-            f"model.init 'timm': no pretrained weights for {name!r} ({_line(error)}): check the name and the"
+            f"model.init 'timm': no pretrained weights for {name!r} ({one_line(error)}): check the name and the"
             " connection, or give a weights file"
         ) from error
     if type(net) not in TOKENS:  # the exact class: a subclass may treat its tokens in another way
@@ -226,7 +228,3 @@ def _create(name: str, args: dict[str, Any]) -> nn.Module:
             " model.timm_args.layers (and 4 in channels)"
         )
     return net
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

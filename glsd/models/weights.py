@@ -12,7 +12,7 @@ import torch
 from timm.models import eva, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor, nn
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 from glsd.models.pos_embed import resample_pos_embed
 
 State = dict[str, Tensor]
@@ -99,15 +99,11 @@ def read_weights(path: str | Path) -> State:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     # Damaged files, and files that need code to be run, fail anywhere in the readers: AssertionError, IndexError, ...
     except Exception as error:
-        reason = _one_line(str(error)) or type(error).__name__
+        # The cause without torch's advice and colors.
+        cause = re.sub(r"\x1b\[\d*m", "", str(error).rpartition("WeightsUnpickler error: ")[2])
+        reason = one_line(cause or type(error).__name__, 200)
         raise UserError(f"weights {str(path)!r} cannot be read as plain tensors: {reason}") from error
     return _strip_prefixes(_find_state(content, str(path)), str(path))
-
-
-def _one_line(message: str) -> str:
-    """Shorten an error message of torch or safetensors: the cause without torch's advice, colors and odd bytes."""
-    cause = re.sub(r"\x1b\[\d*m", "", message.rpartition("WeightsUnpickler error: ")[2])
-    return "".join(character for character in " ".join(cause.split()) if character.isprintable())[:200]
 
 
 def load_weights(net: Any, state: State, *, source: str, allow_partial: bool | None = None) -> LoadReport:

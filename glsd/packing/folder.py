@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 from glsd.packing.resize import check_short_side
 from glsd.packing.resume import Packing, resumable_staging
 from glsd.packing.retrieval_files import check_regular
@@ -246,7 +246,7 @@ def find_images(src: Path) -> tuple[list[Path], dict[str, int]]:
 
 
 def _unreadable_folder(error: OSError) -> None:
-    raise UserError(f"cannot read folder {error.filename}: {error.strerror}") from error
+    raise UserError(f"cannot read folder {error.filename}: {one_line(error)}") from error
 
 
 def number_classes(found: set[str], dst: Path, src: Path, classes: str | Path | None) -> dict[str, int]:

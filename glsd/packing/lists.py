@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glsd.errors import BrokenImage, UserError, nearest
+from glsd.errors import BrokenImage, UserError, nearest, one_line
 from glsd.packing.folder import (
     FileReader,
     PackSummary,
@@ -134,7 +134,7 @@ def _read(file: Path, path_column: str, label_column: str, rows: _Rows) -> None:
         else:
             raise UserError(f"list {file}: expected a name that ends with .csv, .tsv or .parquet")
     except OSError as error:
-        raise UserError(f"cannot read list {file}: {error.strerror or error}") from error
+        raise UserError(f"cannot read list {file}: {one_line(error)}") from error
 
 
 def _check_columns(file: Path, columns: Sequence[str], path_column: str, label_column: str) -> None:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from glsd.errors import BrokenImage, UserError
-from glsd.packing.source import first_line
+from glsd.errors import BrokenImage, UserError, one_line
 
 
 class RowGroup(NamedTuple):
@@ -56,7 +55,7 @@ def read_parquet(
                 labels = opened.read([label_column]).column(0).to_pylist()
             paths = None if holds_images else opened.read([path_column]).column(0).to_pylist()
     except (arrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read list {file}: {first_line(error)}") from error
+        raise UserError(f"cannot read list {file}: {one_line(error)}") from error
     texts = [None if label in (None, "", "-1", -1) else str(label) for label in labels]
     if paths is not None:
         if empty := [row for row, path in enumerate(paths) if not path]:
@@ -99,7 +98,7 @@ class ParquetReader:
             with parquet.ParquetFile(group.file) as opened:
                 return opened.read_row_group(group.place, columns=[self._column], use_threads=False).column(0)
         except (arrow.ArrowException, OSError) as error:
-            raise UserError(f"cannot read list {group.file}: {first_line(error)}") from error
+            raise UserError(f"cannot read list {group.file}: {one_line(error)}") from error
 
 
 def _pyarrow() -> tuple[Any, Any]:

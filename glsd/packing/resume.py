@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 from glsd.packing.source import Loaded
 from glsd.packing.write import (
     JOURNAL_FILE,
@@ -178,7 +178,7 @@ def resumable_staging(dst: Path, prefix: str, settings: Mapping[str, Any]) -> It
 
 
 def _line(error: OSError | UserError, dst: Path) -> str:
-    return str(error) if isinstance(error, UserError) else f"cannot write to {dst}: {error.strerror or error}"
+    return str(error) if isinstance(error, UserError) else f"cannot write to {dst}: {one_line(error)}"
 
 
 def _begin(work: Path, settings: Mapping[str, Any]) -> None:

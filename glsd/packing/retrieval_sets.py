@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 from glsd.packing.retrieval_files import (
     CARS_OWNER,
     Listing,
@@ -59,7 +59,7 @@ def prepare(
             f"{error.filename} is missing: it belongs to {benchmark.title}; {benchmark.owner}"
         ) from error
     except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise UserError(f"cannot read {error.filename}: {one_line(error)}") from error
     _check_listing(listing)
     if not allow_incomplete:
         _check_counts(listing, benchmark)

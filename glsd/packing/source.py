@@ -125,11 +125,6 @@ class _Batches:
             yield self._numbers[start : start + self._size].tolist()
 
 
-def first_line(error: Exception) -> str:
-    """Return what an error of a library says, short enough for a message of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
 @dataclass(frozen=True)
 class _Task:
     names: Sequence[str]

@@ -11,14 +11,14 @@ import numpy as np
 import torchvision.datasets as library
 from PIL import Image
 
-from glsd.errors import BrokenImage, UserError, pick
+from glsd.errors import BrokenImage, UserError, one_line, pick
 from glsd.packing.folder import (
     FileReader,
     PackSummary,
     number_classes,
     pack_source,
 )
-from glsd.packing.source import Source, first_line
+from glsd.packing.source import Source
 from glsd.shards.store import CLASSES_FILE
 
 
@@ -81,7 +81,7 @@ def pack_torchvision(
         count = len(data)
     except LIBRARY_ERRORS as error:
         hint = "" if download else "; check the folder, or add --download"
-        raise UserError(f"torchvision cannot open {name} in {root}: {first_line(error)}{hint}") from error
+        raise UserError(f"torchvision cannot open {name} in {root}: {one_line(str(error))}{hint}") from error
     rows = list(getattr(data, layout.files, ())) if layout.files else []
     paths = [os.path.relpath(row[0] if isinstance(row, tuple) else row, root) for row in rows]
     found = getattr(data, layout.labels, ()) if layout.labels else [row[1] for row in rows]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 from glsd.shards.find import SOURCES_SUFFIX
 from glsd.shards.index import (
     BLOCK,
@@ -165,11 +165,7 @@ def locked(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
         lock = _lock(dst)
         yield dst / f".{prefixes[0]}.packing"
     except OSError as error:
-        reason = (
-            "it is not a folder"
-            if os.path.exists(dst) and not os.path.isdir(dst)
-            else error.strerror or error
-        )
+        reason = "it is not a folder" if os.path.exists(dst) and not os.path.isdir(dst) else one_line(error)
         raise UserError(f"cannot write to {dst}: {reason}") from error
     finally:
         if lock is not None:
@@ -191,7 +187,7 @@ def _lock(dst: Path) -> int:
             ) from error
         except OSError as error:  # some network file systems have no locks
             warnings.warn(
-                f"{dst} cannot be locked ({error.strerror}): let nobody else pack into it", stacklevel=2
+                f"{dst} cannot be locked ({one_line(error)}): let nobody else pack into it", stacklevel=2
             )
             return handle
         try:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from glsd.cluster import dist, fsdp
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 
 VERSION = 1
 _OPTIMIZER, _STATE, _MANIFEST = "optimizer.pt", "state.json", "manifest.json"
@@ -244,7 +244,7 @@ def _verify(path: Path) -> None:
             if _sha256(path / name) != digest:
                 raise _Damaged(f"{name} does not match its checksum")
     except OSError as problem:
-        raise _Damaged(f"cannot read {problem.filename or path}: {problem.strerror}") from problem
+        raise _Damaged(f"cannot read {problem.filename or path}: {one_line(problem)}") from problem
     except (
         ValueError,
         KeyError,

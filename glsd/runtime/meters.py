@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glsd.cluster import dist, shutdown
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 
 
 class Meters:
@@ -151,7 +151,7 @@ class Meters:
             yield
         except OSError as problem:
             raise UserError(
-                f"cannot write the metrics of {self._folder}: {problem.strerror}; free space or make it writable, "
+                f"cannot write the metrics of {self._folder}: {one_line(problem)}; free space or make it writable, "
                 "then go on with --resume auto"
             ) from problem
         finally:

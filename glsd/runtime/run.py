@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from glsd.cluster import dist
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 
 PACKAGES = (
     "torch",
@@ -86,7 +86,7 @@ def open_run(out: str | Path, *, resolved_config: str, resume: bool) -> Run:
                 rewind(run.folder, -1)
         except OSError as problem:
             error = UserError(
-                f"cannot write to the run folder {run.folder}: {problem.strerror}; give another with --out"
+                f"cannot write to the run folder {run.folder}: {one_line(problem)}; give another with --out"
             )
         except UserError as problem:
             error = problem
@@ -204,7 +204,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.writelines(lines)
     except OSError as problem:
         raise UserError(
-            f"cannot write {path}: {problem.strerror}; free space or make it writable"
+            f"cannot write {path}: {one_line(problem)}; free space or make it writable"
         ) from problem
 
 

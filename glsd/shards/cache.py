@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 from glsd.shards.addresses import identity, shown
 from glsd.shards.file_locks import (
     FAILED,
@@ -226,5 +226,5 @@ def check_digest(address: str, path: str | Path, header: IndexHeader) -> None:
 def _cannot_use(path: Path, error: OSError) -> UserError:
     hint = f"lower {SIZE_VARIABLE}, or " if error.errno == errno.ENOSPC else ""
     return UserError(
-        f"cannot use the shard cache: {path}: {error.strerror or error}: {hint}name another folder in {FOLDER_VARIABLE}"
+        f"cannot use the shard cache: {path}: {one_line(error)}: {hint}name another folder in {FOLDER_VARIABLE}"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 from glsd.shards.addresses import (
     beside,
     check_scheme,
@@ -88,7 +88,7 @@ def _stat(path: str) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read shard {path}: {one_line(error)}") from error
 
 
 def _expand(pattern: str) -> list[str]:
@@ -212,7 +212,7 @@ def _index_here(
             os.replace(f"{file.name}.whole", local)
     except OSError as error:
         raise UserError(
-            f"cannot write {local}: {error.strerror or error}: name another folder in {FOLDER_VARIABLE}"
+            f"cannot write {local}: {one_line(error)}: name another folder in {FOLDER_VARIABLE}"
         ) from error
     return read_header(local)
 
@@ -241,7 +241,7 @@ def index_remote(address: str, *, upload: bool) -> int:
                 os.unlink(file.name)
     except OSError as error:
         raise UserError(
-            f"cannot download {shown(address)} to {scratch}: {error.strerror or error}: name another folder in "
+            f"cannot download {shown(address)} to {scratch}: {one_line(error)}: name another folder in "
             f"{FOLDER_VARIABLE}"
         ) from error
     made = _cached(cache_folder("index"), identity(address), shard.size, shard.version)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from safetensors.numpy import save
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 from glsd.shards.tar import BLOCK, TarError
 from glsd.shards.tar_samples import IMAGE_EXTENSIONS, scan_samples
 
@@ -88,7 +88,7 @@ def build_index(shard: str | Path) -> ShardIndex:
             f"shard {shard} is damaged, truncated or not an uncompressed tar file ({error}): restore it"
         ) from error
     except OSError as error:
-        raise UserError(f"cannot read shard {shard}: {error.strerror or error}") from error
+        raise UserError(f"cannot read shard {shard}: {one_line(error)}") from error
     with_image = [offset for offset in samples.offset if offset >= 0]
     if not with_image:
         raise UserError(
@@ -121,7 +121,7 @@ def marks_digest(shard: str | Path, marks: tuple[int, ...]) -> str:
             for mark in marks:
                 digest.update(os.pread(file.fileno(), MARK_BYTES, mark))
     except OSError as error:
-        raise UserError(f"cannot read shard {shard}: {error.strerror or error}") from error
+        raise UserError(f"cannot read shard {shard}: {one_line(error)}") from error
     return digest.hexdigest()
 
 
@@ -151,7 +151,7 @@ def write_index(index: ShardIndex, path: Path, *, shard_name: str) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise UserError(
-            f"cannot write the index {path}: {error.strerror or error} (GLSD_CACHE names the folder for indices that do "
+            f"cannot write the index {path}: {one_line(error)} (GLSD_CACHE names the folder for indices that do "
             "not lie beside their shards)"
         ) from error
 
@@ -193,7 +193,7 @@ def read_header(path: Path) -> IndexHeader:
         if not 1 <= len(marks) <= MAX_MARKS or not all(_within(mark, shard_bytes) for mark in marks):
             raise ValueError("marks outside the shard")
     except OSError as error:
-        raise UserError(f"cannot read the index {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read the index {path}: {one_line(error)}") from error
     except (struct.error, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"index {path} is damaged ({_what(error)}): {REBUILD}") from error
     return IndexHeader(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from glsd.errors import BrokenImage, UserError
+from glsd.errors import BrokenImage, UserError, one_line
 from glsd.shards.addresses import identity, is_remote, shown
 from glsd.shards.cache import ShardCache, check_digest
 from glsd.shards.find import (
@@ -181,7 +181,7 @@ class _OpenShard:
                     check_digest(self.path, self.path, self._header)
             raw = os.pread(self._fd, size, offset)
         except OSError as error:
-            raise UserError(f"cannot read shard {self.path}: {error.strerror or error}") from error
+            raise UserError(f"cannot read shard {self.path}: {one_line(error)}") from error
         if len(raw) < size:
             raise UserError(f"shard {self.path} ends before byte {offset + size}: it was cut while in use")
         return raw

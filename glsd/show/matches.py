@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Rectangle
 from torch import Tensor
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 from glsd.geometry import grid_side
 
 _COLORS = colormaps["hsv"]
@@ -70,7 +70,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         draft.replace(path)
     except OSError as problem:
         raise UserError(
-            f"cannot write the picture {path}: {problem.strerror}; choose another folder"
+            f"cannot write the picture {path}: {one_line(problem)}; choose another folder"
         ) from problem
 
 

@@ -12,7 +12,7 @@ from glsd.config.evaluate import EvalConfig
 from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
-from glsd.errors import UserError, pick
+from glsd.errors import UserError, one_line, pick
 from glsd.slurm.resources import words_of
 
 CONFIGS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "evaluate": EvalConfig}
@@ -36,7 +36,7 @@ def sweep_tasks(file: str) -> list[list[str]]:
     try:
         lines = Path(file).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"cannot read {file}: {getattr(problem, 'strerror', problem)}") from problem
+        raise UserError(f"cannot read {file}: {one_line(problem)}") from problem
     lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"{file} has no line of flags: expected one for each task")

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from glsd.errors import UserError
+from glsd.errors import UserError, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,5 +81,5 @@ def _submitted(job: Job, before: list[str]) -> str:
         fate = (
             f"jobs {' '.join(before)} were {'cancelled' if cancelled.returncode == 0 else 'submitted before'}"
         )
-    said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
+    said = one_line(done.stderr.replace("sbatch: error: ", ""))
     raise UserError(f"sbatch refuses {job.script}: {said}; {fate}")

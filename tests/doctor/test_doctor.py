@@ -23,7 +23,7 @@ from tests.helpers.doctor_rank import good_packages
 
 ROOT = Path(__file__).parents[2]
 DOCTOR = str(ROOT / "launch" / "doctor.py")
-RANK = str(Path(__file__).parent / "doctor_rank.py")
+RANK = str(ROOT / "tests" / "helpers" / "doctor_rank.py")
 OWN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION")
 Done = subprocess.CompletedProcess
 

@@ -10,31 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from glsd.doctor import (
-    clock as doctor_clock,
-)
-from glsd.doctor import (
-    devices as doctor_devices,
-)
-from glsd.doctor import (
-    files as doctor_files,
-)
-from glsd.doctor import (
-    launch as doctor_launch,
-)
-from glsd.doctor import (
-    network as doctor_network,
-)
-from glsd.doctor import (
-    packages as doctor_packages,
-)
-from glsd.doctor.line import (
-    Line,
-    ranges,
-    summary,
-    table,
-    who,
-)
+from glsd.doctor import clock, devices, files, launch, network, packages
+from glsd.doctor.line import Line, ranges, summary, table, who
 from glsd.doctor.panel import Answer, bounded
 
 ROOT = Path(__file__).parents[2]
@@ -64,32 +41,33 @@ def test_lines_are_one_line_each_and_say_what_to_do():
 # Packages.
 
 
-@pytest.mark.parametrize("file", ["glsd/cli/doctor.py", "glsd/doctor/packages.py"])
+@pytest.mark.parametrize("file", ["cli/doctor.py", "doctor/packages.py", "doctor/line.py", "errors.py"])
 def test_what_looks_at_packages_runs_in_an_old_python_without_any(file):
-    tree = ast.parse((ROOT / file).read_text(), feature_version=(3, 8))
+    tree = ast.parse((ROOT / "glsd" / file).read_text(), feature_version=(3, 8))
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {node.module for node in top if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     others = {name for name in names if name and name.split(".")[0] not in sys.stdlib_module_names}
-    assert others <= {"glsd.doctor", "glsd.doctor.line"}
+    assert others <= {"glsd.doctor", "glsd.doctor.line", "glsd.errors"}
+    assert "__future__" in names  # annotations such as list[int] are not evaluated
 
 
-def packages(**changes) -> dict:
-    needed = doctor_packages.requirements(ROOT / "pyproject.toml")
+def packages_of(**changes) -> dict:
+    needed = packages.requirements(ROOT / "pyproject.toml")
     versions = dict.fromkeys(needed, "9999.0") | {"torch": "2.9.1", "torchvision": "0.24.1"}
     facts: dict = {"python": "3.12.1", "executable": "/py", "code": "/glsd (1)", "needed": needed}
     return facts | {"versions": versions, "pins": {}, "errors": {}} | changes
 
 
 def test_packages_of_all_ranks_are_compared():
-    assert verdicts(doctor_packages.judge({0: packages(), 2: packages()}, HOSTS)) == {"versions": "ok"}
-    other = packages()["versions"] | {"numpy": "9998.0"}
-    ranks = {0: packages(), 1: packages(), 2: packages(versions=other)}
-    line = the(doctor_packages.judge(ranks, HOSTS), "versions")
+    assert verdicts(packages.judge({0: packages_of(), 2: packages_of()}, HOSTS)) == {"versions": "ok"}
+    other = packages_of()["versions"] | {"numpy": "9998.0"}
+    ranks = {0: packages_of(), 1: packages_of(), 2: packages_of(versions=other)}
+    line = the(packages.judge(ranks, HOSTS), "versions")
     assert line.found == "numpy differs: 9999.0 on h1 (ranks 0-1); 9998.0 on h2 (rank 2)"
     assert line.fix == "pip install 'numpy==9999.0' on the others"
-    ranks = {0: packages(), 2: packages(code="/glsd (2)")}
-    assert the(doctor_packages.judge(ranks, HOSTS), "code").verdict == "FIX"
+    ranks = {0: packages_of(), 2: packages_of(code="/glsd (2)")}
+    assert the(packages.judge(ranks, HOSTS), "code").verdict == "FIX"
 
 
 @pytest.mark.parametrize(
@@ -107,18 +85,18 @@ def test_packages_of_all_ranks_are_compared():
     ],
 )
 def test_one_rank_with_broken_packages(changes, name, said, fix):
-    (line,) = doctor_packages.judge({0: packages(**changes)}, {})
+    (line,) = packages.judge({0: packages_of(**changes)}, {})
     assert (line.verdict, line.name) == ("FIX", name)
     assert said in line.found
     assert fix in line.fix
 
 
 def test_versions_that_are_old_or_of_different_builds():
-    versions = packages()["versions"] | {"torch": "2.8.0", "timm": "1.0.9"}
-    (line,) = doctor_packages.judge({0: packages(versions=versions)}, {})
+    versions = packages_of()["versions"] | {"torch": "2.8.0", "timm": "1.0.9"}
+    (line,) = packages.judge({0: packages_of(versions=versions)}, {})
     assert "torch 2.8.0, timm 1.0.9" in line.found
-    versions = packages()["versions"] | {"torch": "2.10.0+cpu"}
-    lines = doctor_packages.judge({0: packages(versions=versions)}, {})
+    versions = packages_of()["versions"] | {"torch": "2.10.0+cpu"}
+    lines = packages.judge({0: packages_of(versions=versions)}, {})
     assert verdicts(lines) == {"versions": "ok", "torchvision": "note"}
 
 
@@ -156,46 +134,43 @@ def place(rank: int, **changes) -> dict:
     ],
 )
 def test_launch_lines_that_fail_silently(monkeypatch, announced, said):
-    for name in (*doctor_launch.ANNOUNCED, *doctor_launch.NUMBERS, "ACCELERATE_MIXED_PRECISION"):
+    for name in (*launch.ANNOUNCED, *launch.NUMBERS, "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in announced.items():
         monkeypatch.setenv(name, value)
-    lines = doctor_launch.silent_mistakes()
+    lines = launch.silent_mistakes()
     assert [line.verdict for line in lines] == (["FIX"] if said else [])
     assert said in "".join(line.found for line in lines)
     # What is looked at all the same, on this host only, can do with any of them.
-    assert verdicts(doctor_launch.judge({0: doctor_launch.facts()}, 1, {})) == {"launch": "ok"}
-    doctor_devices.facts()
+    assert verdicts(launch.judge({0: launch.facts()}, 1, {})) == {"launch": "ok"}
+    devices.facts()
 
 
 def test_ranks_are_waited_for_longer_than_packages_may_take():
-    assert doctor_packages.ARRIVE_SECONDS > doctor_packages.IMPORT_SECONDS
+    assert packages.ARRIVE_SECONDS > packages.IMPORT_SECONDS
 
 
 def test_the_map_of_ranks_and_what_can_be_wrong_with_it():
     found = {rank: place(rank) for rank in HOSTS}
-    assert doctor_launch.host_names(found) == HOSTS
-    assert set(verdicts(doctor_launch.judge(found, 4, HOSTS)).values()) == {"ok"}
-    lines = doctor_launch.rank_map(found, dict.fromkeys(HOSTS, "CPU"))
+    assert launch.host_names(found) == HOSTS
+    assert set(verdicts(launch.judge(found, 4, HOSTS)).values()) == {"ok"}
+    lines = launch.rank_map(found, dict.fromkeys(HOSTS, "CPU"))
     assert lines[1] == "h2  10.0.0.2 (eth0)  rank 2-3  local 0-1  pid 102, 103  CPU"
     three = {rank: found[rank] for rank in (0, 1, 2)}
-    assert (
-        "WORLD_SIZE=4 is announced, 3 came: h2 (rank 3) missing"
-        in doctor_launch.judge(three, 4, HOSTS)[0].found
-    )
-    assert doctor_launch.judge(three, 3, HOSTS)[0].verdict == "note"  # two on one host, one on the other
+    assert "WORLD_SIZE=4 is announced, 3 came: h2 (rank 3) missing" in launch.judge(three, 4, HOSTS)[0].found
+    assert launch.judge(three, 3, HOSTS)[0].verdict == "note"  # two on one host, one on the other
     same = found | {3: place(3, local_rank=0)}
-    assert "one LOCAL_RANK" in doctor_launch.judge(same, 4, HOSTS)[0].found
+    assert "one LOCAL_RANK" in launch.judge(same, 4, HOSTS)[0].found
     named = found | {2: place(2, named={"NCCL_SOCKET_IFNAME": "ib0"})}
-    line = the(doctor_launch.judge(named, 4, HOSTS), "interface")
+    line = the(launch.judge(named, 4, HOSTS), "interface")
     assert "NCCL_SOCKET_IFNAME=ib0 names no interface of h2 (rank 2) (there: eth0)" in line.found
 
 
 def test_hosts_of_one_name_are_told_apart():
     found = {rank: place(rank, host="node") for rank in (0, 2)} | {2: place(2, host="node", machine="other")}
-    names = doctor_launch.host_names(found)
+    names = launch.host_names(found)
     assert names == {0: "node@10.0.0.1", 2: "node@10.0.0.2"}
-    assert the(doctor_launch.judge(found, 2, names), "hostnames").verdict == "note"
+    assert the(launch.judge(found, 2, names), "hostnames").verdict == "note"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +178,7 @@ def test_hosts_of_one_name_are_told_apart():
     [("eth", True), ("=eth", False), ("=eth0", True), ("ib,eth", True), ("^eth", False), ("^ib", True)],
 )
 def test_names_of_interfaces(value, there):
-    assert doctor_launch.matches(value, ["eth0", "lo"]) is there
+    assert launch.matches(value, ["eth0", "lo"]) is there
 
 
 def device(cuda: dict | None = None, **changes) -> dict:
@@ -239,15 +214,13 @@ def gpu(uuid: str, **changes) -> dict:
     ],
 )
 def test_devices(found, verdict, said):
-    lines = [line for line in doctor_devices.judge(found, HOSTS) if line.name == "device"]
+    lines = [line for line in devices.judge(found, HOSTS) if line.name == "device"]
     assert any(line.verdict == verdict and said in line.found for line in lines), lines
 
 
 def test_more_ranks_than_gpus():
     without_name = device({"files": 1, "count": 1})
-    (line,) = (
-        x for x in doctor_devices.judge({0: gpu("a", count=1), 1: without_name}, HOSTS) if x.name == "device"
-    )
+    (line,) = (x for x in devices.judge({0: gpu("a", count=1), 1: without_name}, HOSTS) if x.name == "device")
     assert "h1 (rank 1): more ranks than GPUs (1) there" in line.found
 
 
@@ -264,15 +237,15 @@ def test_more_ranks_than_gpus():
 )
 def test_limits(changes, name, verdict, said):
     found = {0: device(**changes), 1: device(**changes), 2: device()}
-    line = the(doctor_devices.judge(found, HOSTS), name)
+    line = the(devices.judge(found, HOSTS), name)
     assert line.verdict == verdict
     assert said in line.found
 
 
 def test_this_machine_s_facts_can_be_judged():
-    line = the(doctor_devices.judge({0: doctor_devices.facts()}, {}), "threads")
+    line = the(devices.judge({0: devices.facts()}, {}), "threads")
     assert "cores" in line.found
-    (line,) = doctor_launch.judge({0: doctor_launch.facts()}, 1, {})
+    (line,) = launch.judge({0: launch.facts()}, 1, {})
     assert line.verdict == "ok"
 
 
@@ -281,7 +254,7 @@ def test_this_machine_s_facts_can_be_judged():
 
 @pytest.mark.parametrize("number", range(9))
 def test_rounds_have_each_pair_once_and_nobody_twice_at_a_time(number):
-    plan = doctor_network.rounds(range(number))
+    plan = network.rounds(range(number))
     pairs = Counter(pair for pairs in plan for pair in pairs)
     assert set(pairs) == {(a, b) for a in range(number) for b in range(a + 1, number)}
     assert set(pairs.values()) <= {1}
@@ -293,33 +266,33 @@ def test_rounds_have_each_pair_once_and_nobody_twice_at_a_time(number):
 def test_a_slow_host_is_named_whatever_the_number_of_hosts(number):
     hosts = {rank: f"h{rank}" for rank in range(number)}
     speeds = {(a, b): 1e9 for a in hosts for b in hosts if a != b}
-    assert doctor_network.judge_links(speeds, hosts, 1, 1).verdict == "ok"
+    assert network.judge_links(speeds, hosts, 1, 1).verdict == "ok"
     slow = {pair: speed / (4 if 2 in pair else 1) for pair, speed in speeds.items()}
-    line = doctor_network.judge_links(slow, hosts, 1, 1)
+    line = network.judge_links(slow, hosts, 1, 1)
     assert line.verdict == "FIX"
     assert "of h2 (ethtool" in line.fix
-    one = doctor_network.judge_links(speeds | {(0, 1): 1e8}, hosts, 1, 2)
+    one = network.judge_links(speeds | {(0, 1): 1e8}, hosts, 1, 2)
     assert "h0 to h1 100.0 MB/s" in one.found
     assert "1 of 2 rounds" in one.found
 
 
 def test_a_wrong_sum_is_said():
     here = {"right": True, "bytes": 10**6, "seconds": 1e-3, "latency": 1e-4, "links": [], "rounds": [0, 0]}
-    (line,) = doctor_network.judge({0: here, 1: here}, HOSTS)
+    (line,) = network.judge({0: here, 1: here}, HOSTS)
     assert line.verdict == "ok"
     assert "(1,000 MB/s)" in line.found
-    (line,) = doctor_network.judge({0: here, 1: here | {"right": False}}, HOSTS)
+    (line,) = network.judge({0: here, 1: here | {"right": False}}, HOSTS)
     assert (line.verdict, line.found) == ("FIX", "a wrong sum on rank 1")
-    (line,) = doctor_network.judge({0: here | {"seconds": 1.0}}, HOSTS)
+    (line,) = network.judge({0: here | {"seconds": 1.0}}, HOSTS)
     assert line.verdict == "note"
 
 
 def test_the_clock_that_is_off_is_named():
     hosts = {0: "h1", 1: "h2", 2: "h3"}
-    assert doctor_clock.judge({1: 0.01, 2: -0.9}, hosts).verdict == "ok"
-    line = doctor_clock.judge({1: -7.0, 2: 0.1}, hosts)
+    assert clock.judge({1: 0.01, 2: -0.9}, hosts).verdict == "ok"
+    line = clock.judge({1: -7.0, 2: 0.1}, hosts)
     assert (line.verdict, line.found) == ("note", "h2 is 7.0 s behind the others")
-    line = doctor_clock.judge({1: 100.0, 2: 100.0}, hosts)
+    line = clock.judge({1: 100.0, 2: 100.0}, hosts)
     assert (line.verdict, line.found) == ("FIX", "h1 is 100.0 s behind the others")
 
 
@@ -328,15 +301,15 @@ def test_the_clock_that_is_off_is_named():
 
 @pytest.mark.slow
 def test_a_file_that_is_not_replaced_at_once_is_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor_files, "RENAME_SECONDS", 1.0)
-    folder = Path(doctor_files.prepare(tmp_path, "token")["folder"])
-    assert doctor_files.see(folder, "token", 1)["seen"]
-    assert doctor_files.seen_back(folder, "token", [0, 1]) == []
+    monkeypatch.setattr(files, "RENAME_SECONDS", 1.0)
+    folder = Path(files.prepare(tmp_path, "token")["folder"])
+    assert files.see(folder, "token", 1)["seen"]
+    assert files.seen_back(folder, "token", [0, 1]) == []
 
     def both() -> list[Line]:
         with ThreadPoolExecutor(2) as pool:
-            found = dict(enumerate(pool.map(lambda rank: doctor_files.turns(folder, rank), (0, 1))))
-        return doctor_files.judge_turns(found, HOSTS)
+            found = dict(enumerate(pool.map(lambda rank: files.turns(folder, rank), (0, 1))))
+        return files.judge_turns(found, HOSTS)
 
     assert verdicts(both()) == {"rename": "ok", "locks": "ok"}
 
@@ -347,40 +320,40 @@ def test_a_file_that_is_not_replaced_at_once_is_seen(tmp_path, monkeypatch):
 
     for left in ("held", "turn"):
         (folder / left).unlink()
-    monkeypatch.setattr(doctor_files, "replace", in_place)
+    monkeypatch.setattr(files, "replace", in_place)
     line = the(both(), "rename")
     assert line.verdict == "FIX"
     assert "half-written" in line.found
 
 
 def test_a_folder_that_is_not_shared_is_said_within_its_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor_files, "SEE_SECONDS", 0.2)
-    seen = {0: {"seen": True, "seconds": 0.0, "why": ""}, 2: doctor_files.see(tmp_path / "no", "token", 2)}
-    (line,) = doctor_files.judge_sharing(seen, [], "/runs", HOSTS)
+    monkeypatch.setattr(files, "SEE_SECONDS", 0.2)
+    seen = {0: {"seen": True, "seconds": 0.0, "why": ""}, 2: files.see(tmp_path / "no", "token", 2)}
+    (line,) = files.judge_sharing(seen, [], "/runs", HOSTS)
     assert "h2 (rank 2) cannot see what rank 0 writes to /runs (No such file or directory)" in line.found
-    folder = Path(doctor_files.prepare(tmp_path, "token")["folder"])
-    assert doctor_files.seen_back(folder, "token", [0, 2]) == [2]
+    folder = Path(files.prepare(tmp_path, "token")["folder"])
+    assert files.seen_back(folder, "token", [0, 2]) == [2]
     back = {rank: {"seen": True, "seconds": 0.0, "why": ""} for rank in (0, 2)}
-    (line,) = doctor_files.judge_sharing(back, [2], "/runs", HOSTS)
+    (line,) = files.judge_sharing(back, [2], "/runs", HOSTS)
     assert "rank 0 does not see what h2 (rank 2) writes" in line.found
 
 
 def test_room_on_disks(tmp_path):
-    there = doctor_files.disk(tmp_path / "not" / "yet")
+    there = files.disk(tmp_path / "not" / "yet")
     assert there["writable"]
     disks = {0: {"out": there | {"free": 100e9, "inodes": 10**6}}}
-    assert verdicts(doctor_files.judge_disks(disks, {})) == {"out disk": "ok"}
+    assert verdicts(files.judge_disks(disks, {})) == {"out disk": "ok"}
     for changes, verdict in (({"free": 5e9}, "note"), ({"free": 1e9}, "FIX"), ({"inodes": 3}, "FIX")):
         changed = {0: disks[0], 2: {"out": disks[0]["out"] | changes}}
-        line = the(doctor_files.judge_disks(changed, HOSTS), "out disk")
+        line = the(files.judge_disks(changed, HOSTS), "out disk")
         assert line.verdict == verdict
         assert "h2 (rank 2)" in line.found
 
 
 def test_what_the_doctor_made_goes_and_nothing_else(tmp_path):
-    ours = doctor_files.prepare(tmp_path / "runs" / "x", "token")
+    ours = files.prepare(tmp_path / "runs" / "x", "token")
     (tmp_path / "runs" / "other").touch()
-    doctor_files.clean(ours["made"])
+    files.clean(ours["made"])
     assert [path.name for path in tmp_path.rglob("*")] == ["runs", "other"]
 
 
@@ -391,13 +364,13 @@ def test_a_user_without_a_home_is_told_of_the_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("GLSD_CACHE", raising=False)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", unknown)
-    found = doctor_files.disks(str(tmp_path))
-    lines = doctor_files.judge_disks({0: found, 2: found | {"cache": found["out"]}}, HOSTS)
+    found = files.disks(str(tmp_path))
+    lines = files.judge_disks({0: found, 2: found | {"cache": found["out"]}}, HOSTS)
     (line,) = (line for line in lines if line.name == "cache disk" and line.verdict == "FIX")
     assert "this user is unknown to the system on h1 (rank 0)" in line.found
     assert "set GLSD_CACHE" in line.fix
     monkeypatch.setenv("GLSD_CACHE", str(tmp_path))
-    assert doctor_files.disks("")["cache"]["folder"] == str(tmp_path)
+    assert files.disks("")["cache"]["folder"] == str(tmp_path)
 
 
 def test_work_that_hangs_or_fails_is_an_answer():
