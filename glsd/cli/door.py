@@ -8,7 +8,6 @@ from collections.abc import Callable
 # Where another host goes, torch's store would add forty lines of its own stack to the one that says who is missing.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from glsd.cluster import dist, shutdown
 from glsd.errors import StoppedEarly, UserError
 
 STOPPED_CODE = (
@@ -31,15 +30,21 @@ def run(main: Callable[[list[str]], int | None], words: list[str] | None = None)
         try:
             code = main(sys.argv[1:] if words is None else words)
         except StoppedEarly as stopped:
+            from glsd.cluster import dist, shutdown
+
             if dist.is_main():
                 print(stopped, flush=True)
             code = when_stopped
             shutdown.finish(code)
     except UserError as problem:
-        if shutdown.end_others(2):
+        # Importing torch takes seconds, and ranks that wait for each other have imported it already.
+        ranks = sys.modules.get("glsd.cluster.shutdown")
+        if ranks is None or ranks.end_others(2):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Exception as problem:
+        from glsd.cluster import dist, shutdown
+
         if dist.is_broken_connection(problem):
             shutdown.end_with_lost(problem)
         shutdown.end_others(1)

@@ -1,12 +1,25 @@
-"""Measure a frozen backbone: evaluate.py --model RUN --data.train_shards TARS --data.val_shards TARS."""
+"""Measure a frozen backbone on labeled images: k-NN, linear probe or retrieval.
 
-from glsd.cluster import shutdown
+  glsd evaluate --model runs/mine --protocol knn --data.train_shards 'shards/train-*.tar' \\
+      --data.val_shards 'shards/val-*.tar'
+  glsd evaluate --model runs/mine --features initial ...     the untrained network, for comparison
+  glsd evaluate --model timm:vit_small_patch16_224.dino ...  weights of timm
+"""
+
 from glsd.config.evaluate import EvalConfig
 from glsd.config.parse import load
-from glsd.evaluate.run import evaluate
+
+FIRST = (
+    *("model", "protocol", "features", "data.train_shards", "data.val_shards", "data.test_shards"),
+    *("data.query_shards", "data.gallery_shards", "data.crop", "data.limit", "k", "out"),
+)
 
 
 def main(argv: list[str]) -> None:
-    """Parse, call the story, leave the process group."""
-    evaluate(load(EvalConfig, argv))
+    """Parse, then measure. The imports of networks take seconds, so they wait for a valid command line."""
+    cfg = load(EvalConfig, argv, about=__doc__ or "", first=FIRST)
+    from glsd.cluster import shutdown
+    from glsd.evaluate.run import evaluate
+
+    evaluate(cfg)
     shutdown.finish()

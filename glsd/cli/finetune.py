@@ -1,11 +1,24 @@
-"""Fine-tune a backbone for retrieval: finetune_dml.py --init RUN|timm:NAME --loss NAME --reg NAME --data.train_shards TARS."""
+"""Fine-tune a backbone for retrieval with labels, and measure it on classes that it has not seen.
 
-from glsd.cluster import shutdown
+  glsd finetune --init runs/mine --reg obdsd --data.train_shards 'shards/train-*.tar' \\
+      --data.test_shards 'shards/test-*.tar' --out runs/mine-dml
+  glsd finetune --config cub200_vits16 --out runs/cub200     a recipe of a benchmark
+"""
+
 from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import load
-from glsd.finetune.train import finetune
+
+FIRST = (
+    *("init", "loss", "reg", "data.train_shards", "data.test_shards", "out", "resume"),
+    *("optim.epochs", "optim.batch_size", "optim.lr", "optim.precision", "model.embed_dim"),
+)
 
 
 def main(argv: list[str]) -> None:
-    finetune(load(FinetuneConfig, argv))
+    """Parse, then fine-tune. The imports of training take seconds, so they wait for a valid command line."""
+    cfg = load(FinetuneConfig, argv, about=__doc__ or "", first=FIRST)
+    from glsd.cluster import shutdown
+    from glsd.finetune.train import finetune
+
+    finetune(cfg)
     shutdown.finish()

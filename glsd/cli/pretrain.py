@@ -1,19 +1,36 @@
-"""Pretrain a vision backbone without labels: ``accelerate launch launch/pretrain.py --config configs/pretrain/... ``.
+"""Pretrain a vision backbone on images without labels.
 
-With ``--dry_run`` it takes a few steps, says whether the run fits and how long it takes, and keeps nothing.
+glsd pretrain --config small_data --data.shards 'shards/train-*.tar' --out runs/mine
+glsd pretrain --dry_run ...               a few steps: does the run fit, how long will it take? Keeps nothing.
+glsd pretrain --resume auto ...           go on from the last checkpoint in --out
+accelerate launch -m glsd pretrain ...    several GPUs
 """
 
-from glsd.cluster import shutdown
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
-from glsd.pretrain.dry_run import forecast
-from glsd.pretrain.train import pretrain
 
 DRY_RUN = "--dry_run"
+FIRST = (
+    *("data.shards", "out", "resume", "matching", "model.backbone", "model.init"),
+    *(
+        "optim.epochs",
+        "optim.batch_size",
+        "optim.micro_batch",
+        "optim.lr",
+        "optim.precision",
+        "data.num_workers",
+    ),
+)
 
 
 def main(argv: list[str]) -> None:
-    cfg = load(PretrainConfig, [word for word in argv if word != DRY_RUN])
+    """Parse, then pretrain or forecast. The imports of training take seconds, so they wait for a valid command line."""
+    words = [word for word in argv if word != DRY_RUN]
+    cfg = load(PretrainConfig, words, about=__doc__ or "", first=FIRST)
+    from glsd.cluster import shutdown
+    from glsd.pretrain.dry_run import forecast
+    from glsd.pretrain.train import pretrain
+
     if DRY_RUN in argv:
         forecast(cfg)
     else:

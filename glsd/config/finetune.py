@@ -1,7 +1,7 @@
 """The typed configuration of the second story, metric learning; see glsd.config for how such classes are used."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from glsd.config.pretrain import TimmArg
 
@@ -192,6 +192,8 @@ class FinetuneConfig:
         seed: Every random draw is a function of it and of the step.
         resume: 'auto' goes on from the last checkpoint in out, 'never' refuses a folder that already has one.
     """
+
+    recipes: ClassVar[tuple[str, ...]] = ("dml",)  # folders of configs/
 
     init: str = ""
     loss: str = "multi_similarity"

@@ -1,18 +1,24 @@
 """Configuration at the door: defaults, then YAML files, then flags; and back to YAML. jsonargparse does the typed parsing."""
 
+import argparse
 import dataclasses
 import re
+import shutil
 import sys
+import textwrap
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from glsd.errors import UserError, nearest, one_line
+from glsd.errors import UserError, nearest, one_line, pick
 
 Config = TypeVar("Config")
+RECIPES = Path(__file__).parents[1] / "configs"
+HELP = ("-h", "--help")
 
 
 class _Parser(ArgumentParser):
@@ -26,19 +32,27 @@ class _Parser(ArgumentParser):
         raise UserError(one_line(message, 1000))
 
 
-def load(config_class: type[Config], argv: list[str]) -> Config:
-    """Return the configuration of a command line: defaults, then each ``--config FILE``, then flags.
+def load(
+    config_class: type[Config], argv: list[str], *, about: str = "", first: Sequence[str] = ()
+) -> Config:
+    """Return the configuration of a command line: defaults, then each ``--config``, then flags.
 
-    ``--help`` and ``--print_config`` print and exit. Raises UserError for an unknown key (with the nearest known one),
-    a value of the wrong type or a file that cannot be read.
+    ``--config`` takes a YAML file or the name of a recipe. ``--help`` prints ``about`` and the keys of ``first`` and
+    exits; ``--help all`` prints every key, ``--print_config`` the resolved values.
+    Raises UserError for an unknown key or recipe (with the nearest known one), a value of the wrong type, or a file that
+    cannot be read.
     """
-    parser = _Parser(
-        prog=Path(sys.argv[0]).name, description=(config_class.__doc__ or "").strip().splitlines()[0]
-    )
+    parser = _Parser(prog=Path(sys.argv[0]).name, usage=argparse.SUPPRESS)
     parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file with what differs from the defaults."
+        "--config",
+        action=ActionConfigFile,
+        help="Recipe by its name, or YAML file; holds what differs from the defaults.",
     )
     parser.add_class_arguments(config_class, as_group=False)
+    if any(word in HELP for word in argv):
+        print(_help(parser, about.strip() or config_class.__doc__ or "", () if "all" in argv else first))
+        sys.exit(0)
+    argv = _with_recipes(argv, getattr(config_class, "recipes", ()))
     _check_flags(argv, config_class)
     namespace = parser.parse_args(argv)
     values = {f.name: parser.instantiate(namespace)[f.name] for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
@@ -59,6 +73,47 @@ def differences(cfg: Any) -> dict[str, Any]:
     """Return the dotted keys whose values differ from the defaults: what makes this run special."""
     mine, default = _flatten(dataclasses.asdict(cfg)), _flatten(dataclasses.asdict(type(cfg)()))
     return {key: value for key, value in mine.items() if key not in default or default[key] != value}
+
+
+def _help(parser: ArgumentParser, about: str, first: Sequence[str]) -> str:
+    """Return the help text: one screen with the chosen keys, or every key if none is chosen."""
+    if not first:
+        return f"{about.splitlines()[0]}\n\n{parser.format_help()}"
+    columns = min(shutil.get_terminal_size().columns, 110)
+    lines = [about, "", "What to set first, with the default in brackets:"]
+    for key in ("config", *first):
+        action = next(action for action in parser._actions if action.dest == key)
+        text = (
+            f"{action.help} [{action.default}]"
+            if action.default not in (None, "", [], {})
+            else f"{action.help}"
+        )
+        indent = " " * 24
+        lines += textwrap.wrap(
+            text, columns, initial_indent=f"  --{key} ".ljust(24), subsequent_indent=indent
+        )
+    return "\n".join(
+        [*lines, "", "--help all explains every key. --print_config prints the resolved values."]
+    )
+
+
+def _with_recipes(argv: list[str], folders: Sequence[str]) -> list[str]:
+    """Return the command line with the name of a recipe behind ``--config`` replaced by its file."""
+    recipes = {file.stem: str(file) for name in folders for file in sorted((RECIPES / name).glob("*.yaml"))}
+
+    def resolve(name: str) -> str:
+        named = recipes and name.isidentifier() and not Path(name).is_file()
+        return pick(recipes, name, "recipe") if named else name
+
+    found = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        flag, is_joined, value = word.partition("=")
+        if before == "--config":
+            word = resolve(word)
+        elif flag == "--config" and is_joined:
+            word = f"--config={resolve(value)}"
+        found.append(word)
+    return found
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -94,7 +149,7 @@ def _check_flags(argv: list[str], config_class: Any) -> None:
         free = any(name.startswith(f"{key}.") for key in known if _is_free(config_class, key))
         if name not in known and name not in builtin and not free:
             raise UserError(
-                f"unknown flag --{name}{_hint(name, [*known, *builtin], '--')} (all flags: --help)"
+                f"unknown flag --{name}{_hint(name, [*known, *builtin], '--')} (all flags: --help all)"
             )
         if name == "config":
             file = value or (argv[place + 1] if place + 1 < len(argv) else "")

@@ -4,7 +4,7 @@ Only the stories see these classes; the parts below take plain keyword values.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 # Plain values only: jsonargparse would build whatever class a nested mapping names.
 TimmArg = bool | int | float | str | list[int] | list[float] | None
@@ -223,6 +223,8 @@ class PretrainConfig:
         matching: How student patches find teacher patches: by place, by feature, both (weighted), or no local loss.
         resume: 'auto' goes on from the last checkpoint in out, 'never' refuses a folder that already has one.
     """
+
+    recipes: ClassVar[tuple[str, ...]] = ("pretrain", "demo")  # folders of configs/
 
     out: str = "runs/pretrain"
     seed: int = 0

@@ -1,12 +1,10 @@
 """Every YAML loads and survives a round trip; every mistake is one line that names the key and its nearest neighbor."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from glsd.config.evaluate import EvalConfig
 from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import (
     differences,
@@ -16,7 +14,6 @@ from glsd.config.parse import (
 )
 from glsd.config.pretrain import PretrainConfig
 from glsd.errors import UserError
-from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -75,6 +72,8 @@ def test_flags_override_files_override_defaults(tmp_path):
         (["--matching", "geometrical"], "'geometric', 'similarity', 'both', 'none'"),
         (["--data.global_scale", "[0.1]"], "data.global_scale"),
         (["--config", "no_such.yaml"], "cannot read config file no_such.yaml"),
+        (["--config", "smal_data"], "unknown recipe 'smal_data': expected one of small_data,"),
+        (["--config", "smal_data"], "did you mean 'small_data'?"),
         (["stray"], "stray"),
     ],
 )
@@ -110,15 +109,20 @@ def test_wrong_files_are_one_clear_line(tmp_path, monkeypatch, text, expected):
     assert not (tmp_path / "EXECUTED").exists(), "a config must never run code"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["pretrain.py", "evaluate.py", "finetune_dml.py"])
-def test_help_explains_every_field_and_print_config_resolves(script):
-    kinds = {"pretrain.py": PretrainConfig, "evaluate.py": EvalConfig, "finetune_dml.py": FinetuneConfig}
-    kind: type[PretrainConfig | EvalConfig | FinetuneConfig] = kinds[script]
-    command = [warm_python(), str(ROOT / "launch" / script)]
-    text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
-    for key in _leaves(yaml.safe_load(dump(kind()))):
-        line = text.split(f"--{key} ", 2)[-1][:300]
-        assert "(type:" in line, f"--{key} is not explained"
-    printed = subprocess.run([*command, "--print_config"], capture_output=True, text=True, check=True).stdout
-    assert yaml.safe_load(printed) == yaml.safe_load(dump(kind()))
+def test_a_recipe_has_a_name(tmp_path, monkeypatch):
+    """A name finds the recipe of its stage wherever the command is run; a file of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    for argv in (["--config", "small_data"], ["--config=small_data"]):
+        assert load(PretrainConfig, argv) == load_file(
+            PretrainConfig, ROOT / "configs/pretrain/small_data.yaml"
+        )
+    assert load(FinetuneConfig, ["--config", "digits"]).sd.weight == 100
+    assert load(PretrainConfig, ["--config", "digits"]).data.global_size != 224
+    (tmp_path / "small_data").write_text("seed: 7")
+    assert load(PretrainConfig, ["--config", "small_data"]).seed == 7
+
+
+def test_every_recipe_is_found_by_its_name():
+    for path in CONFIGS:
+        kind = KINDS[path.parent.name]
+        assert load(kind, ["--config", path.stem]) == load_file(kind, path)

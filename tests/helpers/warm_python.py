@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 # What runs import, also late.
 IMPORTED = (
     *("glsd.cli.pretrain", "glsd.cli.finetune", "glsd.cli.evaluate", "glsd.slurm.flags", "glsd.cli.door"),
+    *("glsd.pretrain.dry_run", "glsd.finetune.train", "glsd.evaluate.run"),
     *("torch.utils.tensorboard", "docstring_parser"),
 )
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -150,7 +150,13 @@ def become(order: dict) -> None:
 
 def import_what_a_run_imports() -> None:
     """Import what a run imports late; nothing here may start a thread, which would not survive a fork."""
-    for module in ("torch.utils.tensorboard", "docstring_parser", "fsspec.implementations.http", "s3fs"):
+    for module in (
+        "glsd.pretrain.dry_run",
+        "torch.utils.tensorboard",
+        "docstring_parser",
+        "fsspec.implementations.http",
+        "s3fs",
+    ):
         with contextlib.suppress(ModuleNotFoundError):  # s3fs is an extra; the tests that need it say so
             importlib.import_module(module)
     Image.init()
