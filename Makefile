@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-ranks test-remote test-cluster test-doctor test-fast check format lock clean
+.PHONY: install demo test test-wheel test-ranks test-remote test-cluster test-doctor test-fast check format lock clean
 
 install: $(STAMP)
 
@@ -25,6 +25,10 @@ JOBS ?= 2
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/dist -n $(JOBS) --dist worksteal -m "not remote and not slurm and not multinode"
+
+# The built wheel in a fresh environment, used in another folder.
+test-wheel: $(STAMP)
+	bash tests/wheel/check.sh $(BIN)/python
 
 # Training on several ranks of this machine: equal to one rank, sharded or not, stopped and resumed.
 test-ranks: $(STAMP)
@@ -59,12 +63,12 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Exact versions, no index address: works with whatever index pip is set up for.
+# Exact versions, no index address: works with whatever index pip is set up for. Versions in the file stay; delete it to upgrade.
 lock:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra s3 --extra parquet --extra dev --universal --python-version 3.11 \
-		--no-header --no-annotate --upgrade -o requirements.lock
+		--no-header --no-annotate -o requirements.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

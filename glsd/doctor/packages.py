@@ -43,12 +43,15 @@ TOGETHER = ("torch", "torchvision")
 
 
 def requirements(pyproject: Path) -> dict[str, str]:
-    """Return the smallest version of each package that glsd needs, by name, as its pyproject.toml has it."""
+    """Return the smallest version of each package that glsd needs, by name: from the checkout, else from what is installed."""
     import tomllib  # not in the Pythons that are too old for glsd, which are told of first
 
-    project = tomllib.loads(pyproject.read_text())["project"]
+    if pyproject.is_file():
+        entries = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+    else:
+        entries = [entry for entry in importlib.metadata.requires("glsd") or () if "extra ==" not in entry]
     found = {}
-    for entry in project["dependencies"]:
+    for entry in entries:
         name, _, smallest = re.sub(r"\[.*?\]", "", entry).partition(">=")
         found[name.strip()] = smallest.strip()
     return found
