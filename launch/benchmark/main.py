@@ -7,25 +7,23 @@ python launch/benchmark data --workers 0 1 2
 python launch/benchmark eval --images 60502 --dim 512
 python launch/benchmark dml --backbone vit_small_patch16_224
 python launch/benchmark scale --ranks 1 2 4
+python launch/benchmark table runs/grid-*
 """
 
 import argparse
 
-from launch.benchmark import data as benchmark_data
-from launch.benchmark import dml as benchmark_dml
-from launch.benchmark import eval as benchmark_eval
-from launch.benchmark import loss as benchmark_loss
-from launch.benchmark import scale as benchmark_scale
-from launch.benchmark import step as benchmark_step
+from launch.benchmark import data, dml, loss, scale, step, table
+from launch.benchmark import eval as evaluation
 
 # Subcommand -> module with add_arguments(parser) and benchmark(args).
 BENCHMARKS = {
-    "loss": benchmark_loss,
-    "step": benchmark_step,
-    "data": benchmark_data,
-    "eval": benchmark_eval,
-    "dml": benchmark_dml,
-    "scale": benchmark_scale,
+    "loss": loss,
+    "step": step,
+    "data": data,
+    "eval": evaluation,
+    "dml": dml,
+    "scale": scale,
+    "table": table,
 }
 
 

@@ -1,4 +1,4 @@
-"""The cost model of a step on several ranks: step = compute + communication that nothing hides + waiting for data."""
+"""The cost model of a step on several ranks: step = compute + communication that nothing hides."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +43,6 @@ def step_s(
     cores: float,
     communication_s: float,
     hideable_s: float,
-    data_wait_s: float = 0.0,
 ) -> float:
     """Return the seconds of a step.
 
@@ -53,7 +52,7 @@ def step_s(
     """
     crowd = max(1.0, threads / cores)
     hidden = min(communication_s, hideable_s) if threads < cores else 0.0
-    return compute_s * crowd + communication_s - hidden + data_wait_s
+    return compute_s * crowd + communication_s - hidden
 
 
 def expected_bytes(way: str, sizes: Mapping[str, Any]) -> dict[str, float]:

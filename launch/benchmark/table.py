@@ -1,7 +1,4 @@
-"""A table of metric-learning runs: what each loss and regularizer reached, mean and deviation over the seeds.
-
-python launch/table.py runs/grid-*
-"""
+"""A table of metric-learning runs: what each loss and regularizer reached, mean and deviation over the seeds."""
 
 import argparse
 import json
@@ -9,19 +6,20 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from glsd.cli.door import run
 from glsd.errors import UserError
 
 METRICS = {"recall@1": "Recall@1", "map_at_r": "MAP@R"}
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the run folders."""
     parser.add_argument("runs", nargs="+", type=Path, help="run folders with evals.json")
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Print the table."""
     rows: dict[tuple[str, ...], list[dict[str, float]]] = defaultdict(list)
-    for folder in parser.parse_args(argv).runs:
+    for folder in args.runs:
         for row, scores in results_of(folder):
             rows[row].append(scores)
     print(f"| loss | reg | measured | distance | runs | {' | '.join(METRICS.values())} |")
@@ -65,7 +63,3 @@ def spread(values: list[float]) -> str:
     """Return mean and standard deviation in percent."""
     deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.2f}{deviation} %"
-
-
-if __name__ == "__main__":
-    run(main)

@@ -6,7 +6,6 @@ import pytest
 
 from launch.benchmark import main as benchmark
 from launch.benchmark import scale as benchmark_scale
-from launch.benchmark.scale_clusters import network_of, predicted_s
 from launch.benchmark.scale_model import (
     Link,
     communication_s,
@@ -38,21 +37,7 @@ def test_communication_hides_only_where_a_core_is_free():
     assert step_s(**parts, threads=1, cores=4) == pytest.approx(1.2)
     assert step_s(**parts, threads=2, cores=2) == pytest.approx(1.5)
     assert step_s(**parts, threads=4, cores=2) == pytest.approx(2.5)
-    assert step_s(**parts | {"communication_s": 0.2}, threads=0, cores=1, data_wait_s=0.1) == pytest.approx(
-        1.1
-    )
-
-
-def test_predictions_for_clusters_move_as_they_must():
-    small = network_of("vit_small_patch16_224", 224, 96)
-    assert small.sizes["block_parameters"] == pytest.approx(21.3e6, rel=0.01)
-    seconds = {nodes: predicted_s(small, "ddp", nodes, 10e9) for nodes in (1, 8, 64)}
-    for nodes, (compute, moving, total) in seconds.items():
-        assert compute == pytest.approx(seconds[1][0] / nodes)
-        assert max(compute, moving / 2) <= total <= compute + moving
-    assert (
-        sum(expected_bytes("fsdp", small.sizes).values()) > expected_bytes("ddp", small.sizes)["all-reduce"]
-    )
+    assert step_s(**parts | {"communication_s": 0.2}, threads=0, cores=1) == pytest.approx(1.0)
 
 
 @pytest.mark.slow

@@ -30,7 +30,6 @@ from glsd.losses.mdr import mean_normalize
 from glsd.models.weights import read_weights
 from glsd.runtime import checkpoint
 from launch.benchmark import main as benchmark
-from launch.benchmark import table
 from tests.helpers.warm_python import warm_python
 from tests.pretrain.test_pretrain import (
     ROOT,
@@ -102,12 +101,12 @@ def test_it_learns_to_retrieve_unseen_classes(tiny_finetune, many_digits, capsys
         assert {key: result[key] for key in expected} == expected
         assert 0 < result["nmi"] <= 1
     capsys.readouterr()
-    table.main([str(folder), str(folder)])
+    benchmark.main(["table", str(folder), str(folder)])
     lines = capsys.readouterr().out.splitlines()
     share = f"{100 * after['recall@1']:.2f} ± 0.00 %"
     assert any(f"| obdsd | test, end | cosine | 2 | {share}" in line for line in lines)
     with pytest.raises(UserError, match=r"evals\.json"):
-        table.main([str(folder.parent)])
+        benchmark.main(["table", str(folder.parent)])
 
 
 @pytest.mark.slow
