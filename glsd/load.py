@@ -1,12 +1,207 @@
-"""What a run folder is, seen from outside: found, told apart, its checkpoint read."""
+"""What a path names: a run of either stage, one of its checkpoints, timm:NAME or a weights file -> a network."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
+from jaxtyping import Float
+from torch import Tensor
 
-from glsd.errors import UserError, one_line
+from glsd.config.finetune import FinetuneConfig, Pool
+from glsd.config.parse import load_file
+from glsd.config.pretrain import PretrainConfig
+from glsd.errors import UserError, one_line, pick
+from glsd.models.backbone import Backbone, build_backbone
+from glsd.models.embedder import Embedder
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
+
+NATIVE_SIZE = 224  # pixels, where neither the caller nor a run says
+_HEAD_SEED = 1  # added to a run's seed: the layer must not repeat a random backbone's numbers
+
+
+class Architecture(NamedTuple):
+    """What a path says about its network; None = nothing."""
+
+    backbone: str
+    timm_args: Mapping[str, Any]
+    pool: Pool | None
+    crop: int | None  # side of the training images in pixels
+
+
+class Named(NamedTuple):
+    """What a path names. ``weights`` is what ``build_backbone`` takes; see find_weights for those of a run."""
+
+    architecture: Architecture
+    weights: str = ""
+    run: Path | None = None
+    checkpoint: Path | None = None  # the one that the path chose; None = the latest
+    config: PretrainConfig | FinetuneConfig | None = None  # of the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A network with its weights, on the CPU, and what is needed to use it."""
+
+    network: Backbone | Embedder
+    name: str  # 'teacher of runs/x', 'timm:vit_small_patch16_224', ...
+    crop: int  # side of the center crop that suits the network, in pixels
+    resize: int | None = None  # short side before the crop; None = the run does not say
+    step: int | None = None  # of the checkpoint, 0 = before the first step; None = not a run
+    run: Path | None = None
+    config: PretrainConfig | FinetuneConfig | None = None  # of the run
+
+    def features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Return one vector per image: the embedding, or the pooled feature of a backbone without one."""
+        return self.network(images) if isinstance(self.network, Embedder) else self.network(images)[0]
+
+
+def load_network(
+    path: str,
+    *,
+    role: str | None = None,
+    backbone: str = "",
+    pool: Pool | None = None,
+    image_size: int | None = None,
+) -> Loaded:
+    """Build the network that ``path`` names, and fill it with its weights.
+
+    role: which network of a run, 'teacher', 'student' or 'initial' (before the first step); None = the teacher of
+    pretraining, the student of metric learning. backbone: timm name of the network that a weights file belongs to.
+    pool: 'cls', 'mean' or 'mean+max'; None = as the run was trained, 'cls' otherwise. image_size: native resolution
+    of a network that is not a run's, in pixels; None = 224. Raises UserError if the path names no network, the run
+    has no checkpoint or no such role, or the weights do not fit.
+    """
+    named = identify(path, backbone=backbone)
+    if isinstance(named.config, FinetuneConfig):
+        return _load_finetuned(named, named.config, role, pool)
+    if named.config is not None:
+        return _load_pretrained(named, named.config, role, pool)
+    if role not in (None, "teacher"):
+        raise UserError(f"role {role!r}: {path!r} is not a run or checkpoint folder")
+    crop = image_size or NATIVE_SIZE
+    network = build_backbone(
+        named.architecture.backbone, image_size=crop, pool=pool or "cls", init=named.weights
+    )
+    return Loaded(network=network, name=path, crop=crop)
+
+
+def identify(path: str, *, backbone: str = "") -> Named:
+    """Return what ``path`` names; UserError if that is nothing, or if it does not say which network it is."""
+    if not path:
+        raise UserError(
+            "path is not set: give a run folder, a checkpoint folder, timm:NAME or a weights file"
+        )
+    folder = Path(path)
+    run = find_run(folder)
+    if run is not None:
+        kind: type[PretrainConfig | FinetuneConfig] = FinetuneConfig if is_finetuned(run) else PretrainConfig
+        config = load_file(kind, run / "config.yaml")
+        chosen = None if folder == run else folder
+        return Named(architecture_of(config), run=run, checkpoint=chosen, config=config)
+    if path.startswith("timm:"):
+        name = path.removeprefix("timm:")
+        if backbone not in ("", name):
+            raise UserError(f"path {path!r} and backbone {backbone!r} name two networks: give one")
+        return Named(Architecture(name, {}, None, None), weights="timm")
+    if path != "random" and not folder.exists():
+        raise UserError(f"path {path!r}: no such run, checkpoint or weights file, and not timm:NAME")
+    if not backbone:
+        raise UserError(f"path {path!r} does not say which network it is: set backbone to its timm name")
+    return Named(Architecture(backbone, {}, None, None), weights=path)
+
+
+def architecture_of(config: PretrainConfig | FinetuneConfig) -> Architecture:
+    """Return the architecture that a run trains."""
+    crop = config.data.crop if isinstance(config, FinetuneConfig) else config.data.global_size
+    return Architecture(config.model.backbone, config.model.timm_args, config.model.pool, crop)
+
+
+def find_weights(named: Named) -> str:
+    """Return what ``build_backbone`` takes as ``init``: for a run the checkpoint, after it was verified."""
+    return named.weights if named.run is None else str(read_checkpoint(named.run, named.checkpoint).path)
+
+
+def build_embedder(config: FinetuneConfig, weights: str) -> Embedder:
+    """Build the network of a metric-learning run on the CPU; ``weights`` are those of its backbone."""
+    m = config.model
+    backbone = build_backbone(
+        m.backbone,
+        image_size=config.data.crop or NATIVE_SIZE,
+        drop_path=m.drop_path,
+        pool=m.pool or "cls",
+        init=weights,
+        timm_args=dict(m.timm_args),
+        seed=config.seed,
+        allow_partial=m.allow_partial,
+        size_key="data.crop",
+    )
+    return Embedder(
+        backbone,
+        embed_dim=m.embed_dim,
+        freeze_batch_norm=m.freeze_batch_norm,
+        seed=config.seed + _HEAD_SEED,
+    )
+
+
+def _load_pretrained(named: Named, config: PretrainConfig, role: str | None, pool: Pool | None) -> Loaded:
+    """Build the backbone of a pretraining run from its own configuration, and fill it from a checkpoint."""
+    role = role or "teacher"
+    m, crop = config.model, config.data.global_size
+    backbone = build_backbone(
+        m.backbone,
+        image_size=crop,
+        pool=pool or m.pool,
+        init=m.init if role == "initial" else "random",
+        timm_args=dict(m.timm_args),
+        seed=config.seed,
+    )
+    if role == "initial":
+        return _of_run(named, backbone, role, 0, crop=crop)
+    saved = _read_trained(named)
+    tensors = pick(saved.tensors, role, "network of a checkpoint")
+    prefix = "backbone."
+    own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+    checkpoint.restore(backbone, own, source=f"checkpoint {saved.path}")
+    return _of_run(named, backbone, role, saved.step, crop=crop)
+
+
+def _load_finetuned(named: Named, config: FinetuneConfig, role: str | None, pool: Pool | None) -> Loaded:
+    """Build the network of a metric-learning run with its embedding layer, and fill it from a checkpoint."""
+    role = role or "student"
+    crop, resize = config.data.crop or NATIVE_SIZE, config.data.resize
+    if role == "teacher":
+        raise UserError(
+            f"role 'teacher': {named.run} is a metric-learning run, whose teacher is an earlier student: "
+            "use student or initial"
+        )
+    if pool is not None:
+        raise UserError(f"pool {pool!r}: {named.run} is a metric-learning run, whose embedding has its own")
+    if role == "initial":
+        start = find_weights(identify(config.init, backbone=config.model.backbone))
+        return _of_run(named, build_embedder(config, start), role, 0, crop=crop, resize=resize)
+    saved = _read_trained(named)
+    embedder = build_embedder(config, "random")
+    checkpoint.restore(embedder, saved.tensors["student"], source=f"checkpoint {saved.path}/student")
+    return _of_run(named, embedder, role, saved.step, crop=crop, resize=resize)
+
+
+def _of_run(
+    named: Named, network: Backbone | Embedder, role: str, step: int, *, crop: int, resize: int | None = None
+) -> Loaded:
+    name = f"{'initial network' if role == 'initial' else role} of {named.run}"
+    return Loaded(
+        network=network, name=name, crop=crop, resize=resize, step=step, run=named.run, config=named.config
+    )
+
+
+def _read_trained(named: Named) -> Checkpoint:
+    assert named.run is not None
+    return read_checkpoint(
+        named.run, named.checkpoint, " (role 'initial' is the network before the first step)"
+    )
 
 
 def find_run(path: Path) -> Path | None:

@@ -16,7 +16,7 @@ from glsd.config.parse import HELP, load
 from glsd.config.pretrain import PretrainConfig
 
 if TYPE_CHECKING:
-    from glsd.evaluate.embed import Embedded
+    from glsd.evaluate.sets import Embedded
 
 OUT = Path("demo_out")
 SHARDS = {"train": f"{OUT}/shards/train-*.tar", "val": f"{OUT}/shards/val-*.tar"}
@@ -126,7 +126,7 @@ def embed_shards(shards: str, forward) -> "Embedded":
     import torch
 
     from glsd.data.eval_loader import eval_loader
-    from glsd.evaluate.embed import embed
+    from glsd.evaluate.sets import embed
     from glsd.packing.embedded import CANVAS
     from glsd.shards.store import open_shards
 
@@ -150,20 +150,20 @@ def raw_pixels_knn() -> float:
     return knn_accuracy(train.features, train.labels, val.features, val.labels, k_list=(K,))[K]["top1"]
 
 
-def draw_neighbors_of(run: Path, features: str, queries: str, gallery: str | None = None) -> None:
+def draw_neighbors_of(run: Path, role: str, queries: str, gallery: str | None = None) -> None:
     """Write neighbors.png: a few queries, each with its nearest neighbors in the gallery, or among the queries."""
     import torch
 
     from glsd.data.decode import decode
-    from glsd.evaluate.run import load_model
+    from glsd.load import load_network
     from glsd.metrics.knn import nearest_neighbors
     from glsd.shards.store import open_shards
     from glsd.show.neighbors import draw_neighbors
 
-    measured = load_model(eval_config(run, features))
-    measured.network.eval()
-    query = embed_shards(queries, measured.features)
-    found = query if gallery is None else embed_shards(gallery, measured.features)
+    loaded = load_network(str(run), role=role)
+    loaded.network.eval()
+    query = embed_shards(queries, loaded.features)
+    found = query if gallery is None else embed_shards(gallery, loaded.features)
     chosen = torch.linspace(0, len(query.labels) - 1, NUM_QUERIES).long()
     itself = 0 if gallery else 1
     cosines, rows = nearest_neighbors(query.features[chosen], found.features, k=NUM_NEIGHBORS + itself)

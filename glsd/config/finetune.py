@@ -219,3 +219,8 @@ class FinetuneConfig:
     def uses_mdr(self) -> bool:
         """Whether distances are drawn to levels."""
         return "mdr" in self.reg
+
+    @property
+    def distances(self) -> tuple[str, ...]:
+        """The distances that retrieval is measured in: MDR trains Euclidean ones, cosine is reported beside them."""
+        return ("euclidean", "cosine") if self.uses_mdr else ("cosine",)

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,24 +12,25 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from glsd.cluster import dist
-from glsd.config.finetune import FinetuneConfig, Pool
+from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import load_file
-from glsd.config.pretrain import PretrainConfig
-from glsd.errors import UserError
+from glsd.errors import UserError, config_keys
 from glsd.load import (
+    NATIVE_SIZE,
+    Architecture,
+    architecture_of,
+    build_embedder,
     find_run,
+    find_weights,
     has_checkpoint,
+    identify,
     is_finetuned,
-    read_checkpoint,
 )
 from glsd.losses.mdr import MdrStatistics, initial_statistics
 from glsd.losses.ranking import RANKING, RankingLoss, build_ranking
-from glsd.models.backbone import build_backbone
 from glsd.models.embedder import Embedder
 from glsd.optim.param_groups import param_groups
 
-HEAD_SEED = 1  # added to the run's seed: the layer must not repeat a random backbone's numbers
-NATIVE_SIZE = 224  # pixels, where neither the user nor a run says
 OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -58,63 +59,21 @@ class State:
 def resolve(cfg: FinetuneConfig) -> tuple[FinetuneConfig, str]:
     """Return the configuration with all that ``init`` decides filled in, and where the backbone's weights are.
 
-    The latter is what build_backbone takes: 'random', 'timm' or a file. So a run's own config.yaml says everything about
-    its network, and which checkpoint it came from, also when that is gone. A run that goes on is resolved by its own
-    config.yaml, and its weights will come from its own checkpoint.
+    The latter is what build_backbone takes: 'random', 'timm' or a path. So a run's own config.yaml describes its whole
+    network and names the checkpoint it came from, even after that is gone. A run that resumes is described by its own
+    config.yaml, and takes its weights from its own checkpoint.
     """
-    m, path, out = cfg.model, Path(cfg.init), Path(cfg.out)
+    out = Path(cfg.out)
     if cfg.resume == "auto" and find_run(out) and has_checkpoint(out) and is_finetuned(out):
         earlier = load_file(FinetuneConfig, out / "config.yaml")
-        network = Network(
-            earlier.model.backbone, earlier.model.timm_args, earlier.model.pool, earlier.data.crop
-        )
-        return filled(cfg, network, init=earlier.init), "random"
-    run = find_run(path) if cfg.init else None
-    if run is not None:
-        saved = read_checkpoint(run, None if path == run else path)
-        network, weights = network_of(run)
-        return filled(cfg, network, init=str(saved.path)), str(saved.path / f"{weights}.safetensors")
-    if cfg.init.startswith("timm:"):
-        name = cfg.init.removeprefix("timm:")
-        if m.backbone not in ("", name):
-            raise UserError(
-                f"init {cfg.init!r} and model.backbone {m.backbone!r} name two networks: give one"
-            )
-        return filled(cfg, Network(name, {}, None, None), init=cfg.init), "timm"
-    if not cfg.init:
-        raise UserError(
-            "init is not set: give a run folder, a checkpoint folder, timm:NAME, a weights file or 'random'"
-        )
-    if cfg.init != "random" and not path.is_file():
-        raise UserError(f"init {cfg.init!r}: no such run, checkpoint or weights file, and not timm:NAME")
-    if not m.backbone:
-        raise UserError(
-            f"init {cfg.init!r} does not say which network it is: set model.backbone to its timm name"
-        )
-    return filled(cfg, Network(m.backbone, {}, None, None), init=cfg.init), cfg.init
+        return filled(cfg, architecture_of(earlier), init=earlier.init), "random"
+    with config_keys({"path": "init", "backbone": "model.backbone"}):
+        named = identify(cfg.init, backbone=cfg.model.backbone)
+        weights = find_weights(named)
+    return filled(cfg, named.architecture, init=weights if named.run else cfg.init), weights
 
 
-class Network(NamedTuple):
-    """What ``init`` says of a network; None = nothing."""
-
-    backbone: str
-    timm_args: dict[str, Any]
-    pool: Pool | None
-    crop: int | None
-
-
-def network_of(run: Path) -> tuple[Network, str]:
-    """Return what a run of either story trained, and which of its networks is the one to go on with."""
-    if is_finetuned(run):
-        tuned = load_file(FinetuneConfig, run / "config.yaml")
-        m = tuned.model
-        return Network(m.backbone, m.timm_args, m.pool, tuned.data.crop), "student"
-    trained = load_file(PretrainConfig, run / "config.yaml")
-    p = trained.model
-    return Network(p.backbone, p.timm_args, p.pool, trained.data.global_size), "teacher"
-
-
-def filled(cfg: FinetuneConfig, network: Network, *, init: str) -> FinetuneConfig:
+def filled(cfg: FinetuneConfig, network: Architecture, *, init: str) -> FinetuneConfig:
     """Return the configuration with what it leaves open taken from ``network``."""
     m = cfg.model
     other = m.backbone not in ("", network.backbone)
@@ -127,25 +86,6 @@ def filled(cfg: FinetuneConfig, network: Network, *, init: str) -> FinetuneConfi
     native = network.crop or NATIVE_SIZE
     data = dataclasses.replace(cfg.data, crop=native if cfg.data.crop is None else cfg.data.crop)
     return dataclasses.replace(cfg, init=init, model=model, data=data)
-
-
-def build_embedder(cfg: FinetuneConfig, source: str) -> Embedder:
-    """Build the network of a resolved configuration, on the CPU; ``source``: as resolve returns it."""
-    m = cfg.model
-    backbone = build_backbone(
-        m.backbone,
-        image_size=cfg.data.crop or NATIVE_SIZE,
-        drop_path=m.drop_path,
-        pool=m.pool or "cls",
-        init=source,
-        timm_args=dict(m.timm_args),
-        seed=cfg.seed,
-        allow_partial=m.allow_partial,
-        size_key="data.crop",
-    )
-    return Embedder(
-        backbone, embed_dim=m.embed_dim, freeze_batch_norm=m.freeze_batch_norm, seed=cfg.seed + HEAD_SEED
-    )
 
 
 def build(cfg: FinetuneConfig, source: str, num_classes: int, accelerator: Accelerator) -> State:

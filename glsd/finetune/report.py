@@ -11,8 +11,8 @@ from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import differences
 from glsd.data.balanced import ClassGroups, class_groups, split_classes
 from glsd.errors import UserError
+from glsd.evaluate.protocols import describe_scores, describe_search, score_retrieval
 from glsd.evaluate.record import append_record, read_records
-from glsd.evaluate.retrieval import describe_scores, describe_search, score_retrieval
 from glsd.evaluate.sets import (
     choose_sizes,
     embed_set,
@@ -93,11 +93,6 @@ def epoch_of(plan: Plan, step: int) -> float:
     return step / plan.steps_per_epoch
 
 
-def geometries(cfg: FinetuneConfig) -> tuple[str, ...]:
-    """Return the distances of the evaluation: MDR's raw embeddings mean Euclidean ones, cosine is reported beside."""
-    return ("euclidean", "cosine") if cfg.uses_mdr else ("cosine",)
-
-
 def measure(
     cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, meters: Meters, accelerator: Accelerator
 ) -> None:
@@ -131,7 +126,7 @@ def measure(
                 found[f"{kind}{part}"] = score_retrieval(
                     embedded,
                     recall_at=cfg.watch.recall_at,
-                    distances=geometries(cfg),
+                    distances=cfg.distances,
                     device=accelerator.device,
                 )
     student.train()
@@ -147,7 +142,7 @@ def summarize(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Ru
     """Say what was gained since the start, and append it to evals.json."""
     steps = sorted(map(int, state.scores))
     first, last = (state.scores[str(step)] for step in (steps[0], steps[-1]))
-    part, distance = "test" if "test" in last else "val", geometries(cfg)[0]
+    part, distance = "test" if "test" in last else "val", cfg.distances[0]
     chosen = None
     if "test" in last and "val" in last:
         chosen = max(steps, key=lambda step: state.scores[str(step)]["val"][distance]["map_at_r"])
@@ -160,7 +155,7 @@ def summarize(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Ru
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "model": f"student of {run.folder}",
             "step": state.step,
-            "protocol": {name: describe_search(measured, name) for name in geometries(cfg)},
+            "protocol": {name: describe_search(measured, name) for name in cfg.distances},
             "loss": cfg.loss,
             "reg": cfg.reg,
             "seed": cfg.seed,

@@ -39,13 +39,7 @@ def knn_accuracy(
     """
     _check(train_features, train_labels, "train")
     _check(val_features, val_labels, "val")
-    if not k_list:
-        raise UserError("k-NN: the list k is empty: give at least one number of neighbors")
-    for k in k_list:
-        if not 1 <= k <= len(train_features):
-            raise UserError(
-                f"k = {k} neighbors of {len(train_features)} train images: set k to 1..{len(train_features)}"
-            )
+    check_k(k_list, len(train_features))
     if temperature <= 0:
         raise UserError(f"k-NN temperature is {temperature}: expected a number above 0")
     cosines, index = nearest_neighbors(
@@ -62,6 +56,15 @@ def knn_accuracy(
             hits[k] += torch.stack([(known & (rank < 1)).sum(), (known & (rank < 5)).sum()])
     shares = {k: (hits[k].double() / len(val_features)).tolist() for k in hits}
     return {k: {"top1": shares[k][0], "top5": shares[k][1]} for k in k_list}
+
+
+def check_k(k_list: Sequence[int], num_train: int) -> None:
+    """Raise UserError if ``k_list`` is empty or holds a number that is not 1 to ``num_train``."""
+    if not k_list:
+        raise UserError("k_list is empty: give at least one number of neighbors")
+    for k in k_list:
+        if not 1 <= k <= num_train:
+            raise UserError(f"k_list holds {k}: expected 1 to {num_train}, the number of train images")
 
 
 def nearest_neighbors(

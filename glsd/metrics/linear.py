@@ -14,7 +14,7 @@ from glsd.rng import Stream, permutation, philox
 _MOMENTUM = 0.9
 _INIT_STD = 0.01
 _FAR_BELOW = 60.0
-MAX_SEED = 2**63 - 1
+_MAX_SEED = 2**63 - 1
 
 
 class LinearProbe(NamedTuple):
@@ -83,12 +83,13 @@ def linear_probe(
 
 def check_settings(lr_list: Sequence[float], *, epochs: int, batch_size: int, seed: int) -> None:
     """Raise UserError for settings of the linear probe that are out of range."""
-    if not lr_list or min(lr_list) <= 0 or epochs < 1 or batch_size < 1:
-        raise UserError(
-            f"linear probe: rates {lr_list}, {epochs} epochs, batches of {batch_size}: expected > 0"
-        )
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(f"linear probe: seed {seed}: expected 0 to {MAX_SEED}")
+    if not lr_list or min(lr_list) <= 0:
+        raise UserError(f"lr_list is {list(lr_list)}: expected one or more numbers above 0")
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} is {value}: expected 1 or more")
+    if not 0 <= seed <= _MAX_SEED:
+        raise UserError(f"seed is {seed}: expected 0 to {_MAX_SEED}")
 
 
 def _train(

@@ -151,7 +151,7 @@ def test_each_way_to_name_a_network(cfg, world):
 def measure(cfg, backbone):
     """The parts put together by hand."""
     from glsd.data.eval_loader import eval_loader
-    from glsd.evaluate.embed import embed
+    from glsd.evaluate.sets import embed
     from glsd.metrics.knn import knn_accuracy
     from glsd.shards.store import open_shards
 
@@ -176,18 +176,21 @@ def test_run_folder_gets_the_file_when_out_is_unset(cfg, world):
         ({"model": ""}, "model is not set"),
         ({"model": "no/such"}, "'no/such': no such run"),
         ({"model": "timm:vit_tinny_patch16_224"}, "vit_tinny_patch16_224"),
-        ({"k": [91]}, "k: 91 neighbors of 90 train images"),
+        ({"k": [91]}, "k holds 91: expected 1 to 90, the number of train images"),
         ({"out": "/proc/nowhere"}, "cannot write evals.json to /proc/nowhere"),
         (
             {"data.train_shards": ""},
             "data.train_shards is not set: give labeled shards, e.g. --data.train_shards 'shards/train-*",
         ),
         ({"data.val_shards": ""}, "e.g. --data.val_shards 'shards/val-*.tar'"),
-        ({"protocol": "linear", "seed": -1}, "seed -1: expected 0 to"),
+        ({"protocol": "linear", "seed": -1}, "seed is -1: expected 0 to"),
         ({"data.val_shards": "no-such-*.tar"}, "no-such-*.tar"),
         ({"data.crop": 30}, "data.crop 30 is not a multiple of the patch size 8"),
         ({"data.resize": 16}, "crop 32"),
-        ({"protocol": "linear", "linear_lr": [-1.0]}, "expected > 0"),
+        (
+            {"protocol": "linear", "linear_lr": [-1.0]},
+            "linear_lr is [-1.0]: expected one or more numbers above 0",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line(cfg, changes, words):
@@ -228,6 +231,7 @@ def test_one_rank_that_fails_keeps_no_other_waiting(cfg, tmp_path):
         from pathlib import Path
         from glsd.cli.door import run
         from glsd.evaluate import run as story
+        from glsd.evaluate.protocols import Protocol
         from glsd.errors import UserError
 
         rank, left = int(os.environ["RANK"]), Path({str(tmp_path / "left")!r})
@@ -242,9 +246,9 @@ def test_one_rank_that_fails_keeps_no_other_waiting(cfg, tmp_path):
             raise RuntimeError("a fault of ours")
 
         if case == "before" and rank == 1:
-            story.OPENERS["knn"] = opening
+            story.PROTOCOLS["knn"] = Protocol(opening, protocol)
         if case == "after":
-            story.PROTOCOLS["knn"] = protocol
+            story.PROTOCOLS["knn"] = story.PROTOCOLS["knn"]._replace(measure=protocol)
 
         def main(argv):
             from glsd.config.parse import load
@@ -299,10 +303,10 @@ def two_processes(arguments):
 
 def test_weights_files_need_a_backbone_and_must_fit(cfg, world):
     weights = str(world / "w.safetensors")
-    with pytest.raises(UserError, match="--backbone"):
+    with pytest.raises(UserError, match="does not say which network it is: set backbone"):
         evaluate(replace(cfg, model=weights))
-    with pytest.raises(UserError, match="is no run"):
-        evaluate(replace(cfg, model=weights, features="student"))
+    with pytest.raises(UserError, match=r"features 'student': .* is not a run"):
+        evaluate(replace(cfg, model=weights, backbone="vit_tiny_patch16_224", features="student"))
     with pytest.raises(UserError, match="not of this network"):
         evaluate(replace(cfg, model=weights, backbone="vit_tiny_patch16_224"))
 
@@ -408,7 +412,7 @@ def test_retrieval_by_hand(cfg, world, distance, capsys):
 
 def features_of(pattern):
     from glsd.data.eval_loader import eval_loader
-    from glsd.evaluate.embed import embed
+    from glsd.evaluate.sets import embed
     from glsd.shards.store import open_shards
 
     loader = eval_loader(

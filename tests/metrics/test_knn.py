@@ -160,9 +160,9 @@ def test_bad_input_is_one_clear_line():
     train, labels = clusters(50)
     good: dict[str, Any] = {"k_list": [10]}
     for changes, word in (
-        ({"k_list": [10, 200]}, "k = 200 neighbors of 50"),
-        ({"k_list": [0]}, "k = 0"),
-        ({"k_list": []}, "k is empty"),
+        ({"k_list": [10, 200]}, "k_list holds 200: expected 1 to 50"),
+        ({"k_list": [0]}, "k_list holds 0"),
+        ({"k_list": []}, "k_list is empty"),
         ({"backend": "fais"}, "'faiss'"),
         ({"temperature": 0.0}, "temperature"),
     ):

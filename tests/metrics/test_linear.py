@@ -118,11 +118,16 @@ def test_an_unknown_val_label_is_never_right():
 
 def test_bad_input_is_one_clear_line():
     train, labels = clusters(50)
-    for settings in ({"lr_list": ()}, {"lr_list": (0.1, -1.0)}, {"epochs": 0}, {"batch_size": 0}):
-        with pytest.raises(UserError, match="expected > 0"):
+    for settings, says in (
+        ({"lr_list": ()}, r"lr_list is \[\]: expected one or more numbers above 0"),
+        ({"lr_list": (0.1, -1.0)}, r"lr_list is \[0.1, -1.0\]: expected"),
+        ({"epochs": 0}, "epochs is 0: expected 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0: expected 1 or more"),
+    ):
+        with pytest.raises(UserError, match=says):
             linear_probe(train, labels, train, labels, **settings)
     for seed in (-1, 2**63):
-        with pytest.raises(UserError, match=f"seed {seed}: expected 0 to"):
+        with pytest.raises(UserError, match=f"seed is {seed}: expected 0 to"):
             linear_probe(train, labels, train, labels, seed=seed)
     with pytest.raises(UserError, match="not finite"):
         linear_probe(train * float("nan"), labels, train, labels)

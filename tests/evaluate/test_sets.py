@@ -7,7 +7,7 @@ import torch.multiprocessing
 
 from glsd.batches import LabeledBatch
 from glsd.errors import UserError
-from glsd.evaluate.embed import embed
+from glsd.evaluate.sets import embed
 
 CPU = torch.device("cpu")
 

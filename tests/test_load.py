@@ -1,0 +1,142 @@
+"""One answer to what a path names, and nothing of fine-tuning is imported for it."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from glsd.config.finetune import FinetuneConfig, FinetuneDataConfig, FinetuneModelConfig
+from glsd.config.parse import dump
+from glsd.config.pretrain import DataConfig, ModelConfig, PretrainConfig, TimmArg
+from glsd.errors import UserError
+from glsd.load import build_embedder, find_weights, identify, load_network
+from glsd.models.backbone import build_backbone
+from glsd.runtime import checkpoint
+
+NAME = "vit_tiny_patch16_224"
+TINY: dict[str, TimmArg] = {"patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}
+TRAINED = PretrainConfig(
+    seed=5,
+    data=DataConfig(global_size=32, local_size=16),
+    model=ModelConfig(backbone=NAME, timm_args=TINY, pool="mean"),
+)
+
+
+def write_run(folder, config, networks, *, step):
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump(config))
+    tensors = {role: network.state_dict() for role, network in networks.items()}
+    return checkpoint.save(folder / "checkpoints", step=step, tensors=tensors, state={}, optimizer={}, keep=1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run of pretraining, one of metric learning that started from it, and a weights file, each with known weights."""
+    root = tmp_path_factory.mktemp("load")
+    student, teacher = (build_backbone(NAME, image_size=32, timm_args=TINY, seed=seed) for seed in (2, 1))
+    save_file(teacher.net.state_dict(), root / "weights.safetensors")
+    networks = {
+        role: torch.nn.ModuleDict({"backbone": x}) for role, x in (("student", student), ("teacher", teacher))
+    }
+    start = write_run(root / "pretrained", TRAINED, networks, step=7)
+    tuned = FinetuneConfig(
+        init=str(start),
+        data=FinetuneDataConfig(crop=40, resize=50),
+        model=FinetuneModelConfig(backbone=NAME, timm_args=TINY, pool="cls", embed_dim=6),
+    )
+    embedder = build_embedder(replace(tuned, seed=9), "random")
+    write_run(root / "tuned", tuned, {"student": embedder, "losses": torch.nn.Linear(1, 1)}, step=3)
+    return {"root": root, "teacher": teacher, "student": student, "embedder": embedder}
+
+
+def same(ours, theirs) -> bool:
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_pretraining_run_is_its_teacher_unless_another_network_is_asked_for(world):
+    run = world["root"] / "pretrained"
+    for path in (run, run / "checkpoints" / "step_00000007", run / "checkpoints" / "latest"):
+        loaded = load_network(str(path))
+        assert same(loaded.network, world["teacher"])
+        assert (loaded.name, loaded.step, loaded.run) == (f"teacher of {run}", 7, run)
+        assert (loaded.crop, loaded.resize, loaded.config) == (32, None, TRAINED)
+    assert same(load_network(str(run), role="student").network, world["student"])
+    initial = load_network(str(run), role="initial")
+    assert same(initial.network, build_backbone(NAME, image_size=32, timm_args=TINY, seed=TRAINED.seed))
+    assert (initial.name, initial.step) == (f"initial network of {run}", 0)
+    images = torch.rand(2, 3, 32, 32)
+    # The run looks at the mean of the patches.
+    assert torch.equal(loaded.features(images), world["teacher"](images)[1].mean(dim=1))
+    assert torch.equal(load_network(str(run), pool="cls").features(images), world["teacher"](images)[0])
+
+
+def starts_from_the_teacher(run, world) -> bool:
+    initial = load_network(str(run), role="initial").network.state_dict()
+    patches = "net.patch_embed.proj.weight"
+    return torch.equal(initial[f"backbone.{patches}"], world["teacher"].state_dict()[patches])
+
+
+def test_a_metric_learning_run_is_its_student_with_the_embedding(world):
+    run = world["root"] / "tuned"
+    loaded = load_network(str(run))
+    assert same(loaded.network, world["embedder"])
+    assert (loaded.name, loaded.step, loaded.crop, loaded.resize) == (f"student of {run}", 3, 40, 50)
+    assert loaded.features(torch.rand(2, 3, 40, 40)).shape == (2, 6)
+    # Its start is the teacher of the run that it was given.
+    assert starts_from_the_teacher(run, world)
+
+
+def test_the_start_of_a_resumed_run_is_still_what_it_was_given(world, tmp_path):
+    """Its own folder holds checkpoints by now, and these are not its start."""
+    run = tmp_path / "run"
+    config = identify(str(world["root"] / "tuned")).config
+    assert isinstance(config, FinetuneConfig)
+    write_run(run, replace(config, resume="auto", out=str(run)), {"student": world["embedder"]}, step=4)
+    assert starts_from_the_teacher(run, world)
+
+
+def test_weights_are_those_to_go_on_with(world):
+    root = world["root"]
+    for path, network in (("pretrained", world["teacher"]), ("tuned", world["embedder"].backbone)):
+        weights = find_weights(identify(str(root / path)))
+        size = 40 if path == "tuned" else 32
+        assert same(build_backbone(NAME, image_size=size, timm_args=TINY, init=weights), network)
+    assert find_weights(identify("timm:some_network")) == "timm"
+    file = str(root / "weights.safetensors")
+    assert find_weights(identify(file, backbone=NAME)) == file
+    assert identify("random", backbone=NAME).architecture.backbone == NAME
+
+
+def test_mistakes_are_named(world, tmp_path):
+    run, tuned, file = (str(world["root"] / name) for name in ("pretrained", "tuned", "weights.safetensors"))
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"path": ""}, "path is not set: give a run folder"),
+        ({"path": "no/such"}, "path 'no/such': no such run, checkpoint or weights file, and not timm:NAME"),
+        ({"path": file}, "does not say which network it is: set backbone"),
+        ({"path": file, "backbone": NAME, "role": "student"}, "role 'student': .* is not a run"),
+        ({"path": "timm:a", "backbone": "b"}, "'timm:a' and backbone 'b' name two networks"),
+        ({"path": run, "role": "tutor"}, "unknown .*'tutor'"),
+        ({"path": tuned, "role": "teacher"}, "role 'teacher': .* is a metric-learning run"),
+        ({"path": tuned, "pool": "mean"}, "pool 'mean': .* is a metric-learning run"),
+    )
+    for arguments, says in cases:
+        with pytest.raises(UserError, match=says):
+            load_network(**arguments)
+    (tmp_path / "config.yaml").write_text(dump(TRAINED))
+    with pytest.raises(UserError, match=r"no checkpoint yet \(role 'initial' is"):
+        load_network(str(tmp_path))
+
+
+def test_a_frozen_backbone_imports_no_fine_tuning():
+    code = (
+        "import sys, glsd.load\n"
+        "unwanted = {'pytorch_metric_learning', 'scipy.stats', 'sklearn', 'glsd.finetune', 'glsd.losses'}\n"
+        "assert not unwanted & sys.modules.keys(), unwanted & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
