@@ -14,7 +14,7 @@ from glsd.rng import Stream, permutation, philox
 _MOMENTUM = 0.9
 _INIT_STD = 0.01
 _FAR_BELOW = 60.0
-_MAX_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 
 
 class LinearProbe(NamedTuple):
@@ -88,8 +88,8 @@ def check_settings(lr_list: Sequence[float], *, epochs: int, batch_size: int, se
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} is {value}: expected 1 or more")
-    if not 0 <= seed <= _MAX_SEED:
-        raise UserError(f"seed is {seed}: expected 0 to {_MAX_SEED}")
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed is {seed}: expected 0 to {MAX_SEED}")
 
 
 def _train(
