@@ -222,11 +222,6 @@ def is_finetuned(run: Path) -> bool:
     return isinstance(config, dict) and "reg" in config
 
 
-def has_checkpoint(run: Path) -> bool:
-    """Tell whether a run folder holds a checkpoint, intact or not."""
-    return any((run / "checkpoints").glob("step_????????"))
-
-
 def read_checkpoint(run: Path, chosen: Path | None, hint: str = "") -> Checkpoint:
     """Return the chosen checkpoint of a run, or its latest intact one; UserError if there is none."""
     saved = checkpoint.load(chosen) if chosen else checkpoint.load_latest(run / "checkpoints")

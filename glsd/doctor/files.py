@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 from glsd.doctor.line import Line, who
 from glsd.errors import one_line
+from glsd.files import flush, replacing, try_lock
 
 SEE_SECONDS = 20.0  # until a file of another host must be seen: network disks remember for a while that it was not there
 RENAME_SECONDS = 1.0
@@ -47,10 +47,9 @@ def clean(made: list[str]) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file the way checkpoints are written: under another name, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write a text the way a run writes its files: under a temporary name, then renamed."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def see(folder: Path, token: str, rank: int) -> dict[str, Any]:
@@ -126,12 +125,9 @@ def turns(folder: Path, rank: int) -> dict[str, Any]:
 def _locked(file: Any) -> str:
     """What is said when a lock is asked for: "" where it is given, "held" where another has it, else the error."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return "held"
+        return "" if try_lock(file) else "held"
     except OSError as problem:
         return one_line(problem)
-    return ""
 
 
 def disks(out: str) -> dict[str, Any]:
@@ -172,8 +168,7 @@ def write_speed(folder: Path) -> dict[str, Any]:
         with open(path, "wb") as file:
             for _ in range(WRITTEN >> 20):
                 file.write(os.urandom(1 << 10) * (1 << 10))
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         return {"seconds": time.monotonic() - began, "why": ""}
     except OSError as problem:
         return {"seconds": 0.0, "why": one_line(problem)}

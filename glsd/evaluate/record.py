@@ -1,33 +1,30 @@
 """evals.json: every evaluation of a model with its protocol, one record after the other."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from glsd.errors import UserError, one_line
+from glsd.files import locked, replacing
 
 FILE = "evals.json"
+# A file of its own: evals.json is replaced each time. It stays, as another process may be waiting for it.
+LOCK_FILE = f".{FILE}.lock"
 
 
 def append_record(folder: Path, record: dict[str, Any]) -> None:
-    """Add a record to the folder's evals.json; written under a temporary name and renamed, so never half there.
+    """Add a record to the folder's evals.json, atomically.
 
     Evaluations that end at the same time wait for one another (``.evals.json.lock``), so that none is lost.
     Raises UserError if the file cannot be written or is no list of records.
     """
-    path, draft = folder / FILE, _draft(folder)
+    path = folder / FILE
     try:
-        with _locked(folder):
+        with locked(folder / LOCK_FILE):
             text = json.dumps([*_read(path), record], indent=1) + "\n"
-            with draft.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
+            with replacing(path) as file:
+                file.write(text.encode())
     except OSError as problem:
         raise UserError(f"cannot write {path}: {one_line(problem)}; choose another folder") from problem
 
@@ -41,9 +38,7 @@ def cannot_write(folder: Path) -> UserError | None:
     """Return why evals.json cannot be written there, to know it before the long part; makes the folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
-            _draft(folder).touch()
-            _draft(folder).unlink()
+        with locked(folder / LOCK_FILE), tempfile.TemporaryFile(dir=folder):
             _read(folder / FILE)
     except UserError as problem:
         return problem
@@ -52,18 +47,6 @@ def cannot_write(folder: Path) -> UserError | None:
             f"cannot write {FILE} to {folder}: {one_line(problem)}; choose another folder with --out"
         )
     return None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    # A file of its own: evals.json is replaced by another file each time. It stays, as nobody can know who waits for it.
-    with (folder / f".{FILE}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, whatever happens
-        yield
-
-
-def _draft(folder: Path) -> Path:
-    return folder / f".{FILE}.{os.getpid()}.tmp"
 
 
 def _read(path: Path) -> list:

@@ -22,7 +22,6 @@ from glsd.load import (
     build_embedder,
     find_run,
     find_weights,
-    has_checkpoint,
     identify,
     is_finetuned,
 )
@@ -30,6 +29,8 @@ from glsd.losses.mdr import MdrStatistics, initial_statistics
 from glsd.losses.ranking import RANKING, RankingLoss, build_ranking
 from glsd.models.embedder import Embedder
 from glsd.optim.param_groups import param_groups
+from glsd.runtime.checkpoint import has_checkpoint
+from glsd.runtime.run import Run
 
 OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -64,7 +65,7 @@ def resolve(cfg: FinetuneConfig) -> tuple[FinetuneConfig, str]:
     config.yaml, and takes its weights from its own checkpoint.
     """
     out = Path(cfg.out)
-    if cfg.resume == "auto" and find_run(out) and has_checkpoint(out) and is_finetuned(out):
+    if cfg.resume == "auto" and find_run(out) and has_checkpoint(Run(out).checkpoints) and is_finetuned(out):
         earlier = load_file(FinetuneConfig, out / "config.yaml")
         return filled(cfg, architecture_of(earlier), init=earlier.init), "random"
     with config_keys({"path": "init", "backbone": "model.backbone"}):

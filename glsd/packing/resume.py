@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glsd.errors import UserError, one_line
+from glsd.files import flush, sync
 from glsd.packing.source import Loaded
 from glsd.packing.write import (
     JOURNAL_FILE,
     Sample,
     fill_shards,
-    locked,
     publish,
     refuse_shards,
     sample_key,
-    sync_folder,
     table_row,
+    work_folder,
 )
 from glsd.shards.find import SOURCES_SUFFIX
 from glsd.shards.index import index_path
@@ -112,8 +112,7 @@ class Packing:
                 rows = [taken.popleft() for _ in range(count)]
                 for key, row in enumerate(rows, done.num_images):
                     file.write(table_row(sample_key(key), row.name, *([row.was] if note_sizes else [])))
-                file.flush()
-                os.fsync(file.fileno())
+                flush(file)
                 following = rows[-1].place + 1
                 gone = []
                 while left_out and left_out[0][0] < following:
@@ -132,15 +131,14 @@ class Packing:
         """Note that every file of the packing is in the folder."""
         for path in self.work.iterdir():
             if path.suffix == ".json":
-                _sync(path)
-        sync_folder(self.work)
+                sync(path)
+        sync(self.work)
         self._note(complete=True, unreadable=left_out)
 
     def _note(self, **line: Any) -> None:
         with open(self.work / JOURNAL_FILE, "ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         self.progress.add(line)
 
 
@@ -152,7 +150,7 @@ def resumable_staging(dst: Path, prefix: str, settings: Mapping[str, Any]) -> It
     the next time; without one, nothing stays. Raises UserError as ``staging`` does, and if the folder holds an unfinished
     packing of something else.
     """
-    with locked(dst, [prefix]) as work:
+    with work_folder(dst, [prefix]) as work:
         progress = _recover(work, {"version": VERSION, **settings})
         if not (work / JOURNAL_FILE).exists():
             shutil.rmtree(work, ignore_errors=True)  # nobody vouches for what is there
@@ -184,9 +182,8 @@ def _line(error: OSError | UserError, dst: Path) -> str:
 def _begin(work: Path, settings: Mapping[str, Any]) -> None:
     with open(work / JOURNAL_FILE, "wb") as file:
         file.write(json.dumps(settings).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(work)
+        flush(file)
+    sync(work)
 
 
 def _recover(work: Path, settings: Mapping[str, Any]) -> Progress:
@@ -240,8 +237,3 @@ def _sweep(work: Path, prefix: str, progress: Progress) -> None:
             path.unlink()
     if (work / table).exists():
         os.truncate(work / table, progress.table_bytes)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

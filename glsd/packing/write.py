@@ -1,19 +1,18 @@
 """Tar shards as they are written: the samples in their order, an index beside each shard, nothing visible until all is done."""
 
-import fcntl
 import glob
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 
 from webdataset import TarWriter
 
 from glsd.errors import UserError, one_line
+from glsd.files import flush, locked, sync
 from glsd.shards.find import SOURCES_SUFFIX
 from glsd.shards.index import (
     BLOCK,
@@ -61,10 +60,9 @@ def fill_shards(
                     size += len(raw) + SAMPLE_OVERHEAD
                     key += 1
                     sample = next(rows, None)
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
+        # It also makes the shard's name in the folder durable.
         write_index(build_index(path), index_path(path), shard_name=path.name)
-        sync_folder(folder)
         yield path.name, key - before
         number += 1
 
@@ -119,15 +117,6 @@ def write_classes(work: Path, classes: Sequence[str]) -> None:
         (work / CLASSES_FILE).write_text(json.dumps(list(classes), indent=1) + "\n")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power failure, as fsync does for what is in the files."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def staging(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
     """Give a hidden folder inside ``dst`` whose files are moved up at the end: half a packing never looks whole.
@@ -135,7 +124,7 @@ def staging(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
     What an interrupted packing of the same kind left there is removed first. Raises UserError if ``dst`` cannot be
     written, has shards of one of the prefixes or an unfinished packing that can go on, or another process packs there.
     """
-    with locked(dst, prefixes) as work:
+    with work_folder(dst, prefixes) as work:
         if (work / JOURNAL_FILE).exists():
             raise UserError(
                 f"{work} holds an unfinished packing: finish it with the command that began it, or delete the folder"
@@ -151,7 +140,7 @@ def staging(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
+def work_folder(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
     """Make ``dst`` and hold it against other processes; give the path of the hidden folder for ``prefixes``, not yet made.
 
     An OSError inside becomes a UserError that names ``dst``.
@@ -159,43 +148,30 @@ def locked(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
     for prefix in prefixes:
         if not prefix or "/" in prefix or prefix.startswith("."):
             raise UserError(f"prefix {prefix!r}: expected the beginning of a file name, such as train")
-    lock = None
     try:
         dst.mkdir(parents=True, exist_ok=True)
-        lock = _lock(dst)
-        yield dst / f".{prefixes[0]}.packing"
+        with _alone(dst):
+            yield dst / f".{prefixes[0]}.packing"
     except OSError as error:
         reason = "it is not a folder" if os.path.exists(dst) and not os.path.isdir(dst) else one_line(error)
         raise UserError(f"cannot write to {dst}: {reason}") from error
-    finally:
-        if lock is not None:
-            (dst / LOCK_FILE).unlink(missing_ok=True)  # while it is held: who waits for it finds another file
-            os.close(lock)
 
 
-def _lock(dst: Path) -> int:
-    """Take the lock of a folder. It ends with this process, however that ends, and is not inherited by its workers."""
+@contextmanager
+def _alone(dst: Path) -> Iterator[None]:
+    """Hold the folder's lock within the block; UserError if another process holds it."""
     path = dst / LOCK_FILE
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with ExitStack() as stack:
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            os.close(handle)
+            stack.enter_context(locked(path, timeout=0.0))
+        except TimeoutError as error:
             raise UserError(
                 f"another process is packing into {dst}: wait for it, or choose another folder"
             ) from error
-        except OSError as error:  # some network file systems have no locks
-            warnings.warn(
-                f"{dst} cannot be locked ({one_line(error)}): let nobody else pack into it", stacklevel=2
-            )
-            return handle
         try:
-            if os.path.samestat(os.stat(path), os.fstat(handle)):
-                return handle
-        except FileNotFoundError:
-            pass
-        os.close(handle)  # the one before us finished and removed it in between
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is held: the next process makes another file
 
 
 def refuse_shards(dst: Path, prefixes: Sequence[str], *, ours: Sequence[str] = ()) -> None:
@@ -211,4 +187,4 @@ def publish(work: Path, dst: Path) -> None:
     files = [path for path in work.iterdir() if path.name != JOURNAL_FILE]
     for path in sorted(files, key=lambda path: (path.suffix == ".tar", path.name)):
         os.replace(path, dst / path.name)
-    sync_folder(dst)
+    sync(dst)

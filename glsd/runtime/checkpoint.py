@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from glsd.cluster import dist, fsdp
 from glsd.errors import UserError, one_line
+from glsd.files import sync
 
 VERSION = 1
 _OPTIMIZER, _STATE, _MANIFEST = "optimizer.pt", "state.json", "manifest.json"
@@ -62,8 +63,6 @@ def save(
     of a later step (the run went back before them) are deleted only after the new one is safe. Raises
     UserError on every rank if the disk refuses; earlier checkpoints are intact then.
     """
-    if keep < 1:
-        raise UserError(f"watch.keep_checkpoints is {keep}: expected at least 1")
     final = folder / _name(step)
     error = None
     if dist.is_main():
@@ -150,6 +149,11 @@ def restore(module: nn.Module, saved: Mapping[str, Tensor], *, source: str) -> N
     fsdp.load_state(module, saved)
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether the folder ``checkpoints`` of a run holds a checkpoint, intact or not."""
+    return bool(_complete(folder))
+
+
 def _name(step: int) -> str:
     return f"step_{step:08d}"
 
@@ -160,8 +164,6 @@ def _step_of(path: Path) -> int:
 
 def _complete(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first; folders that were being written have another name."""
-    if not folder.is_dir():
-        return []
     found = [p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
     return sorted(found, key=_step_of)
 
@@ -169,24 +171,25 @@ def _complete(folder: Path) -> list[Path]:
 def _write(final: Path, *, step: int, tensors, state, optimizer) -> None:
     temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     temporary.mkdir()
+    (temporary / _STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
     for name, named in tensors.items():
-        save_file(_separate(named), temporary / f"{name}.safetensors")
-    packed = (
-        io.BytesIO()
-    )  # straight to a full disk, torch.save dies of an internal error that hides the reason
+        file = temporary / f"{name}.safetensors"
+        save_file(_separate(named), file)
+        shutil.copymode(temporary / _STATE, file)  # safetensors writes files that only their owner can read
+    # In memory first: on a full disk torch.save raises an internal error that hides the reason.
+    packed = io.BytesIO()
     torch.save(dict(optimizer), packed)
     (temporary / _OPTIMIZER).write_bytes(packed.getbuffer())
-    (temporary / _STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
     manifest = {"version": VERSION, "step": step, "files": files}
     (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*temporary.iterdir(), temporary]:
-        _fsync(path)
+        sync(path)
     replaced = final.with_name(f"{final.name}.tmp-{os.getpid()}-replaced")
     if final.exists():  # a directory cannot be renamed over a full one
         os.rename(final, replaced)
     os.rename(temporary, final)
-    _fsync(final.parent)
+    sync(final.parent)
     _delete_leftovers(final.parent)
 
 
@@ -209,7 +212,7 @@ def _point_latest(folder: Path, name: str) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     os.replace(link, folder / "latest")
-    _fsync(folder)
+    sync(folder)
 
 
 def _delete_old(folder: Path, *, step: int, keep: int) -> None:
@@ -272,11 +275,3 @@ def _read(path: Path) -> Checkpoint:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

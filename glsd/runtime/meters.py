@@ -5,7 +5,6 @@ the terminal.
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from glsd.cluster import dist, shutdown
 from glsd.errors import UserError, one_line
+from glsd.files import flush
 
 
 class Meters:
@@ -140,8 +140,7 @@ class Meters:
         if self._file is None or self._board is None:
             return
         with self._disk():
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            flush(self._file)
             self._board.flush()
 
     @contextlib.contextmanager

@@ -21,6 +21,8 @@ import torch
 
 from glsd.cluster import dist
 from glsd.errors import UserError, one_line
+from glsd.files import replacing
+from glsd.runtime import checkpoint
 
 PACKAGES = (
     "torch",
@@ -73,7 +75,7 @@ def open_run(out: str | Path, *, resolved_config: str, resume: bool) -> Run:
     error = None
     if dist.is_main():
         try:
-            if _has_checkpoint(run.checkpoints) and not resume:
+            if checkpoint.has_checkpoint(run.checkpoints) and not resume:
                 raise UserError(
                     f"{run.folder} already has checkpoints: "
                     "go on with --resume auto, or give another folder with --out"
@@ -82,7 +84,7 @@ def open_run(out: str | Path, *, resolved_config: str, resume: bool) -> Run:
             _write_config(run.folder / "config.yaml", resolved_config)
             with (run.folder / "env.txt").open("a") as file:
                 file.write(environment() + "\n")
-            if not _has_checkpoint(run.checkpoints):
+            if not checkpoint.has_checkpoint(run.checkpoints):
                 rewind(run.folder, -1)
         except OSError as problem:
             error = UserError(
@@ -92,10 +94,6 @@ def open_run(out: str | Path, *, resolved_config: str, resume: bool) -> Run:
             error = problem
     dist.raise_together(error)
     return run
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    return any(path.name.removeprefix("step_").isdigit() for path in folder.glob("step_*"))
 
 
 def _write_config(path: Path, text: str) -> None:
@@ -111,7 +109,8 @@ def _write_config(path: Path, text: str) -> None:
                 f"warning: the configuration is not that of the earlier start, kept as config.{number}.yaml:"
             )
             print("\n".join(f"  {redact(line)}" for line in changes), flush=True)
-    _replace(path, [text])
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def redact(text: str) -> str:
@@ -172,8 +171,8 @@ def rewind(folder: Path, step: int) -> None:
     for path in (Run(folder).metrics, Run(folder).quarantine, Run(folder).samples):
         if not path.exists():
             continue
-        with path.open(errors="replace") as lines:
-            _replace(path, _rows_until(step, lines, path))
+        with path.open(errors="replace") as lines, replacing(path) as file:
+            file.writelines(row.encode() for row in _rows_until(step, lines, path))
 
 
 def _rows_until(step: int, lines: Iterable[str], path: Path) -> Iterator[str]:
@@ -206,15 +205,6 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         raise UserError(
             f"cannot write {path}: {one_line(problem)}; free space or make it writable"
         ) from problem
-
-
-def _replace(path: Path, parts: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from glsd.errors import UserError, one_line
+from glsd.files import flush
 from glsd.shards.addresses import identity, shown
 from glsd.shards.file_locks import (
     FAILED,
@@ -131,8 +132,7 @@ class ShardCache:
             if self._make_room(file, header.shard_bytes, wait=wait):
                 with noted(part):
                     copy_to(file, address, header.shard_bytes)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    flush(file)
                     check_digest(address, part, header)
                 done = True
         finally:

@@ -4,14 +4,15 @@ A lock ends with its process; a note says to those who wait why somebody has fai
 """
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from glsd import files
 from glsd.errors import UserError
+from glsd.files import replacing, try_lock, unlock
 from glsd.shards.remote import TIMEOUT_VARIABLE, patience
 
 FAILED = ".failed"  # suffix of the notes
@@ -22,12 +23,11 @@ def removed_if_abandoned(part: Path) -> bool:
     """Remove a download that nobody is at; tell whether that was so."""
     try:
         with open(part, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # While it is locked: the next one could begin to fill it otherwise.
-            if removed := _same(file, part):
+            # Removed while it is locked: the next process could begin to fill it otherwise.
+            if removed := try_lock(file) and _same(file, part):
                 part.unlink()
             return removed
-    except (FileNotFoundError, BlockingIOError):
+    except FileNotFoundError:
         return False
 
 
@@ -37,30 +37,20 @@ def noted(part: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        note = part.with_suffix(f"{FAILED}.new")
-        with contextlib.suppress(OSError):
-            note.write_text(str(error))
-            os.replace(note, part.with_suffix(FAILED))
+        with contextlib.suppress(OSError), replacing(part.with_suffix(FAILED)) as note:
+            note.write(str(error).encode())
         raise
 
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Keep all other processes and threads out; UserError if one of them stays in for longer than ``patience()``."""
-    started = time.monotonic()
-    with open(path, "ab") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - started > patience():
-                    raise UserError(f"{path} is locked by another process: end that one") from None
-                time.sleep(POLL)
+    with contextlib.ExitStack() as stack:
         try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open, too
+            stack.enter_context(files.locked(path, timeout=patience()))
+        except TimeoutError as error:
+            raise UserError(f"{path} is locked by another process: end that one") from error
+        yield
 
 
 @contextlib.contextmanager
@@ -76,17 +66,13 @@ def locked(part: Path, address: str, *, wait: bool, unless: Path) -> Iterator[Bi
             if wait and failed.stat().st_mtime > began:
                 raise UserError(failed.read_text())  # it has failed for us too
         with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pass
-            else:
+            if try_lock(file):
                 # Renamed or removed by the one that had the lock: then this is no longer the file of that name.
                 if _same(file, part):
                     try:
                         yield file
                     finally:
-                        fcntl.flock(file, fcntl.LOCK_UN)
+                        unlock(file)
                     return
                 continue
             status = os.fstat(file.fileno())

@@ -1,10 +1,8 @@
 """From patterns to shards and their indices: what is there, here or on a server, and that its size is the one expected."""
 
-import fcntl
 import glob
 import hashlib
 import os
-import tempfile
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from glsd.errors import UserError, one_line
+from glsd.files import replacing, try_lock
 from glsd.shards.addresses import (
     beside,
     check_scheme,
@@ -200,16 +199,13 @@ def _index_here(
             local.unlink(missing_ok=True)  # our copy is damaged, which says nothing of theirs
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".part") as file:
-            copy_to(file.file, sidecar, index.size)
+        with replacing(local) as file:
+            copy_to(file, sidecar, index.size)
             file.flush()
             try:
                 map_index(read_header(Path(file.name)))
             except UserError as error:
                 raise UserError(str(error).replace(file.name, shown(sidecar))) from error
-            os.fsync(file.fileno())
-            os.link(file.name, f"{file.name}.whole")
-            os.replace(f"{file.name}.whole", local)
     except OSError as error:
         raise UserError(
             f"cannot write {local}: {one_line(error)}: name another folder in {FOLDER_VARIABLE}"
@@ -230,7 +226,7 @@ def index_remote(address: str, *, upload: bool) -> int:
         scratch.mkdir(parents=True, exist_ok=True)
         # Of the cache's own names, and locked: what a kill leaves there goes with the next download.
         with open(scratch / f"{uuid.uuid4().hex}{PART}", "w+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try_lock(file)
             try:
                 copy_to(file, address, shard.size)
                 file.flush()

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from jaxtyping import Int64, UInt8
 from safetensors.numpy import save
 
 from glsd.errors import UserError, one_line
+from glsd.files import replacing
 from glsd.shards.tar import BLOCK, TarError
 from glsd.shards.tar_samples import IMAGE_EXTENSIONS, scan_samples
 
@@ -137,19 +137,11 @@ def write_index(index: ShardIndex, path: Path, *, shard_name: str) -> None:
         "count": str(len(index)),
         "checksum": str(_checksum({name: [array.data] for name, array in arrays.items()})),
     }
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        with replacing(path) as file:
             file.write(save(arrays, metadata=metadata))
-            os.fchmod(file.fileno(), 0o644)  # temporary files are private, an index is as public as its shard
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise UserError(
             f"cannot write the index {path}: {one_line(error)} (GLSD_CACHE names the folder for indices that do "
             "not lie beside their shards)"

@@ -1,6 +1,5 @@
 """Two crops side by side, lines between matched patches: the first thing to look at in a new run."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 from torch import Tensor
 
 from glsd.errors import UserError, one_line
+from glsd.files import replacing
 from glsd.geometry import grid_side
 
 _COLORS = colormaps["hsv"]
@@ -62,12 +62,11 @@ def draw_matches(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure under a temporary name, then rename it: a reader never sees half a picture."""
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+    """Write a figure as PNG, atomically. Raises UserError if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(draft, format="png")
-        draft.replace(path)
+        with replacing(path) as file:
+            figure.savefig(file, format="png")
     except OSError as problem:
         raise UserError(
             f"cannot write the picture {path}: {one_line(problem)}; choose another folder"

@@ -103,8 +103,17 @@ def test_the_newest_are_kept_and_nothing_else_stays(tmp_path):
         save_step(tmp_path, step)
     assert names(tmp_path) == ["latest", "step_00000002", "step_00000003"]
     assert os.readlink(tmp_path / "latest") == "step_00000003"
-    with pytest.raises(UserError, match="keep_checkpoints is 0"):
-        save_step(tmp_path, 4, keep=0)
+
+
+def test_every_file_has_the_mode_of_a_new_file(tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = save_step(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == dict.fromkeys(
+        FILES, "0o644"
+    )
 
 
 def test_the_same_step_again_replaces_it(tmp_path):
@@ -212,7 +221,7 @@ def test_a_disk_that_refuses_leaves_earlier_ones_intact(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "_fsync", full)
+    monkeypatch.setattr(checkpoint, "sync", full)
     with pytest.raises(UserError, match=r"No space left on device.*earlier checkpoints are intact"):
         save_step(tmp_path, 2)
     assert names(tmp_path) == ["latest", "step_00000001"]
@@ -225,7 +234,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("same_step", [False, True])
 def test_a_kill_at_any_moment_leaves_an_intact_checkpoint(tmp_path, capsys, monkeypatch, same_step):
-    names_of_calls = [(os, "rename"), (os, "replace"), (checkpoint, "_fsync"), (checkpoint.shutil, "rmtree")]
+    names_of_calls = [(os, "rename"), (os, "replace"), (checkpoint, "sync"), (checkpoint.shutil, "rmtree")]
     originals = {(place, name): getattr(place, name) for place, name in names_of_calls}
     for deadly in range(1, 30):
         folder = tmp_path / str(deadly)

@@ -1,0 +1,151 @@
+"""Atomic writes leave the old file or the new one; locks keep others out and end with their process."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from glsd.files import locked, replacing, try_lock, unlock
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_bytes(b"old")
+    with replacing(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["file.json"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    path.write_bytes(b"old")
+
+    def interrupted():
+        with replacing(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"), replacing(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file.json"]
+
+
+def test_a_replaced_file_has_the_mode_of_a_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "file"):
+            pass
+    finally:
+        os.umask(before)
+    assert oct((tmp_path / "file").stat().st_mode & 0o777) == "0o640"
+
+
+def test_file_and_folder_are_flushed_before_and_after_the_rename(tmp_path, monkeypatch):
+    fsync, replace, calls = os.fsync, os.replace, []
+
+    def noted_fsync(descriptor):
+        calls.append(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix(str(tmp_path)))
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr("os.fsync", noted_fsync)
+    monkeypatch.setattr("os.replace", noted_replace)
+    with replacing(tmp_path / "file") as file:
+        file.write(b"x")
+    assert calls[0].startswith("/.file.")
+    assert calls[1:] == ["rename", ""]
+
+
+def test_a_lock_keeps_other_threads_out(tmp_path):
+    inside, most = 0, 0
+    guard = threading.Lock()
+
+    def work():
+        nonlocal inside, most
+        with locked(tmp_path / "lock"):
+            with guard:
+                inside += 1
+                most = max(most, inside)
+            with pytest.raises(TimeoutError), locked(tmp_path / "lock2", timeout=0.0):
+                pass
+            with guard:
+                inside -= 1
+
+    with locked(tmp_path / "lock2"):
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most == 1
+
+
+HOLDER = """
+import os, pathlib, sys, time
+from glsd.files import locked
+
+with locked(pathlib.Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_process_releases_its_lock_also_while_its_children_live(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    child = int(process.stdout.readline())
+    try:
+        with pytest.raises(TimeoutError), locked(tmp_path / "lock", timeout=0.0):
+            pass
+        process.kill()
+        process.wait(60)
+        with locked(tmp_path / "lock", timeout=5.0):
+            os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="cannot be locked .No locks available"), locked(tmp_path / "lock"):
+        pass
+
+
+def test_the_lock_of_an_open_file_follows_it_when_it_is_renamed(tmp_path):
+    with open(tmp_path / "part", "wb") as file:
+        assert try_lock(file)
+        os.rename(tmp_path / "part", tmp_path / "whole")
+        with open(tmp_path / "whole", "rb") as other:
+            assert not try_lock(other)
+            unlock(file)
+            assert try_lock(other)
