@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
+NUM_GLOBAL = 2  # global crops of an image; the teacher sees them
+
 # Columns of the photometric parameters of one crop. Every column has a value that means "leave as it is", so no apply
 # flags are needed: brightness/contrast/saturation 1, hue 0, grayscale 0, blur_sigma 0, solarize 0.
 # jitter_order is the index (0..23) of a permutation of (brightness, contrast, saturation, hue), lexicographic.

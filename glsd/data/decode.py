@@ -1,42 +1,41 @@
-"""From the bytes of one image file to uint8 RGB pixels, or to a reason why not."""
+"""Decoding: the bytes of one image file to uint8 RGB pixels, at full or reduced size, or the reason why not.
+
+A reduced image comes with a Grid: which source pixels each of its pixels stands for.
+"""
 
 import io
+import math
 import re
 import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from PIL import Image, ImageOps, JpegImagePlugin
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from glsd.data.opencv import single_threaded
-from glsd.data.reduced import (
-    REDUCTIONS,
-    Grid,
-    turned,
-    upright_grid,
-)
+from glsd.data.workers import single_threaded
 from glsd.errors import BrokenImage, one_line
 
-# Pillow's own hard limit, applied to every format: a few bytes of header may claim any size, and the memory for
-# it would be taken before a single pixel is read.
+# Pillow's own limit, here for every format. A header of a few bytes may claim any size, and the memory for it is
+# allocated before a single pixel is read.
 MAX_PIXELS = 178_956_970
-# What JPEG can say. Pillow keeps a pointer for every row: one column of MAX_PIXELS took 6 GB.
+# The limit of JPEG. Pillow keeps a pointer for every row: one column of MAX_PIXELS took 6 GB.
 MAX_SIDE = 65_535
-# Encoders write about ten. Each makes libjpeg go over the whole image: a megabyte can hold 90,000, for half an hour.
+# Encoders write about ten. libjpeg goes over the whole image for each: a megabyte can hold 90,000, half an hour of work.
 MAX_SCANS = 100
 
-# Formats we mean to read, as Pillow calls them (JPEG includes its MPO, several in one file). Others it would take from
-# the bytes whatever the file is called, among them EPS, which it hands to Ghostscript: a program that runs programs.
+# The formats we read, by Pillow's names (JPEG includes MPO, several images in one file). Pillow would recognize others
+# by their bytes, whatever the file is called. One is EPS, which it hands to Ghostscript: a program that runs programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 
-# What Pillow's and torchvision's decoders raise on damaged files, beside their own error types.
+# What Pillow, torchvision and OpenCV raise on damaged files.
 DECODE_ERRORS = (
     OSError,
     EOFError,
@@ -53,29 +52,71 @@ DECODE_ERRORS = (
     cv2.error,
 )
 
-
 # Second bytes of JPEG markers.
 END, SCAN = 0xD9, 0xDA
-ALONE = frozenset(
-    (0x00, 0x01, *range(0xD0, 0xD9))
-)  # no length follows: restarts, start of image, no marker at all
+# No length follows these: restarts, start of image, no marker at all.
+NO_LENGTH = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))
 START_OF_IMAGE, END_OF_IMAGE, START_OF_SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
-# Behind coded data too, in which 0x00 and restarts follow a 0xff.
+# Any marker, also after coded data, where 0x00 or a restart follows a 0xff that is no marker.
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 # torchvision and OpenCV put their own source file and line before the message.
-OWN_PLACES = re.compile(r"^(decode_jpeg, .*?:[0-9]+, |OpenCV\(.*?\) .*?:[0-9]+: )")
+LIBRARY_SOURCE = re.compile(r"^(decode_jpeg, .*?:[0-9]+, |OpenCV\(.*?\) .*?:[0-9]+: )")
+
+# Side of an image / side of the reduced image -> OpenCV's flag.
+REDUCTIONS = {
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 ORIENTATION = 0x0112  # the EXIF tag
+# EXIF orientation -> swap rows and columns?; then, for the upright image: columns reversed?, rows reversed?
+TURNS = {
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (False, True, True),
+    4: (False, False, True),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+
+
+class Grid(NamedTuple):
+    """The place of an image's pixels in the source image: pixel k covers ``reduction`` source pixels from left + k * reduction.
+
+    Height and width are those of the source, in pixels. Left and top are 0, or negative where the first reduced pixel
+    extends beyond the edge (as the last one may).
+    """
+
+    height: int
+    width: int
+    reduction: int = 1
+    left: int = 0
+    top: int = 0
+
+    def snap(
+        self, boxes: Float64[np.ndarray, "m 4"]
+    ) -> tuple[Float64[np.ndarray, "m 4"], Float64[np.ndarray, "m 4"]]:
+        """Return the nearest boxes (x0 y0 x1 y1) on whole reduced pixels, in source pixels and in reduced pixels."""
+        if self.reduction == 1:
+            return boxes, boxes
+        start, end = np.array([self.left, self.top] * 2), np.array([self.width, self.height] * 2)
+        first = -(start // self.reduction)  # leave out a pixel that extends beyond the edge
+        last = (end - start) // self.reduction
+        cells = np.clip(np.floor((boxes - start) / self.reduction + 0.5), first, last)
+        return cells * self.reduction + start, cells
 
 
 def decode(raw: bytes) -> UInt8[Tensor, "3 h w"]:
     """Return the pixels of an image file as RGB, upright (EXIF orientation applied), channels last in memory.
 
-    RGB and gray JPEG go through libjpeg-turbo, the other FORMATS through Pillow. Gray is repeated; an alpha channel is
-    dropped; gray of more than 8 bits is read as 0..65535 and keeps the high byte of those 16 bits, whatever its values
-    are (12 bits in a 16-bit TIFF stay dark); of an animation the first frame is taken.
-    Raises BrokenImage for empty, truncated or unreadable files, for float gray or gray beyond 16 bits, and for those
-    whose header claims more than MAX_PIXELS or MAX_SIDE, or a JPEG of more than MAX_SCANS. Damage inside an otherwise
-    complete JPEG stream cannot be told from noise and passes; what follows its end (a film, a depth map) is ignored.
+    RGB and gray JPEG files go through libjpeg-turbo, other FORMATS through Pillow. Gray is repeated and an alpha channel
+    dropped. Gray of more than 8 bits is read as 0..65535 and keeps its high byte, so 12 bits in a 16-bit TIFF stay dark.
+    The first frame of an animation is taken.
+    Raises BrokenImage for empty, truncated or unreadable files, for float gray or gray beyond 16 bits, for more than
+    MAX_PIXELS or MAX_SIDE in the header, and for a JPEG of more than MAX_SCANS. Damage inside a complete JPEG stream
+    looks like noise and passes. Bytes after its end (a film, a depth map) are ignored.
     """
     return decode_reduced(raw, lambda height, width: 1)[0]
 
@@ -83,20 +124,19 @@ def decode(raw: bytes) -> UInt8[Tensor, "3 h w"]:
 def decode_reduced(
     raw: bytes, reduction_of: Callable[[int, int], int]
 ) -> tuple[UInt8[Tensor, "3 h w"], Grid]:
-    """Return what decode() does, or a reduced image, and where its pixels lie in the whole one.
+    """Return the image as decode() does, perhaps at reduced size, and the place of its pixels in the source.
 
-    reduction_of: from height and width in pixels (of a rotated image perhaps exchanged) to 1, 2, 4 or 8. Only RGB and
-    gray JPEG are reduced, by libjpeg-turbo: from a block of 8 x 8 it makes 8 / reduction pixels a side out of the
-    block's low frequencies, without ever computing the others: see choose_reduction() for what that costs.
+    reduction_of: from stored height and width in pixels (swapped in some EXIF orientations) to 1, 2, 4 or 8. Only RGB and
+    gray JPEG files are reduced. libjpeg-turbo makes 8 / reduction pixels a side from the low frequencies of each 8 x 8
+    block and never computes the others.
     Raises BrokenImage as decode() does.
     """
     if not raw:
         raise BrokenImage("empty file (0 bytes)")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow warns where it only guesses; here an image is readable or broken
+            # Pillow warns where it guesses. Here an image is readable or broken.
+            warnings.simplefilter("ignore")
             if raw[:3] == b"\xff\xd8\xff":
                 return _decode_jpeg(raw, reduction_of)
             return _whole(_decode_other(raw))
@@ -107,10 +147,10 @@ def decode_reduced(
 def _decode_jpeg(raw: bytes, reduction_of: Callable[[int, int], int]) -> tuple[UInt8[Tensor, "3 h w"], Grid]:
     header = JpegImagePlugin.JpegImageFile(io.BytesIO(raw))  # reads the header only
     _check_size(*header.size)
-    # libjpeg fills up with gray where the data end, so completeness is ours to check.
+    # libjpeg fills the rest with gray where the data end, so we check for completeness.
     if not _has_end(raw):
         raise BrokenImage("truncated JPEG (no end-of-image marker)")
-    # Counted with care only where there may be too many: those bytes also stand in a film behind the image.
+    # The exact count is slow, so it is made only if needed: the bytes also occur in a film after the image.
     if raw.count(START_OF_SCAN) > MAX_SCANS and _num_scans(raw) > MAX_SCANS:
         raise BrokenImage(f"JPEG of more than {MAX_SCANS} scans")
     if header.mode not in ("RGB", "L"):
@@ -119,16 +159,16 @@ def _decode_jpeg(raw: bytes, reduction_of: Callable[[int, int], int]) -> tuple[U
     reduction = reduction_of(header.height, header.width)
     if reduction > 1:
         grid = upright_grid(header.height, header.width, reduction, orientation)
-        return turned(_decode_jpeg_reduced(raw, reduction), orientation), grid
+        return upright(_decode_jpeg_reduced(raw, reduction), orientation), grid
     buffer = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    return _whole(turned(decode_image(buffer, mode=ImageReadMode.RGB), orientation))
+    return _whole(upright(decode_image(buffer, mode=ImageReadMode.RGB), orientation))
 
 
 def _orientation(header: Image.Image) -> int:
-    """The orientation that the EXIF data of a JPEG ask for; 1 without EXIF or where they are damaged.
+    """Return the EXIF orientation of a JPEG; 1 without EXIF data or with damaged ones.
 
-    One reader for whole and reduced images: torchvision's own takes the first segment of the kind, whatever it holds, and
-    Pillow's getexif() obeys XMP too, so the same photograph would be upright or not.
+    Full-size and reduced images need the same reader. torchvision takes the first EXIF segment, whatever it holds, and
+    Pillow's getexif() also follows XMP: the same photograph would be upright in one and not in the other.
     """
     exif = Image.Exif()
     try:
@@ -149,16 +189,36 @@ def _decode_jpeg_reduced(raw: bytes, reduction: int) -> UInt8[Tensor, "3 h w"]:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def upright(image: UInt8[Tensor, "3 h w"], orientation: int) -> UInt8[Tensor, "3 h2 w2"]:
+    """Return the image upright, from its EXIF orientation (1..8; any other number means upright already)."""
+    is_swapped, columns, rows = TURNS.get(orientation, TURNS[1])
+    image = image.transpose(1, 2) if is_swapped else image
+    backwards = [axis for axis, is_reversed in ((1, rows), (2, columns)) if is_reversed]
+    return image.flip(backwards) if backwards else image
+
+
+def upright_grid(height: int, width: int, reduction: int, orientation: int) -> Grid:
+    """Return the grid of an image of ``height`` x ``width`` stored pixels that was reduced, then made upright."""
+    is_swapped, columns, rows = TURNS.get(orientation, TURNS[1])
+    if is_swapped:
+        height, width = width, height
+
+    def start(length: int, is_reversed: bool) -> int:
+        return length - math.ceil(length / reduction) * reduction if is_reversed else 0
+
+    return Grid(height, width, reduction, left=start(width, columns), top=start(height, rows))
+
+
 def _whole(image: UInt8[Tensor, "3 h w"]) -> tuple[UInt8[Tensor, "3 h w"], Grid]:
     return image, Grid(height=image.shape[1], width=image.shape[2])
 
 
 def _has_end(raw: bytes) -> bool:
-    """Tell whether the scans of a JPEG are followed by its end-of-image marker.
+    """Tell whether an end-of-image marker follows the scans of a JPEG.
 
-    A thumbnail in an earlier segment has an end of its own, and anything may follow the file's: so go from segment to
-    segment to the first scan, and look from there. Coded data cannot imitate a start or end of image: a byte 0xff in
-    them is followed by 0x00 or a restart marker. Source: ITU-T T.81, annex B.
+    A thumbnail in an earlier segment has its own end, and anything may follow the end of the image. So go from segment to
+    segment to the first scan, and search from there. Coded data cannot contain a start or end of image: 0x00 or a restart
+    marker follows each byte 0xff in them. Source: ITU-T T.81, annex B.
     """
     place = 2
     while (place := raw.find(b"\xff", place)) >= 0 and place + 4 <= len(raw):
@@ -168,9 +228,9 @@ def _has_end(raw: bytes) -> bool:
             return end >= 0 and raw.find(START_OF_IMAGE, place, end) < 0
         if marker == END:
             return False
-        if marker == 0xFF:  # any number of them may stand before a marker
+        if marker == 0xFF:  # any number of these may precede a marker
             place += 1
-        elif marker in ALONE:
+        elif marker in NO_LENGTH:
             place += 2
         else:
             place += 2 + int.from_bytes(raw[place + 2 : place + 4])
@@ -178,18 +238,18 @@ def _has_end(raw: bytes) -> bool:
 
 
 def _num_scans(raw: bytes) -> int:
-    """Count the scans as libjpeg meets them, segment by segment to the end of the image."""
+    """Return the number of scans that libjpeg would read, from segment to segment to the end of the image."""
     place, scans = 2, 0
     while (found := MARKER.search(raw, place)) and found[1] != END_OF_IMAGE[1:]:
         scans += found[1] == START_OF_SCAN[1:]
         place = found.end()
-        if found[1][0] not in ALONE:
+        if found[1][0] not in NO_LENGTH:
             place += int.from_bytes(raw[place : place + 2])
     return scans
 
 
 def _decode_other(raw: bytes) -> UInt8[Tensor, "3 h w"]:
-    # Opening an animated WebP takes memory for its canvas, two or three times.
+    # Pillow allocates the canvas of an animated WebP two or three times when it opens the file.
     if raw[:4] == b"RIFF" and raw[8:16] == b"WEBPVP8X":
         _check_size(*(1 + int.from_bytes(raw[place : place + 3], "little") for place in (24, 27)))
     image = Image.open(io.BytesIO(raw), formats=FORMATS)
@@ -205,9 +265,9 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
-    ImageOps.exif_transpose(image, in_place=True)  # a copy otherwise, even of an upright one
+    ImageOps.exif_transpose(image, in_place=True)  # without in_place it copies even an upright image
     if image.mode.startswith(("I", "F")):
-        # convert("RGB") would clip instead of scale, and turn every 16-bit image white.
+        # convert("RGB") would clip instead of scale: every 16-bit image would turn white.
         gray = np.asarray(image)
         if gray.dtype.kind == "f" or gray.min() < 0 or gray.max() > 65535:
             raise BrokenImage(f"pixels of {gray.dtype} outside 0..65535 or not integers")
@@ -220,4 +280,4 @@ def _to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"
-    return f"unreadable: {OWN_PLACES.sub('', one_line(error))[:200]}"
+    return f"unreadable: {LIBRARY_SOURCE.sub('', one_line(error))[:200]}"

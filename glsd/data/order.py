@@ -1,4 +1,4 @@
-"""The order of an epoch, a function of (seed, epoch, shard sizes and weights) alone, and what of it each rank reads."""
+"""The order of an epoch, a function of (seed, epoch, shard sizes, shard weights) alone, and the share of each rank."""
 
 import itertools
 from collections import OrderedDict
@@ -14,12 +14,11 @@ CACHED_WINDOWS = 2  # neighboring positions may straddle two windows
 
 
 class EpochOrder:
-    """``order[position]`` is the dataset index of a position of one epoch.
+    """The order of one epoch: ``order[position]`` is a dataset index.
 
-    Shards are shuffled, then samples are shuffled inside windows of ``window_shards`` consecutive shuffled
-    shards: reads stay within a few files, and the memory is that of two windows, whatever the size of the
-    data. Every index comes exactly once, or as often as the weight of its shard says: with 2.25 twice, and
-    a quarter of the shard's samples, other ones in every epoch, a third time.
+    Shards are shuffled, then samples are shuffled inside windows of ``window_shards`` consecutive shuffled shards. So
+    reads stay within a few files, and memory holds two windows, whatever the size of the data. Every index comes exactly
+    once by default. A shard of weight 2.25 comes twice, and a quarter of its samples, new ones each epoch, a third time.
     """
 
     def __init__(
@@ -31,12 +30,12 @@ class EpochOrder:
         window_shards: int,
         shard_weights: Float64[np.ndarray, " s"] | None = None,
     ):
-        """Raises UserError for an empty data set or a window of no shards."""
+        """Raises UserError for an empty data set or a ``window_shards`` below 1."""
         sizes = np.asarray(shard_sizes, dtype=np.int64)
         if window_shards < 1:
             raise UserError(f"window_shards is {window_shards}: expected at least 1")
         self._seed, self._epoch = seed, epoch
-        shards, counts = _turns(sizes, shard_weights, seed=seed, epoch=epoch)
+        shards, counts = _passes(sizes, shard_weights, seed=seed, epoch=epoch)
         if counts.sum() < 1:
             raise UserError("the shards hold no samples: nothing to order")
         shuffled = permutation(len(shards), seed=seed, stream=Stream.SHARDS, epoch=epoch)
@@ -57,11 +56,11 @@ class EpochOrder:
 
     @property
     def num_windows(self) -> int:
-        """How many windows the epoch has."""
+        """Windows of the epoch."""
         return len(self._window_ends)
 
     def window_of(self, position: int) -> int:
-        """Return the number of the window that a position lies in."""
+        """Return the window of a position."""
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of {len(self)}")
         return int(np.searchsorted(self._window_ends, position, side="right"))
@@ -71,17 +70,17 @@ class EpochOrder:
         return range(int(self._window_ends[window - 1]) if window else 0, int(self._window_ends[window]))
 
     def shards_of(self, window: int) -> list[int]:
-        """Return the numbers of the shards that a window reads from."""
-        return list(dict.fromkeys(self._shards[self._part(window)].tolist()))
+        """Return the shards that a window reads from."""
+        return list(dict.fromkeys(self._shards[self._passes_of(window)].tolist()))
 
-    def _part(self, window: int) -> slice:
+    def _passes_of(self, window: int) -> slice:
         return slice(window * self._window_shards, (window + 1) * self._window_shards)
 
     def _indices(self, window: int) -> Int64[np.ndarray, " w"]:
         if window not in self._windows:
-            part = self._part(window)
-            turns = zip(self._shards[part].tolist(), self._counts[part].tolist(), strict=True)
-            indices = np.concatenate([self._turn(*turn) for turn in turns])
+            passes = self._passes_of(window)
+            shards = zip(self._shards[passes].tolist(), self._counts[passes].tolist(), strict=True)
+            indices = np.concatenate([self._samples(*shard) for shard in shards])
             shuffled = permutation(
                 len(indices), seed=self._seed, stream=Stream.SAMPLES, epoch=self._epoch, part=window
             )
@@ -91,8 +90,8 @@ class EpochOrder:
         self._windows.move_to_end(window)
         return self._windows[window]
 
-    def _turn(self, shard: int, count: int) -> Int64[np.ndarray, " t"]:
-        """Return what one turn of a shard reads: all its samples, or some of them."""
+    def _samples(self, shard: int, count: int) -> Int64[np.ndarray, " t"]:
+        """Return the indices that one pass over a shard reads: all of them, or ``count`` random ones."""
         start, size = int(self._starts[shard]), int(self._sizes[shard])
         if count == size:
             return np.arange(start, start + size)
@@ -103,30 +102,30 @@ class EpochOrder:
 def epoch_samples(
     shard_sizes: Int64[np.ndarray, " s"], shard_weights: Float64[np.ndarray, " s"] | None = None
 ) -> int:
-    """Return how many positions an epoch has."""
-    return int(_turns(shard_sizes, shard_weights, seed=0, epoch=0)[1].sum())
+    """Return the number of positions of an epoch."""
+    return int(_passes(shard_sizes, shard_weights, seed=0, epoch=0)[1].sum())
 
 
-def _turns(
+def _passes(
     sizes: Int64[np.ndarray, " s"], weights: Float64[np.ndarray, " s"] | None, *, seed: int, epoch: int
 ) -> tuple[Int64[np.ndarray, " t"], Int64[np.ndarray, " t"]]:
-    """Return the turns of an epoch: of which shard, and how many samples each reads; their sum is that of all epochs."""
+    """Return the passes over shards of an epoch: the shard, and how many samples are read. All epochs have the same sum."""
     shards = np.arange(len(sizes))
     if weights is None:
         return shards, sizes
     whole = np.floor(weights).astype(np.int64)
-    # Rounded over all shards together, in another order in every epoch: a small share of a small shard, less than one
-    # sample, comes in some epochs and not in others.
-    turn = permutation(len(sizes), seed=seed, stream=Stream.SHARD_SHARE, epoch=epoch)
-    wanted = np.cumsum(((weights - whole) * sizes)[turn])
+    # Rounded over all shards together, in a new order each epoch: a share of less than one sample comes in some epochs
+    # and not in others.
+    order = permutation(len(sizes), seed=seed, stream=Stream.SHARD_SHARE, epoch=epoch)
+    wanted = np.cumsum(((weights - whole) * sizes)[order])
     share = np.empty_like(sizes)
-    share[turn] = np.diff(np.floor(np.append(0.0, wanted) + 1e-6)).astype(np.int64)
+    share[order] = np.diff(np.floor(np.append(0.0, wanted) + 1e-6)).astype(np.int64)
     some = share > 0
     return np.append(np.repeat(shards, whole), shards[some]), np.append(np.repeat(sizes, whole), share[some])
 
 
 def epoch_length(num_samples: int, batch_size: int) -> int:
-    """Return how many positions of an epoch are used: whole batches; the ragged tail is dropped.
+    """Return how many positions of an epoch are used: whole batches, without the ragged tail.
 
     Raises UserError if not even one batch is full.
     """
@@ -137,28 +136,34 @@ def epoch_length(num_samples: int, batch_size: int) -> int:
     return num_samples // batch_size * batch_size
 
 
-def micro_batches(*, batch_size: int, rank: int, world_size: int, most: int) -> tuple[int, ...]:
-    """Return how many images a rank has in each of its forward passes of one step; as many passes on every rank.
-
-    A rank takes every world_size-th image of a batch, so that shares differ by one image where the numbers do not divide.
-    They are cut into the fewest passes of at most ``most`` images (0: one pass). Raises UserError where a rank would have a
-    pass without an image.
-    """
-    if world_size < 1 or not 0 <= rank < world_size:
+def check_rank(rank: int, world_size: int) -> None:
+    """Raise UserError unless 0 <= rank < world_size."""
+    if not 0 <= rank < world_size:
         raise UserError(f"rank {rank} of {world_size}: expected 0 <= rank < world_size")
+
+
+def micro_batches(*, batch_size: int, rank: int, world_size: int, micro_batch: int) -> tuple[int, ...]:
+    """Return how many images a rank has in each forward pass of one step. Every rank has the same number of passes.
+
+    Of R ranks, each takes every R-th image of a batch, so their shares differ by at most one image. A share is cut into the
+    fewest passes of at most ``micro_batch`` images (0: one pass). Raises UserError if a rank would have a pass without an
+    image.
+    """
+    check_rank(rank, world_size)
     if batch_size < world_size:
         raise UserError(
-            f"optim.batch_size {batch_size} is less than one image for each of the {world_size} ranks: start fewer ranks"
+            f"batch_size {batch_size} is less than one image for each of the {world_size} ranks: start fewer ranks"
         )
-    if most < 0:
-        raise UserError(f"optim.micro_batch is {most}: expected 0 or more")
-    share, largest = len(range(rank, batch_size, world_size)), -(-batch_size // world_size)
-    passes = -(-largest // most) if most else 1
-    if passes > batch_size // world_size:
+    if micro_batch < 0:
+        raise UserError(f"micro_batch is {micro_batch}: expected 0 or more")
+    smallest, largest = batch_size // world_size, -(-batch_size // world_size)
+    passes = -(-largest // micro_batch) if micro_batch else 1
+    if passes > smallest:
         raise UserError(
-            f"optim.batch_size {batch_size} leaves some of the {world_size} ranks {batch_size // world_size} images and others "
-            f"{largest}, which optim.micro_batch {most} cannot cut into equally many: use {most + 1}"
+            f"batch_size {batch_size} gives some of the {world_size} ranks {smallest} images and others {largest}: "
+            f"micro_batch {micro_batch} cannot cut both into as many passes; use {micro_batch + 1}"
         )
+    share = len(range(rank, batch_size, world_size))
     return tuple(len(range(part, share, passes)) for part in range(passes))
 
 
@@ -167,19 +172,19 @@ def rank_positions(
 ) -> Iterator[list[tuple[int, int]]]:
     """Return one rank's endless micro-batches, lists of (epoch, position), from sample ``consumed`` on.
 
-    Samples are counted over all epochs and ranks: number c is position c % epoch_length of epoch c // epoch_length, and
-    rank r of R takes the c-th of a batch with c % R == r, cut as micro_batches says. So any number of ranks sees the same
-    batches, and going on costs nothing. Raises UserError for sizes that cannot be.
+    Samples are counted over all epochs and ranks: sample c is position c % epoch_length of epoch c // epoch_length. Rank r
+    of R takes the samples of a batch with c % R == r, cut as micro_batches() says. So any number of ranks sees the same
+    batches, and resuming costs nothing. Raises UserError for sizes that do not fit together.
     """
-    sizes = micro_batches(batch_size=batch_size, rank=rank, world_size=world_size, most=micro_batch)
+    sizes = micro_batches(batch_size=batch_size, rank=rank, world_size=world_size, micro_batch=micro_batch)
     if epoch_length < 1 or epoch_length % batch_size:
         raise UserError(
             f"an epoch of {epoch_length} samples is not a whole number of batches of {batch_size}"
         )
     if consumed < 0 or consumed % batch_size:
         raise UserError(
-            f"{consumed} samples were consumed, no whole number of batches of {batch_size}: keep the "
-            "batch_size that the run was started with"
+            f"{consumed} samples were consumed, not a whole number of batches of {batch_size}: keep the batch_size "
+            "that the run started with"
         )
     return _positions(consumed, epoch_length, batch_size, range(rank, batch_size, world_size), sizes)
 
@@ -188,7 +193,7 @@ def _positions(
     first: int, epoch_length: int, batch_size: int, share: range, sizes: Sequence[int]
 ) -> Iterator[list[tuple[int, int]]]:
     while True:
-        mine = iter(share)
+        rest = iter(share)
         for size in sizes:
-            yield [divmod(first + place, epoch_length) for place in itertools.islice(mine, size)]
+            yield [divmod(first + place, epoch_length) for place in itertools.islice(rest, size)]
         first += batch_size

@@ -1,6 +1,6 @@
-"""Jitter, grayscale, blur, solarise, normalize: a whole batch of uint8 crops at once, on its device.
+"""Jitter, grayscale, blur, solarize, normalize: a whole batch of uint8 crops at once, on its device.
 
-Written twice: here in torch for GPUs, in photometric_cpu.py for the CPU; the tests hold the two together.
+There are two implementations: torch here for GPUs, OpenCV in photometric_cpu.py for the CPU. The tests compare them.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from glsd.data.colors import (
+from glsd.data.photometric_cpu import (
     AFTER_JITTERS,
     COLUMN,
     JITTERS,
@@ -20,30 +20,29 @@ from glsd.data.colors import (
     ORDERS,
     SOLARIZE_THRESHOLD,
     STD,
+    photometric_cpu,
 )
-from glsd.data.photometric_cpu import photometric_cpu
 
 
 def photometric(
     crops: UInt8[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]
 ) -> Float32[Tensor, "m 3 h w"]:
-    """Return the crops changed as their parameters say, then normalized with MEAN and STD.
+    """Return the crops with their colors changed, then normalized with MEAN and STD.
 
-    crops: on any device; parameters: columns PHOTOMETRIC_FIELDS, on the CPU. Order: the four jitters in the crop's
-    own order, grayscale, blur (sigma in pixels, edges repeated), solarise. Values are kept within 0..1 and not
-    rounded in between. On the CPU OpenCV does it (photometric_cpu.py), elsewhere photometric_torch.
+    crops: on any device; parameters: columns PHOTOMETRIC_FIELDS, on the CPU. Order: the four jitters in the crop's own
+    order, grayscale, blur (sigma in pixels, edges repeated), solarize. Values stay within 0..1 and are not rounded.
     Source: augmentation of DINO (arXiv 2104.14294).
     """
-    arrangement = photometric_cpu if crops.device.type == "cpu" else photometric_torch
-    return arrangement(crops, parameters)
+    implementation = photometric_cpu if crops.device.type == "cpu" else photometric_torch
+    return implementation(crops, parameters)
 
 
 def photometric_torch(
     crops: UInt8[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]
 ) -> Float32[Tensor, "m 3 h w"]:
-    """Return what photometric() defines by torch operations on whole batches, on the device of the crops.
+    """Return the crops changed as photometric() says, by torch operations on the whole batch, on its device.
 
-    The work is planned on the CPU without waiting for the device: a change is computed only for the crops that need it.
+    A change is computed only for the crops that need it. The CPU plans this without waiting for the device.
     """
     with torch.autocast(crops.device.type, enabled=False):
         changed = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)
@@ -58,14 +57,14 @@ def normalize(images: UInt8[Tensor, "m 3 h w"]) -> Float32[Tensor, "m 3 h w"]:
 
 
 class Task(NamedTuple):
-    """One change, of the crops that need it."""
+    """One change, and the crops that need it."""
 
     change: str  # key of CHANGES, column of the parameters
     rows: list[int]
 
 
 def plan(parameters: Float32[Tensor, "m f"]) -> list[Task]:
-    """Return the changes to make: one after the other they serve every crop in its own order of jitters."""
+    """Return a sequence of changes that gives every crop its jitters in its own order."""
     turns = [*itertools.product(range(len(JITTERS)), JITTERS), *enumerate(AFTER_JITTERS, len(JITTERS))]
     rows: dict[tuple[int, str], list[int]] = {turn: [] for turn in turns}
     for number, row in enumerate(parameters.tolist()):
@@ -121,7 +120,7 @@ def hue(x: Float32[Tensor, "m 3 h w"], shift: Float32[Tensor, "m 1 1 1"]) -> Non
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
-    inverse = chroma.clamp(min=1e-12).reciprocal_()  # gray has no hue, and chroma 0 leaves it as it is
+    inverse = chroma.clamp(min=1e-12).reciprocal_()  # gray has no hue: chroma 0 leaves it unchanged
     h = torch.where(high == green, (blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4))
     h = torch.where(high == red, (green - blue).mul_(inverse), h).add_(6 * shift[:, 0])
     h.sub_((h * (1 / 6)).floor_(), alpha=6)
@@ -136,10 +135,10 @@ def grayscale(x: Float32[Tensor, "m 3 h w"], _: Float32[Tensor, "m 1 1 1"]) -> N
 
 
 def blur(x: Float32[Tensor, "m 3 h w"], sigma: Float32[Tensor, "m 1 1 1"]) -> None:
-    """Blur by a Gaussian of ``sigma`` pixels; beyond the border the border pixel goes on.
+    """Blur by a Gaussian of ``sigma`` pixels.
 
-    A separable filter is one matrix from the left and one from the right: as fast as a convolution with a kernel
-    per crop, on the CPU as well, and the border is part of the matrix.
+    The border pixels repeat beyond the border. A separable filter is one matrix from the left and one from the right: as
+    fast as a convolution with one kernel per crop, and the matrix contains the border.
     """
     count, _, height, width = x.shape
     down = gaussian_matrix(sigma, height)[:, 0]
@@ -150,12 +149,12 @@ def blur(x: Float32[Tensor, "m 3 h w"], sigma: Float32[Tensor, "m 1 1 1"]) -> No
 
 
 def gaussian_matrix(sigma: Float32[Tensor, "m 1 1 1"], size: int) -> Float32[Tensor, "m 1 s s"]:
-    """Return the matrices that blur a line of ``size`` pixels whose end pixels go on for ever; rows sum to 1."""
+    """Return the matrices that blur a line of ``size`` pixels whose end pixels repeat forever; rows sum to 1."""
     place = torch.arange(size, device=sigma.device)
     kernel = torch.exp(-0.5 * (place / sigma) ** 2)
-    # In float32 nothing is lost beyond 6 sigma, and the denormal numbers there make CPUs many times slower.
+    # float32 loses nothing beyond 6 sigma, and the denormal numbers there make CPUs many times slower.
     kernel = torch.where(place > 6 * sigma, 0, kernel)
-    beyond = kernel.flip(-1).cumsum(-1).flip(-1)  # all that lies at this distance and farther, on one side
+    beyond = kernel.flip(-1).cumsum(-1).flip(-1)  # the sum at this distance and beyond, on one side
     matrix = kernel[..., 0, (place[:, None] - place).abs()]
     matrix[..., 0] = beyond[..., 0, :]
     matrix[..., -1] = beyond[..., 0, :].flip(-1)

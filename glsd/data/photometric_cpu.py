@@ -1,10 +1,11 @@
-"""The changes of color on the CPU, one crop after the other with OpenCV: the same arithmetic as photometric.py, in fewer passes.
+"""The color changes on the CPU, crop by crop with OpenCV: the arithmetic of photometric.py in fewer passes.
 
-What makes it fast: brightness, contrast, saturation, gray and normalization are matrices, and matrices that follow each other
-are one; a change by a factor of at most 1 stays within 0..255, so only those above 1 need their values made and clamped; a blur
-with weights that add up to 1 may trade places with a matrix, and stops where its weights do; crops stay in the cache.
+Why it is fast: brightness, contrast, saturation, gray and normalization are matrices, and successive matrices are one. A
+factor of at most 1 keeps values within 0..255, so only larger factors need a pass that clamps. A blur whose weights sum
+to 1 commutes with a matrix, and its kernel is short. Crops stay in the cache.
 """
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,41 +15,47 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-from glsd.data.colors import (
-    AFTER_JITTERS,
-    COLUMN,
-    JITTERS,
-    LUMA,
-    MEAN,
-    NEUTRAL,
-    ORDERS,
-    STD,
-)
-from glsd.data.opencv import single_threaded
+from glsd.batches import PHOTOMETRIC_FIELDS
+from glsd.data.workers import single_threaded
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, in 0..1, as the published backbones expect
+STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601: the gray of an RGB pixel
+# The values that round to 128 or more of 255: here values are not rounded.
+SOLARIZE_THRESHOLD = 127.5 / 255
+
+# The value of a column that leaves the crop as it is.
+NEUTRAL = {
+    name: 1.0 if name in ("brightness", "contrast", "saturation") else 0.0 for name in PHOTOMETRIC_FIELDS
+}
+COLUMN = {name: column for column, name in enumerate(PHOTOMETRIC_FIELDS)}
+
+JITTERS = ("brightness", "contrast", "saturation", "hue")
+AFTER_JITTERS = ("grayscale", "blur_sigma", "solarize")
+ORDERS = tuple(itertools.permutations(JITTERS))
 
 # A color change is 4 x 4 on (red, green, blue, 1), values in 0..255; OpenCV takes its first three rows.
 UNCHANGED = np.eye(4)
 GRAY = np.array([[*LUMA, 0], [*LUMA, 0], [*LUMA, 0], [0, 0, 0, 1]])
 NORMALIZE = np.diag([*(1 / (255 * s) for s in STD), 1])
 NORMALIZE[:3, 3] = [-m / s for m, s in zip(MEAN, STD, strict=True)]
-# v >= 127.5 ? 255 - v : v is a fold: 127.5 - |v - 127.5|.
-MIDDLE = 127.5
+# Solarize, v >= 127.5 ? 255 - v : v, is a fold: 127.5 - |v - 127.5|.
+MIDDLE = 255 * SOLARIZE_THRESHOLD
 AFTER_FOLD = np.diag([-1.0, -1, -1, 1])
 AFTER_FOLD[:3, 3] = MIDDLE
-# Beyond this many sigma lie less than 1e-5 of a Gaussian.
+# Less than 1e-5 of a Gaussian lies beyond this many sigma.
 REACH = 4.5
 
 
 def photometric_cpu(
     crops: UInt8[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]
 ) -> Float32[Tensor, "m 3 h w"]:
-    """Return what photometric() defines, for crops on the CPU; within 1e-4 of the other arrangement (normalized values).
+    """Return the crops changed as photometric() says, on the CPU; within 1e-4 of photometric_torch (normalized values).
 
-    Each result depends on its crop and parameters alone; as many crops at a time as torch may use threads.
+    Each result depends on its crop and parameters alone. torch's number of threads is the number of crops at a time.
     """
-    into = np.empty(
-        tuple(crops.shape), dtype=np.float32
-    )  # numpy asks for huge pages, which halves the time of large batches
+    # numpy asks for huge pages, which halves the time of large batches.
+    into = np.empty(tuple(crops.shape), dtype=np.float32)
     pixels, rows = crops.numpy(), parameters.tolist()
     threads = min(torch.get_num_threads(), len(rows))
 
@@ -72,23 +79,23 @@ def _change(
     jitters = ORDERS[int(values["jitter_order"])]
     asked = [name for name in (*jitters, *AFTER_JITTERS) if values[name] != NEUTRAL[name]]
     x = cv2.merge(tuple(crop))  # h w 3
-    pending = UNCHANGED  # of the changes so far, what is not yet in x
+    pending = UNCHANGED  # the matrix of changes that are not yet applied to x
     for name in asked:
         if name == "hue":
-            x, pending = _hue(_made(x, pending), values[name]), UNCHANGED
+            x, pending = _hue(_applied(x, pending), values[name]), UNCHANGED
         elif name in JITTERS:
             pending = MATRICES[name](x, pending, values[name]) @ pending
             if values[name] > 1:
-                x, pending = _made(x, pending), UNCHANGED
+                x, pending = _applied(x, pending), UNCHANGED
                 np.clip(x, 0, 255, out=x)
     if "grayscale" in asked:
         pending = GRAY @ pending
-        x, pending = _made(x, pending[:1]), UNCHANGED
+        x, pending = _applied(x, pending[:1]), UNCHANGED
     x = x.astype(np.float32, copy=False)
     if "blur_sigma" in asked:
         x = _blur(x, values["blur_sigma"])
     if "solarize" in asked:
-        x = _made(x, pending) if pending is not UNCHANGED else x
+        x = _applied(x, pending)
         x -= MIDDLE
         np.abs(x, out=x)
         pending = AFTER_FOLD
@@ -110,12 +117,12 @@ def _saturation(x: np.ndarray, pending: np.ndarray, factor: float) -> np.ndarray
     return factor * UNCHANGED + (1 - factor) * GRAY
 
 
-# Jitters that are matrices, from the crop, what is pending on it, and the factor.
+# Jitters that are matrices, made from the crop, its pending matrix, and the factor.
 MATRICES = {"brightness": _brightness, "contrast": _contrast, "saturation": _saturation}
 
 
-def _made(x: np.ndarray, pending: np.ndarray) -> Float32[np.ndarray, "..."]:
-    """Return the values that ``pending`` makes of x; a matrix of one row makes one channel, without an axis for it."""
+def _applied(x: np.ndarray, pending: np.ndarray) -> Float32[np.ndarray, "..."]:
+    """Return x with ``pending`` applied; a matrix of one row makes one channel, without an axis for it."""
     x = x.astype(np.float32, copy=False)
     return x if pending is UNCHANGED else cv2.transform(x, pending[:3].astype(np.float32))
 
@@ -123,7 +130,7 @@ def _made(x: np.ndarray, pending: np.ndarray) -> Float32[np.ndarray, "..."]:
 def _hue(x: Float32[np.ndarray, "h w 3"], turns: float) -> Float32[np.ndarray, "h w 3"]:
     hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV, dst=x)  # hue in degrees
     turn = np.eye(3, 4, dtype=np.float32)
-    turn[0, 3] = turns % 1 * 360  # OpenCV reads degrees above 360 well, and those below 0 wrongly
+    turn[0, 3] = turns % 1 * 360  # OpenCV accepts degrees above 360, but not below 0
     return cv2.cvtColor(cv2.transform(hsv, turn), cv2.COLOR_HSV2RGB)
 
 
@@ -133,7 +140,7 @@ def _blur(x: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _finish(x: np.ndarray, matrix: np.ndarray, into: Float32[np.ndarray, "3 h w"]) -> None:
-    """Write the last matrix of x, channel by channel; of a gray x its diagonal and offsets."""
+    """Write x with the last matrix applied, channel by channel; a gray x needs its diagonal and offsets only."""
     if x.ndim == 3:
         cv2.split(cv2.transform(x, matrix[:3].astype(np.float32)), list(into))
         return

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from glsd.cluster import dist
 from glsd.config.finetune import FinetuneConfig
-from glsd.errors import UserError, pick
+from glsd.data.balanced import rank_slots
+from glsd.errors import UserError, config_keys, pick
 from glsd.losses import obd_sd
 from glsd.losses.ranking import RANKING
 
@@ -42,8 +43,8 @@ def make_plan(cfg: FinetuneConfig, num_samples: int, num_classes: int) -> Plan:
             f"optim.batch_size {o.batch_size} is not a multiple of data.images_per_class {per_class} that holds two classes "
             f"or more: use {max(2, math.ceil(o.batch_size / per_class)) * per_class}"
         )
-    if o.batch_size % dist.world_size():
-        raise UserError(f"optim.batch_size {o.batch_size} does not divide over {dist.world_size()} ranks")
+    with config_keys({"batch_size": "optim.batch_size"}):
+        slots = rank_slots(o.batch_size, rank=dist.rank(), world_size=dist.world_size())
     classes = o.batch_size // per_class
     if num_classes < classes:
         raise UserError(
@@ -59,7 +60,7 @@ def make_plan(cfg: FinetuneConfig, num_samples: int, num_classes: int) -> Plan:
         steps_per_epoch=steps,
         total_steps=total,
         last_step=min(total, o.max_steps) if o.max_steps else total,
-        micro_batch=o.batch_size // dist.world_size(),
+        micro_batch=len(slots),
     )
 
 

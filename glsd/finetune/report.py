@@ -10,7 +10,7 @@ from glsd.cluster import dist
 from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import differences
 from glsd.data.balanced import ClassGroups, class_groups, split_classes
-from glsd.errors import UserError
+from glsd.errors import UserError, config_keys
 from glsd.evaluate.protocols import describe_scores, describe_search, score_retrieval
 from glsd.evaluate.record import append_record, read_records
 from glsd.evaluate.sets import (
@@ -40,8 +40,14 @@ def open_sets(cfg: FinetuneConfig) -> Sets:
     """Open all sets and check that they go together; UserError if a class is both learned from and measured."""
     train = open_labeled(cfg.data.train_shards, "data.train_shards")
     labels = train.labels()
-    groups = class_groups(labels, key_of=train.key, drop_lone=cfg.data.drop_lone_classes)
-    groups, val = split_classes(groups, cfg.data.val_share)
+    keys = {
+        "labels": "data.train_shards",
+        "drop_lone": "data.drop_lone_classes",
+        "val_share": "data.val_share",
+    }
+    with config_keys(keys):
+        groups = class_groups(labels, key_of=train.key, drop_lone=cfg.data.drop_lone_classes)
+        groups, val = split_classes(groups, cfg.data.val_share)
     given = [key for key in ("test_shards", "query_shards", "gallery_shards") if getattr(cfg.data, key)]
     test = open_retrieval(cfg.data) if given else {}
     for name, shards in test.items():

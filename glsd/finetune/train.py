@@ -14,7 +14,7 @@ from glsd.cluster import dist, shutdown
 from glsd.cluster.launch import start
 from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import dump
-from glsd.data.balanced import balanced_loader
+from glsd.data.balanced_loader import balanced_loader
 from glsd.data.photometric import normalize
 from glsd.errors import StoppedEarly, UserError
 from glsd.evaluate.record import cannot_write

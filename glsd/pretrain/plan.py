@@ -1,12 +1,14 @@
 """From configuration to numbers: how a pretraining run is cut into steps, and what the schedules say at each."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from glsd.cluster import dist
-from glsd.config.pretrain import PretrainConfig
-from glsd.data.order import micro_batches
-from glsd.errors import UserError
+from glsd.config.pretrain import DataConfig, PretrainConfig
+from glsd.data.crops import CropSpec
+from glsd.data.order import epoch_length, micro_batches
+from glsd.errors import UserError, config_keys
 from glsd.optim.schedules import check_schedule, cosine, teacher_temp
 
 
@@ -55,16 +57,15 @@ def make_plan(cfg: PretrainConfig, num_samples: int) -> Plan:
     """Check the numbers that belong together and cut the run into steps."""
     o, world = cfg.optim, dist.world_size()
     check_ranges(cfg)
-    sizes = micro_batches(batch_size=o.batch_size, rank=dist.rank(), world_size=world, most=o.micro_batch)
+    with config_keys({"batch_size": "optim.batch_size", "micro_batch": "optim.micro_batch"}):
+        sizes = micro_batches(
+            batch_size=o.batch_size, rank=dist.rank(), world_size=world, micro_batch=o.micro_batch
+        )
+        steps_per_epoch = epoch_length(num_samples, o.batch_size) // o.batch_size
     if cfg.loss.local_mean == "accepted" and (len(sizes) > 1 or o.batch_size % world):
         raise UserError(
             "loss.local_mean accepted counts patches over one forward pass of all ranks: it needs optim.micro_batch 0 and an "
             f"optim.batch_size (here {o.batch_size}) that is a multiple of the {world} ranks"
-        )
-    if num_samples < o.batch_size:
-        raise UserError(
-            f"data.shards hold {num_samples} samples, less than one optim.batch_size of {o.batch_size}: "
-            "lower it or add shards"
         )
     check_schedule(
         total=o.epochs, warmup=o.warmup_epochs, total_key="optim.epochs", warmup_key="optim.warmup_epochs"
@@ -75,7 +76,6 @@ def make_plan(cfg: PretrainConfig, num_samples: int) -> Plan:
         total_key="optim.epochs",
         warmup_key="loss.warmup_teacher_temp_epochs",
     )
-    steps_per_epoch = num_samples // o.batch_size
     total = o.epochs * steps_per_epoch
     return Plan(
         num_samples=num_samples,
@@ -121,6 +121,13 @@ def check_ranges(cfg: PretrainConfig) -> None:
             above = "more than 0" if low == math.ulp(0.0) else f"{low} or more"
             expected = above if high == math.inf else f"{low} to {high}"
             raise UserError(f"{name} is {value}: expected {expected}")
+
+
+def crop_spec(data: DataConfig) -> CropSpec:
+    """Return the crops that the configuration asks for."""
+    names = [field.name for field in dataclasses.fields(CropSpec)]
+    with config_keys({name: f"data.{name}" for name in names}):
+        return CropSpec(**{name: getattr(data, name) for name in names})
 
 
 def rates_at(cfg: PretrainConfig, plan: Plan, step: int) -> Rates:

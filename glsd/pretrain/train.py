@@ -14,7 +14,6 @@ from glsd.cluster import dist, fsdp, shutdown
 from glsd.cluster.launch import start
 from glsd.config.parse import dump
 from glsd.config.pretrain import PretrainConfig
-from glsd.data.crops import CropSpec
 from glsd.data.order import epoch_samples
 from glsd.data.photometric import photometric
 from glsd.data.pretrain_loader import pretrain_loader
@@ -32,6 +31,7 @@ from glsd.pretrain.objective import (
 from glsd.pretrain.plan import (
     Plan,
     Rates,
+    crop_spec,
     make_plan,
     rates_at,
 )
@@ -145,22 +145,9 @@ def pretrain(cfg: PretrainConfig) -> Path:
 def make_batches(cfg: PretrainConfig, shards: ShardSet, consumed: int) -> Iterator[CropBatch]:
     """Return this rank's endless micro-batches from sample number ``consumed`` on."""
     d = cfg.data
-    spec = CropSpec(
-        global_size=d.global_size,
-        local_size=d.local_size,
-        num_local=d.num_local,
-        global_scale=d.global_scale,
-        local_scale=d.local_scale,
-        jitter_prob=d.jitter_prob,
-        jitter=d.jitter,
-        grayscale_prob=d.grayscale_prob,
-        blur_prob=d.blur_prob,
-        solarize_prob=d.solarize_prob,
-        flip_prob=d.flip_prob,
-    )
     return pretrain_loader(
         shards,
-        crop_spec=spec,
+        crop_spec=crop_spec(d),
         seed=cfg.seed,
         window_shards=d.window_shards,
         consumed=consumed,

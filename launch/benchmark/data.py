@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from glsd.batches import CropBatch
+from glsd.config.pretrain import DataConfig
 from glsd.data.crops import CropSpec, crop_sample
 from glsd.data.decode import decode
 from glsd.data.pretrain_loader import pretrain_loader
 from glsd.errors import UserError
 from glsd.packing.folder import pack_samples
+from glsd.pretrain.plan import crop_spec
 from glsd.pretrain.train import augment
 from glsd.runtime.memory import grown_since, mark_memory
 from glsd.shards.store import ShardSet, open_shards
@@ -104,7 +106,7 @@ def benchmark(args: argparse.Namespace) -> None:
 def measure(shards: ShardSet, sizes: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return the ratios of one data set, and the figures behind them."""
     work = Work(args.batch_size * args.batches)
-    worker = cpu_seconds(worker_tasks(shards, crop_spec(sizes), work.images), args.rounds)
+    worker = cpu_seconds(worker_tasks(shards, spec_of(sizes), work.images), args.rounds)
     pipeline = cpu_seconds(
         {kind: pipeline_task(kind, shards, sizes, args.batches) for kind in KINDS}, args.rounds
     )
@@ -210,7 +212,7 @@ def loaded(
     kind: str, shards: ShardSet, sizes: Mapping[str, Any], workers: int
 ) -> Generator[CropBatch | list[Tensor], None, None]:
     """Yield batch after batch as the loader hands it over: plain ones are finished, ours lack their colors."""
-    spec, batch_size = crop_spec(sizes), sizes["batch_size"]
+    spec, batch_size = spec_of(sizes), sizes["batch_size"]
     if kind == "plain":
         yield from plain_batches(shards, spec, batch_size=batch_size, num_workers=workers)
         return
@@ -229,10 +231,11 @@ def loaded(
     )
 
 
-def crop_spec(sizes: Mapping[str, Any]) -> CropSpec:
-    return CropSpec(
+def spec_of(sizes: Mapping[str, Any]) -> CropSpec:
+    data = DataConfig(
         global_size=sizes["global_size"], local_size=sizes["local_size"], num_local=sizes["local_crops"]
     )
+    return crop_spec(data)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glsd.data.crops import CropSpec
+from glsd.config.pretrain import DataConfig
 from glsd.errors import UserError
 from glsd.geometry import patch_centers, squared_half_diagonals
 from glsd.losses.distill import (
@@ -22,6 +22,7 @@ from glsd.losses.distill import (
     match_views,
 )
 from glsd.pretrain.objective import NUM_GLOBAL
+from glsd.pretrain.plan import crop_spec
 from glsd.runtime.memory import grown_since, mark_memory
 from launch.benchmark import sweep as benchmark_sweep
 from launch.benchmark.floor import layouts, needed_rows, product_flops
@@ -153,10 +154,10 @@ def make_inputs(sizes: dict[str, Any], device: torch.device, *, seed: int = 0) -
         rows = torch.randn(*shape, sizes["bottleneck"], generator=generator)
         return F.normalize(rows, dim=-1).to(device)
 
-    spec = CropSpec(
+    data = DataConfig(
         global_size=sizes["global_size"], local_size=sizes["local_size"], num_local=sizes["local_crops"]
     )
-    boxes, _ = drawn_boxes(spec, sizes["batch"])
+    boxes, _ = drawn_boxes(crop_spec(data), sizes["batch"])
     views, crop_sizes = [NUM_GLOBAL, sizes["local_crops"]], [sizes["global_size"], sizes["local_size"]]
     used = [number for number in range(2) if views[number]]
     patches = [(size // STRIDE) ** 2 for size in crop_sizes]

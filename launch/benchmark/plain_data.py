@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from glsd.data.crops import BLUR_SIGMA, NUM_GLOBAL, CropSpec
+from glsd.batches import NUM_GLOBAL
+from glsd.data.crops import BLUR_SIGMA, CropSpec
 from glsd.data.photometric import MEAN, STD
 from glsd.shards.store import ShardSet
 

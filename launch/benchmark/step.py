@@ -22,11 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from glsd.batches import CropBatch
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
-from glsd.data.crops import CropSpec
 from glsd.pretrain import objective as distillation
 from glsd.pretrain import train as pretrain
 from glsd.pretrain.networks import State, build
-from glsd.pretrain.plan import Plan, Rates
+from glsd.pretrain.plan import Plan, Rates, crop_spec
 from glsd.runtime.memory import grown_since, mark_memory
 from glsd.runtime.meters import Meters
 from launch.benchmark.plain import plain_global_loss, plain_local_loss
@@ -147,8 +146,7 @@ def prepared(flags: dict[str, Any]) -> Iterator[Setup]:
 
 def random_batch(cfg: PretrainConfig, num_images: int) -> CropBatch:
     d = cfg.data
-    spec = CropSpec(global_size=d.global_size, local_size=d.local_size, num_local=d.num_local)
-    boxes, parameters = drawn_boxes(spec, num_images)
+    boxes, parameters = drawn_boxes(crop_spec(d), num_images)
     generator = torch.Generator().manual_seed(0)
 
     def pixels(rows: int, size: int) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import glsd
-from glsd.data.crops import NUM_GLOBAL, CropSpec, draw
+from glsd.batches import NUM_GLOBAL
+from glsd.data.crops import CropSpec, draw
 from glsd.errors import UserError
 
 MIB = 2**20

@@ -19,6 +19,7 @@ from launch.benchmark import sweep as benchmark_sweep
 from launch.benchmark import tools as benchmark_tools
 from launch.benchmark.data import jpeg
 from launch.benchmark.plain import plain_global_loss, plain_local_loss
+from tests.helpers.usual_spec import usual_spec
 
 SIZES = {
     "batch": 2,
@@ -273,7 +274,7 @@ def test_ratios_are_paired():
 
 
 def test_boxes_are_view_major():
-    spec = benchmark_step.CropSpec(num_local=3)
+    spec = usual_spec(num_local=3)
     (global_boxes, local_boxes), (parameters, _) = benchmark_tools.drawn_boxes(spec, 4)
     second = benchmark_tools.draw(spec, height=375, width=500, seed=0, epoch=0, position=1)
     assert global_boxes.shape == (8, 4)

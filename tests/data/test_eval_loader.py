@@ -37,7 +37,7 @@ def make_shards(tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 20])
 def test_every_image_once_and_as_many_rows_on_each_rank(world_size):
-    parts = [rank_indices(13, rank=rank, world_size=world_size) for rank in range(world_size)]
+    parts = [rank_indices(13, rank=rank, world_size=world_size, limit=0) for rank in range(world_size)]
     assert len({len(part) for part in parts}) == 1
     read = np.concatenate(parts)
     assert sorted(read[read >= 0].tolist()) == list(range(13))
@@ -76,7 +76,6 @@ def test_labels_indices_and_padding(make_shards, world_size):
                 mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
                 torch.testing.assert_close(image, (pixels - mean) / std)
     assert sorted(read) == list(range(11))
-    assert sum(loader.num_images for loader in loaders) == 11
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -105,7 +104,6 @@ def test_only_the_chosen_images(make_shards, world_size):
                     assert torch.equal(image, everything[index])
     assert sorted(read) == [1, 4, 5, 10]
     assert [broken.index for loader in loaders for broken in loader.broken] == [7]
-    assert sum(loader.num_images for loader in loaders) == 5
 
 
 def test_limit_counts_within_the_chosen(make_shards):

@@ -161,7 +161,7 @@ def test_any_number_of_ranks_reads_the_same_batches(world_size, micro_batch):
 def test_every_rank_makes_as_many_passes_and_no_image_is_left_out(world_size, most):
     def cut(most):
         return [
-            micro_batches(batch_size=12, rank=rank, world_size=world_size, most=most)
+            micro_batches(batch_size=12, rank=rank, world_size=world_size, micro_batch=most)
             for rank in range(world_size)
         ]
 
@@ -191,7 +191,7 @@ def test_resume_by_consumed_on_another_number_of_ranks(world_size):
     ("change", "message"),
     [
         ({"world_size": 13}, "batch_size 12 is less than one image for each of the 13 ranks: start fewer"),
-        ({"world_size": 5, "micro_batch": 1}, "optim.micro_batch 1 cannot cut into equally many: use 2"),
+        ({"world_size": 5, "micro_batch": 1}, "micro_batch 1 cannot cut both into as many passes; use 2"),
         ({"micro_batch": -1}, "micro_batch is -1: expected 0 or more"),
         ({"rank": 1}, "rank 1 of 1"),
         ({"epoch_length": 30}, "whole number of batches"),

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from glsd.batches import PHOTOMETRIC_FIELDS
 from glsd.data import photometric as module
-from glsd.data.crops import CropSpec, crop_sample, draw
+from glsd.data.crops import crop_sample, draw
 from glsd.data.photometric import (
     MEAN,
     STD,
@@ -25,6 +25,7 @@ from glsd.data.photometric import (
     plan,
 )
 from glsd.data.photometric_cpu import photometric_cpu
+from tests.helpers.usual_spec import usual_spec
 
 NEUTRAL = [1.0, 1, 1, 0, 0, 0, 0, 0]
 JITTERS = ("brightness", "contrast", "saturation", "hue")
@@ -62,7 +63,7 @@ def settings(count: int, **columns: float | list[float]) -> torch.Tensor:
 
 
 def drawn(count: int, num_local: int = 8) -> torch.Tensor:
-    spec = CropSpec(num_local=num_local)
+    spec = usual_spec(num_local=num_local)
     return torch.cat(
         [draw(spec, height=9, width=9, seed=0, epoch=0, position=i).photometric for i in range(count)]
     )
@@ -335,7 +336,7 @@ def photo_crops(photos) -> torch.Tensor:
     """Twelve global crops of six photographs."""
     with tarfile.open(photos / "pretrain_caltech101" / "train-000001.tar") as tar:
         raws = [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")][:6]  # type: ignore[union-attr]
-    spec = CropSpec(num_local=0)
+    spec = usual_spec(num_local=0)
     return torch.cat(
         [crop_sample(raw, spec, seed=0, epoch=0, position=i).global_crops for i, raw in enumerate(raws)]
     )
@@ -371,7 +372,7 @@ def test_every_operation_on_photographs_is_torchvisions_on_one_image(photo_crops
 def test_photographs_look_as_torchvision_makes_them(photos):
     with tarfile.open(photos / "pretrain_caltech101" / "train-000001.tar") as tar:
         raws = [tar.extractfile(m).read() for m in tar if m.name.endswith(".jpg")][:6]  # type: ignore[union-attr]
-    spec = CropSpec(num_local=3)
+    spec = usual_spec(num_local=3)
     samples = [crop_sample(raw, spec, seed=0, epoch=0, position=i) for i, raw in enumerate(raws)]
     for field, rows in (("global_crops", slice(0, 2)), ("local_crops", slice(2, None))):
         crops = torch.cat([getattr(sample, field) for sample in samples])

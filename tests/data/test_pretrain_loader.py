@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from glsd.batches import BrokenSample, CropBatch
-from glsd.data.crops import CropSpec, crop_sample
+from glsd.data.crops import crop_sample
 from glsd.data.order import EpochOrder
 from glsd.data.pretrain_loader import PretrainDataset, collate, pretrain_loader
 from glsd.errors import UserError
@@ -20,9 +20,10 @@ from glsd.packing.folder import pack_samples
 from glsd.shards.find import find_shards
 from glsd.shards.store import open_shards
 from tests.helpers.small_shards import noise_image, pack_noise
+from tests.helpers.usual_spec import usual_spec
 
 MORE_WORKERS_THAN_CORES = "ignore:This DataLoader will create"
-SPEC = CropSpec(global_size=16, local_size=8, num_local=3)
+SPEC = usual_spec(global_size=16, local_size=8, num_local=3)
 SETUP: dict[str, Any] = {
     "crop_spec": SPEC,
     "seed": 5,
@@ -85,7 +86,9 @@ def test_rows_are_view_major_and_each_is_crop_sample(make_shards):
 
 def test_no_local_crops(make_shards):
     pattern, _ = make_shards(6)
-    (batch,) = batches(open_shards(pattern), 1, crop_spec=CropSpec(global_size=16, local_size=8, num_local=0))
+    (batch,) = batches(
+        open_shards(pattern), 1, crop_spec=usual_spec(global_size=16, local_size=8, num_local=0)
+    )
     assert batch.local_crops.shape == (0, 3, 8, 8)
     assert (batch.local_boxes.shape, batch.local_photometric.shape[0]) == ((0, 4), 0)
     assert batch.global_crops.shape == (6, 3, 16, 16)
@@ -264,7 +267,7 @@ def test_collate_hands_errors_on():
 def test_photographs_with_and_without_workers(photos):
     shards = open_shards(str(photos / "pretrain_caltech101" / "train-{000000..000007}.tar"))
     setup = {
-        "crop_spec": CropSpec(),
+        "crop_spec": usual_spec(),
         "batch_size": 32,
         "micro_batch": 16,
         "consumed": 32 * 170,

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from glsd.data.crops import CropSpec, crop_sample
+from glsd.data.crops import crop_sample
 from glsd.errors import BrokenImage
 from tests.helpers import fuzz_images, fuzz_watch
+from tests.helpers.usual_spec import usual_spec
 
 # Crops for which the whole image is decoded, and such small ones that JPEGs are decoded at half their size.
 SPECS = (
-    CropSpec(global_size=16, local_size=8, num_local=1),
-    CropSpec(global_size=4, local_size=3, num_local=1, local_scale=(0.3, 0.4)),
+    usual_spec(global_size=16, local_size=8, num_local=1),
+    usual_spec(global_size=4, local_size=3, num_local=1, local_scale=(0.3, 0.4)),
 )
 MEMORY = 4 << 30  # more address space than before; an image of decode.MAX_PIXELS may take most of it
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from glsd.data.crops import CropSpec, crop_sample
+from glsd.data.crops import crop_sample
 from glsd.errors import BrokenImage, UserError
 from glsd.shards.index import build_index, index_path, write_index
 from glsd.shards.store import ShardSet, open_shards
 from tests.helpers import fuzz_shards, fuzz_watch
+from tests.helpers.usual_spec import usual_spec
 
-SPEC = CropSpec(global_size=8, local_size=8, num_local=0)
+SPEC = usual_spec(global_size=8, local_size=8, num_local=0)
 MEMORY = 1 << 30
 
 

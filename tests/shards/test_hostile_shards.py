@@ -16,7 +16,6 @@ from accelerate.state import AcceleratorState
 from glsd.batches import BrokenSample
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
-from glsd.data.crops import CropSpec
 from glsd.data.order import EpochOrder
 from glsd.data.pretrain_loader import pretrain_loader
 from glsd.errors import BrokenImage, UserError
@@ -34,6 +33,7 @@ from tests.helpers.fuzz_shards import (
     tar,
 )
 from tests.helpers.small_shards import noise_image, pack_noise
+from tests.helpers.usual_spec import usual_spec
 
 SEED = 5
 NUM_MUTATED = 200
@@ -383,7 +383,7 @@ REASONS = {
     7: "truncated JPEG (no end-of-image marker)",
 }
 SIZES = (7, 5, 8)
-SPEC = CropSpec(global_size=16, local_size=8, num_local=1)
+SPEC = usual_spec(global_size=16, local_size=8, num_local=1)
 BATCH, EPOCHS = 6, 4
 
 

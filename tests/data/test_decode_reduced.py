@@ -10,23 +10,17 @@ import torch
 from PIL import Image, ImageOps
 
 from glsd.data.crops import (
-    ASPECT,
-    CropSpec,
+    LARGE,
+    MARGIN,
+    choose_reduction,
     crop_sample,
     cut,
     draw,
     random_crop,
 )
-from glsd.data.decode import decode, decode_reduced
-from glsd.data.reduced import (
-    LARGE,
-    MARGIN,
-    Grid,
-    choose_reduction,
-    turned,
-    upright_grid,
-)
+from glsd.data.decode import Grid, decode, decode_reduced, upright, upright_grid
 from glsd.errors import BrokenImage
+from tests.helpers.usual_spec import usual_spec
 
 KEY = {"seed": 1, "epoch": 2, "position": 3}
 # Upright picture -> what a camera held that way stores; the inverse of what the tag asks for.
@@ -133,8 +127,8 @@ def test_turning_is_pillows(orientation):
     buffer = io.BytesIO()
     Image.fromarray(stored).save(buffer, "PNG", exif=exif.tobytes())
     theirs = np.asarray(ImageOps.exif_transpose(Image.open(buffer)))
-    upright = turned(torch.from_numpy(stored).permute(2, 0, 1), orientation)
-    assert np.array_equal(upright.permute(1, 2, 0), theirs)
+    ours = upright(torch.from_numpy(stored).permute(2, 0, 1), orientation)
+    assert np.array_equal(ours.permute(1, 2, 0), theirs)
     grid = upright_grid(12, 17, 4, orientation)
     assert (grid.height, grid.width) == theirs.shape[:2]
 
@@ -223,7 +217,7 @@ def test_snapping_finds_the_nearest_edge_inside():
     ],
 )
 def test_the_reduction_by_size(height, width, expected):
-    assert choose_reduction(height, width, [(0.4, 224), (0.05, 96)], ASPECT) == expected
+    assert choose_reduction(height, width, [(0.4, 224), (0.05, 96)]) == expected
 
 
 def test_every_box_keeps_its_pixels():
@@ -231,9 +225,9 @@ def test_every_box_keeps_its_pixels():
     seen = set()
     for position in range(300):
         height, width = rng.integers(300, 7000, 2).tolist()
-        spec = CropSpec(local_scale=(0.05, 0.1) if position % 2 else (0.2, 0.4), global_scale=(0.4, 0.5))
+        spec = usual_spec(local_scale=(0.05, 0.1) if position % 2 else (0.2, 0.4), global_scale=(0.4, 0.5))
         wanted = [(spec.global_scale[0], 224), (spec.local_scale[0], 96)]
-        reduction = choose_reduction(height, width, wanted, ASPECT)
+        reduction = choose_reduction(height, width, wanted)
         assert reduction == 1 or height * width >= LARGE
         seen.add(reduction)
         plan = draw(spec, height=height, width=width, seed=0, epoch=0, position=position)
@@ -263,8 +257,8 @@ def test_reduced_pixels_are_pillows(options, gray):
 
 
 def test_crops_of_a_large_photograph_are_those_of_the_whole_one(large):
-    sample = crop_sample(large, CropSpec(), **KEY)
-    drawn = draw(CropSpec(), height=1403, width=1871, **KEY).boxes
+    sample = crop_sample(large, usual_spec(), **KEY)
+    drawn = draw(usual_spec(), height=1403, width=1871, **KEY).boxes
     assert (sample.boxes % 2 == 0).all()
     assert (sample.boxes - drawn).abs().max() <= 2
     assert torch.equal(sample.boxes[:, 0] > sample.boxes[:, 2], drawn[:, 0] > drawn[:, 2])
@@ -280,14 +274,14 @@ def test_crops_of_a_large_photograph_are_those_of_the_whole_one(large):
             - cut(whole, boxes + 2 * torch.tensor([1, 1, 1, 1]) * (boxes < 1300), size).double()
         ).abs()
         assert beside.mean() > 1.5 * difference.mean()  # a shift by one reduced pixel would show
-    again = crop_sample(large, CropSpec(), **KEY)
+    again = crop_sample(large, usual_spec(), **KEY)
     assert all(torch.equal(a, b) for a, b in zip(sample, again, strict=True))
 
 
 def test_a_box_of_fine_tuning_is_reduced_too(large):
-    crop = random_crop(large, size=96, scale=(0.3, 1.0), flip_prob=0.5, seed=0, stream=7, epoch=0, position=0)
+    crop = random_crop(large, size=96, scale=(0.3, 1.0), flip_prob=0.5, seed=0, step=0, slot=0)
     assert crop.shape == (3, 96, 96)
-    assert decode_reduced(large, lambda h, w: choose_reduction(h, w, [(0.3, 96)], ASPECT))[1].reduction == 4
+    assert decode_reduced(large, lambda h, w: choose_reduction(h, w, [(0.3, 96)]))[1].reduction == 4
 
 
 def test_other_kinds_are_not_reduced():
@@ -302,11 +296,11 @@ def test_other_kinds_are_not_reduced():
 
 def test_damage_is_a_reason_here_too(large):
     with pytest.raises(BrokenImage, match="truncated"):
-        crop_sample(large[: len(large) // 2], CropSpec(), **KEY)
+        crop_sample(large[: len(large) // 2], usual_spec(), **KEY)
     raw = bytearray(large)
     table = raw.index(b"\xff\xc4") + 5
     raw[table : table + 16] = b"\xff" * 16  # more codes than a Huffman table can hold
     with pytest.raises(BrokenImage) as caught:
-        crop_sample(bytes(raw), CropSpec(), **KEY)
+        crop_sample(bytes(raw), usual_spec(), **KEY)
     assert "unreadable" in str(caught.value)
     assert "/" not in str(caught.value)

@@ -1,0 +1,13 @@
+"""The crops of a run with the default configuration."""
+
+import dataclasses
+from typing import Any
+
+from glsd.config.pretrain import DataConfig
+from glsd.data.crops import CropSpec
+
+
+def usual_spec(**changes: Any) -> CropSpec:
+    """Return the default crops with some settings changed."""
+    data = DataConfig()
+    return CropSpec(**{f.name: getattr(data, f.name) for f in dataclasses.fields(CropSpec)} | changes)
