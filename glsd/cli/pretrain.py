@@ -15,7 +15,6 @@ FIRST = (
     *(
         "optim.epochs",
         "optim.batch_size",
-        "optim.micro_batch",
         "optim.lr",
         "optim.precision",
         "data.num_workers",

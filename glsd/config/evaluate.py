@@ -1,4 +1,4 @@
-"""The typed configuration of measuring a frozen backbone."""
+"""The typed configuration of the evaluation of a frozen backbone."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,16 +9,17 @@ class EvalDataConfig:
     """The labeled images that measure a backbone.
 
     Args:
-        train_shards: Labeled shards that vote (k-NN) or train the classifier (linear): brace pattern, glob, or a list.
+        train_shards: Labeled shards that vote (knn) or train the classifier (linear): brace pattern, glob, or a list.
         val_shards: Labeled shards that are classified.
         test_shards: Labeled shards, each image searched among all others (retrieval, leave-one-out).
-        query_shards: Instead of test_shards: the images that are searched for ...
-        gallery_shards: ... among these.
-        resize: Short side in pixels before the center crop; unset = 256/224 of the crop.
-        crop: Side of the center crop in pixels; unset = the run's data.global_size, 224 for other models.
-        batch_size: Images per forward pass and rank.
-        num_workers: Loader processes per rank.
-        limit: At most this many images of each set, evenly spread; 0 = all.
+        query_shards: Labeled shards whose images are searched among those of gallery_shards, instead of test_shards.
+        gallery_shards: Labeled shards that the queries are searched among.
+        resize: Short side in pixels before the center crop; unset = 256/224 of the crop. Set it equal to crop for images whose
+            border matters.
+        crop: Side of the center crop in pixels; unset = the run's crop size, 224 for other models.
+        batch_size: Images per forward pass and rank. Lower it if a rank runs out of memory.
+        num_workers: Loader processes per rank. The result does not depend on it.
+        limit: Most images of each set, evenly spread, for a quick look; 0 = all.
     """
 
     train_shards: list[str] | str = ""
@@ -39,22 +40,24 @@ class EvalConfig:
 
     Args:
         model: Run folder, checkpoint folder, 'timm:NAME' (timm's pretrained weights) or a weights file.
-        backbone: timm name of the network that a weights file belongs to; a run folder knows its own.
-        features: Which network of a run: its teacher, its student, or the initial one before the first step; unset = the teacher
-            of pretraining, the student of metric learning.
-        pool: Class token or mean of the patch tokens; unset = as the run was trained, class token otherwise.
+        backbone: timm name of the network, for a weights file only. A run folder knows its own.
+        features: Network of a run: 'teacher', 'student', or 'initial' (before the first step); unset = the teacher of
+            pretraining, the student of metric learning.
+        pool: Feature: 'cls' (class token), 'mean' of the patch tokens, or 'mean+max'; unset = as the run was trained, class token
+            otherwise. Try 'mean' for networks without a trained class token.
         protocol: 'knn' (weighted nearest neighbors), 'linear' (classifier trained on the cached features) or 'retrieval'
             (Recall@K, MAP@R, R-precision, NMI).
         k: Numbers of neighbors that vote.
-        temperature: A neighbor votes with weight exp(cosine / temperature).
-        backend: Neighbor search by faiss or torch, the same numbers; auto = faiss on the CPU when it is installed.
-        recall_at: The K of Recall@K.
-        distance: How embeddings are compared (retrieval); unset = as the run was trained, cosine otherwise.
-        nmi_seeds: Runs of k-means behind the NMI (retrieval); 0 = none, it is slow for very many classes.
-        linear_epochs: Epochs of the linear classifier.
-        linear_lr: Learning rates at batch size 256; with several, the best on a held-out tenth of the training set.
-        linear_batch_size: Images per step of the linear classifier.
-        precision: Forward passes in float32 ('no') or bfloat16 autocast ('bf16').
+        temperature: A neighbor votes with weight exp(cosine / temperature). Raise it for more even votes; 0.07 is published.
+        backend: Neighbor search by 'faiss' or 'torch', with the same numbers; 'auto' = faiss on the CPU if it is installed.
+        recall_at: The K of Recall@K. Take those of the benchmark, e.g. [1, 10, 100, 1000].
+        distance: Compare embeddings by 'cosine' or 'euclidean' distance (retrieval); unset = as the run was trained, cosine
+            otherwise.
+        nmi_seeds: Runs of k-means behind the NMI (retrieval). Set 0 to skip it, which saves much time with many classes.
+        linear_epochs: Epochs of the linear classifier. Raise it for few images.
+        linear_lr: Learning rates at batch size 256. Of several, the best on a held-out tenth of the training set is taken.
+        linear_batch_size: Images per step of the linear classifier. Lower it for few images, to take more steps.
+        precision: Forward passes in float32 ('no') or bfloat16 autocast ('bf16', faster on GPUs).
         seed: Seed of the linear classifier, at least 0.
         out: Folder of evals.json; unset = the run folder, or only printed when the model is not a run.
     """

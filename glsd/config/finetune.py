@@ -1,4 +1,4 @@
-"""The typed configuration of the second story, metric learning; see glsd.config for how such classes are used."""
+"""The typed configuration of fine-tuning for retrieval."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -15,18 +15,19 @@ class FinetuneDataConfig:
 
     Args:
         train_shards: Labeled shards to learn from: brace pattern, glob, or a list.
-        test_shards: Labeled shards of unseen classes, each image searched among all others (leave-one-out).
-        query_shards: Instead of test_shards: the images that are searched for ...
-        gallery_shards: ... among these.
-        val_share: Share of the training classes (the last ones) that is held out and measured, to choose an epoch by; 0 = none.
-        images_per_class: Images per class in a batch (M); a batch holds optim.batch_size / M classes (P).
-        drop_lone_classes: Leave out training classes with a single image instead of stopping.
+        test_shards: Labeled shards of unseen classes. Each image is searched among all others (leave-one-out).
+        query_shards: Labeled shards whose images are searched among those of gallery_shards, instead of test_shards.
+        gallery_shards: Labeled shards that the queries are searched among.
+        val_share: Share of the training classes (the last ones) that is held out, to choose an epoch by; 0 = none.
+        images_per_class: Images per class in a batch (M). A batch holds batch_size / M classes (P).
+        drop_lone_classes: Leave out training classes with a single image. By default they stop the run, as they give no pairs.
         crop: Side of the crops in pixels; unset = that of the run given with --init, 224 otherwise.
-        resize: Short side before the center crop when measuring; unset = 256/224 of the crop.
-        scale: Share of the image's area that a training crop covers, smallest and largest.
-        flip_prob: Share of training crops mirrored left-right.
-        num_workers: Loader processes per rank; the result does not depend on it.
-        max_bad_fraction: Stop when more than this share of all samples so far (at least one epoch's) was unreadable.
+        resize: Short side before the center crop of an evaluation; unset = 256/224 of the crop.
+        scale: Smallest and largest share of the image's area that a training crop covers.
+        flip_prob: Share of training crops mirrored left to right.
+        num_workers: Loader processes per rank. The result does not depend on it.
+        max_bad_fraction: Stop when more than this share of the samples so far was unreadable. Raise it for data that you
+            know to be damaged. It is counted over at least one epoch.
     """
 
     train_shards: list[str] | str = ""
@@ -49,13 +50,14 @@ class FinetuneModelConfig:
     """The network that embeds.
 
     Args:
-        backbone: timm name of the network, for --init random or a weights file; a run folder and timm:NAME know their own.
-        timm_args: Extra arguments of timm's create_model.
-        pool: What the embedding is made of: class token, mean of the patches (CNN: of the last map) or mean plus maximum;
-            unset = as the run given with --init, class token where there is one otherwise.
+        backbone: timm name of the network, for --init random or a weights file. A run folder and timm:NAME know their own.
+        timm_args: Extra arguments of timm's create_model, e.g. {patch_size: 4}, for weights of an unusual architecture.
+        pool: What is embedded: 'cls' (class token), 'mean' of the patches (CNN: of the last map), or 'mean+max'; unset = as
+            the run given with --init, class token where there is one otherwise.
         embed_dim: Width of the embedding, a linear layer on the pooled feature; 0 = the feature itself.
         drop_path: Stochastic depth of the last block.
-        freeze_batch_norm: Batch normalization keeps the statistics it came with (CNNs; their scales still learn).
+        freeze_batch_norm: Keep the statistics of batch normalization (CNNs), while its scales learn. Turn it off for large
+            batches of images unlike those of the pretraining.
         allow_partial: Go on when the weights given with --init fit only partly.
     """
 
@@ -73,13 +75,13 @@ class SelfDistillConfig:
     """PSD and OBD-SD: the network of the previous epoch teaches the similarities inside a batch.
 
     Args:
-        weight: Weight lambda; it is multiplied by epoch / epochs and the squared temperature.
-        tau: Temperature of both similarity distributions.
+        weight: Weight lambda. It is multiplied by epoch / epochs and the squared temperature.
+        tau: Temperature of both similarity distributions. Lower it to distill the nearest neighbors only (with mask_self).
         w: Share of each diffusion step that walks on, 0 to 0.999 (obdsd; 0 = psd).
         tau_d: Temperature of the walk between images (form softmax).
-        form: Diffusion of probabilities over a softmax walk, as released, or of similarities over the symmetrically
-            normalized affinities, as in the paper.
-        mask_self: Leave each image's similarity with itself out of both distributions; needed for tau below 0.5.
+        form: 'softmax' diffuses probabilities over a softmax walk, as released. 'symmetric' diffuses similarities over
+            symmetrically normalized affinities, as in the paper.
+        mask_self: Leave each image's similarity with itself out of both distributions. Needed for tau below 0.5.
     """
 
     weight: float = 75.0
@@ -92,14 +94,14 @@ class SelfDistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MdrConfig:
-    """The multi-level distance regularizer: standardized distances are drawn to the nearest of a few learned levels.
+    """The multi-level distance regularizer: it pulls standardized distances to the nearest of a few learned levels.
 
     Args:
         weight: Weight lambda.
-        level_weight: Weight nu of the squared levels.
-        levels: The levels at the start, in standard deviations from the mean distance.
-        momentum: Momentum of the running mean and deviation.
-        include_diagonal: The statistics count the zero distances of images to themselves, as released.
+        level_weight: Weight nu of the squared levels. Raise it if the levels drift apart.
+        levels: Initial levels, in standard deviations from the mean distance. Change their number to try other groupings.
+        momentum: Momentum of the running mean and deviation. Lower it in runs of few steps.
+        include_diagonal: Count the zero distances of images to themselves, as released. Turn it off to count distinct pairs only.
     """
 
     weight: float = 0.6
@@ -111,23 +113,24 @@ class MdrConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptimConfig:
-    """Optimizer and schedule; everything is a function of the step.
+    """Optimizer and schedule. Everything is a function of the step.
 
     Args:
-        epochs: Epochs; the ramp of psd and obdsd counts in them.
-        steps_per_epoch: Steps of an epoch, 0 = as many as whole batches fit into the training images.
-        batch_size: Images per step over all ranks; losses, diffusion and distances see all of them together.
+        epochs: Passes over the data, or multiples of steps_per_epoch. The ramp of psd and obdsd counts in them.
+        steps_per_epoch: Steps of an epoch; 0 = as many as whole batches fit into the training images.
+        batch_size: Images per step of all ranks together. Losses, diffusion and distances see all of them.
         optimizer: 'adam' (as published: weight decay as L2 on every weight) or 'adamw' (decoupled, not on norms and biases).
         lr: Learning rate of the backbone.
         head_lr: Learning rate of the linear layer; unset = lr.
         loss_lr: Learning rate of the ranking loss's own parameters (proxies, margins); unset = that of the loss's paper.
-        level_lr: Learning rate of MDR's levels; unset = lr.
-        weight_decay: Weight decay of the network; the losses' own parameters have none.
+            Raise it if proxies do not follow the features.
+        level_lr: Learning rate of MDR's levels; unset = lr. Raise it where lr is so small that levels stay where they began.
+        weight_decay: Weight decay of the network. The losses' own parameters have none.
         milestones: Epochs at whose start all learning rates are multiplied by gamma.
-        gamma: See milestones.
-        clip_grad: Largest norm of all gradients together, 0 = off.
+        gamma: Factor of the learning rates at each milestone.
+        clip_grad: Largest norm of all gradients together; 0 = off.
         precision: 'no' = float32, 'bf16' = bfloat16 autocast of the network (the losses stay float32).
-        max_steps: Stop after this many steps (schedules stay those of all epochs), 0 = run all epochs.
+        max_steps: Stop after this many steps with the schedules of all epochs, to try a run out; 0 = run all epochs.
     """
 
     epochs: int = 150
@@ -148,15 +151,15 @@ class FinetuneOptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneWatchConfig:
-    """What is measured and written while it trains.
+    """What is measured and written during training.
 
     Args:
-        log_every: Steps between lines of metrics.jsonl (the only host synchronization).
-        checkpoint_every: Steps between checkpoints; 0 = at the end of each epoch.
-        keep_checkpoints: Checkpoints kept on disk, at least 2.
-        eval_every: Epochs between measurements; the start and the end are always measured.
+        log_every: Steps between lines of metrics.jsonl, where host and device synchronize.
+        checkpoint_every: Steps between checkpoints, for epochs too long to lose; 0 = at the end of each epoch.
+        keep_checkpoints: Checkpoints kept on disk, at least 2. Raise it to compare earlier epochs.
+        eval_every: Epochs between evaluations. The start and the end are always evaluated.
         recall_at: The K of Recall@K.
-        batch_size: Images per forward pass and rank when measuring.
+        batch_size: Images per forward pass and rank of an evaluation. Lower it if evaluations run out of memory.
     """
 
     log_every: int = 10
@@ -172,7 +175,7 @@ class FinetuneClusterConfig:
     """How ranks work together.
 
     Args:
-        lost_after: Seconds without a sign of life after which a rank counts as lost and all others stop.
+        lost_after: Seconds without a heartbeat after which a rank counts as lost and all others stop.
     """
 
     lost_after: float = 60.0
@@ -180,17 +183,17 @@ class FinetuneClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Fine-tune a backbone for retrieval with labels, and measure it on classes it has not seen.
+    """Fine-tune a backbone for retrieval with labels, and measure it on classes that it has not seen.
 
     Args:
         init: Where the backbone comes from: a run folder, a checkpoint folder, timm:NAME, a weights file, or 'random'.
         loss: Ranking loss: triplet, triplet_semihard, contrastive, margin, multi_similarity, proxy_anchor, proxy_nca,
             arcface, smooth_ap.
-        loss_args: Settings of that loss beside its published ones, e.g. {beta: 50}.
-        reg: Regularizer beside it.
-        out: Run directory: config, metrics, measurements, checkpoints.
-        seed: Every random draw is a function of it and of the step.
-        resume: 'auto' goes on from the last checkpoint in out, 'never' refuses a folder that already has one.
+        loss_args: Settings of that loss that differ from the published ones, e.g. {beta: 50}.
+        reg: Regularizer beside the loss: none, psd, obdsd, mdr, obdsd+mdr.
+        out: Run directory: config, metrics, evaluations, checkpoints.
+        seed: Seed of every random draw. A draw also depends on the step.
+        resume: 'auto' goes on from the last checkpoint in the run directory. 'never' refuses a directory that has one.
     """
 
     recipes: ClassVar[tuple[str, ...]] = ("dml",)  # folders of configs/
@@ -212,12 +215,12 @@ class FinetuneConfig:
 
     @property
     def distills(self) -> bool:
-        """Whether the network of the previous epoch teaches."""
+        """Tell whether the network of the previous epoch teaches."""
         return "psd" in self.reg or "obdsd" in self.reg
 
     @property
     def uses_mdr(self) -> bool:
-        """Whether distances are drawn to levels."""
+        """Tell whether the multi-level distance regularizer is on."""
         return "mdr" in self.reg
 
     @property

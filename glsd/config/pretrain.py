@@ -1,6 +1,6 @@
-"""The typed configuration: these frozen dataclasses hold the only defaults; glsd.config.parse reads YAML and flags over them.
+"""The typed configuration of pretraining. These frozen dataclasses hold the only defaults.
 
-Only the stories see these classes; the parts below take plain keyword values.
+A YAML file and flags override them (glsd.config.parse). Parts of the library take plain keyword arguments instead.
 """
 
 from dataclasses import dataclass, field
@@ -12,25 +12,26 @@ TimmArg = bool | int | float | str | list[int] | list[float] | None
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read and how it is cropped.
+    """What is read, and how it is cropped.
 
     Args:
-        shards: Brace pattern or glob of shards, local or http(s)://, s3://, gs://, hf://, e.g. 'train-{000..146}.tar', or a list.
-        weights: How often an epoch reads the shards of each entry of that list, e.g. [1, 0.25, 3]; unset = once.
-        num_workers: Loader processes per rank; 0 reads in the training process. The result does not depend on it.
+        shards: Brace pattern, glob or list of shards, local or http(s)://, s3://, gs://, hf://, e.g. 'train-{000..146}.tar'.
+        weights: How often an epoch reads each entry of that list, e.g. [1, 0.25, 3]; unset = once.
+        num_workers: Loader processes per rank. 0 reads in the training process. The result does not depend on it.
         global_size: Side of a global crop in pixels.
         local_size: Side of a local crop in pixels.
-        num_local: Local crops per image (there are always 2 global ones).
-        global_scale: Share of the image's area that a global crop covers, smallest and largest.
-        local_scale: Share of the image's area that a local crop covers, smallest and largest.
-        jitter_prob: Share of crops whose brightness, contrast, saturation and hue are jittered.
+        num_local: Local crops per image. There are always 2 global ones.
+        global_scale: Smallest and largest share of the image's area that a global crop covers.
+        local_scale: Smallest and largest share of the image's area that a local crop covers.
+        jitter_prob: Share of crops with jittered brightness, contrast, saturation and hue. Lower it where color carries meaning.
         jitter: Strengths of brightness, contrast, saturation and hue jitter.
         grayscale_prob: Share of crops turned gray.
         blur_prob: Share of blurred crops: first global, second global, local.
-        solarize_prob: Share of solarised crops: first global, second global, local.
-        flip_prob: Share of crops mirrored left-right.
+        solarize_prob: Share of solarized crops: first global, second global, local.
+        flip_prob: Share of crops mirrored left to right. Set 0 where a mirror image means something else, such as text.
         window_shards: Samples are shuffled within this many (shuffled) shards.
-        max_bad_fraction: Stop when more than this share of all samples so far (at least one epoch's) was unreadable.
+        max_bad_fraction: Stop when more than this share of the samples so far was unreadable. Raise it for data that you
+            know to be damaged. It is counted over at least one epoch.
     """
 
     shards: list[str] | str = ""
@@ -57,11 +58,13 @@ class ModelConfig:
 
     Args:
         backbone: Name of a timm Vision Transformer or Swin model.
-        init: 'random', 'timm' (timm's pretrained weights) or a weights file (safetensors, or torch state dict).
-        drop_path: Stochastic depth of the student's last block (linear from 0 at the first); the teacher has none.
-        pool: What the global loss looks at: the class token or the mean of the patch tokens (always mean for Swin).
-        activation_checkpointing: Keep only the input of each of the student's blocks and compute it again: less memory, more time.
-        compile: Compile the blocks of ViT and Eva, on a GPU the losses too (the first steps take longer); unset = on GPUs that can.
+        init: 'random', 'timm' (timm's pretrained weights) or a weights file (safetensors, or torch state dict). Start from
+            weights to adapt a network to your images in fewer epochs.
+        drop_path: Stochastic depth of the student's last block (linear from 0 at the first). The teacher has none.
+        pool: Feature of the global loss: 'cls' (class token) or 'mean' (mean of the patch tokens; always for Swin).
+        activation_checkpointing: Recompute the student's blocks in the backward pass. Takes less memory and more time.
+        compile: Compile the blocks of ViT and Eva, on a GPU the losses too. The first steps take longer. Unset = on GPUs that
+            can.
         timm_args: Extra arguments of timm's create_model, e.g. {patch_size: 4, depth: 3}.
     """
 
@@ -79,13 +82,13 @@ class HeadConfig:
     """The projection heads on the global and the patch features.
 
     Args:
-        num_prototypes: Outputs of the head (k).
+        num_prototypes: Outputs of the head (k). Fewer suit small data sets.
         hidden_dim: Width of the hidden layers.
         bottleneck_dim: Width of the normalized vector before the prototypes.
-        num_layers: Linear layers before the prototypes.
+        num_layers: Linear layers before the prototypes. Change it to match the head of another publication.
         batch_norm: Batch normalization in the hidden layers.
         trainable_gain: Learn the length of each prototype (the papers' norm_last_layer = false).
-        shared: One head for class token and patches instead of one each.
+        shared: Use one head for class token and patches, as iBOT does. Saves the memory of the second head.
     """
 
     num_prototypes: int = 65536
@@ -102,20 +105,22 @@ class LossConfig:
     """Global and local self-distillation.
 
     Args:
-        global_weight: Weight of the global loss; unset = 0.5 beside a local loss, 1 alone (as published).
+        global_weight: Weight of the global loss; unset = 0.5 beside a local loss, 1 alone (as published). Lower it where
+            dense features matter most, e.g. for segmentation.
         local_weight: Weight of the local loss.
         hinge: Geometric matching rejects patches farther apart than half the diagonal of the larger one.
-        hinge_factor: Multiplies that distance.
-        local_mean: Mean over all student patches (as published) or over the accepted ones.
-        geometric_weight: Share of the geometric matches with matching 'both'.
-        similarity_weight: Share of the similarity matches with matching 'both'.
-        student_temp: Temperature of the student.
+        hinge_factor: Multiplies that distance. Raise it if too few patches match (share of matched patches in the metrics).
+        local_mean: Mean over 'all' student patches (as published), or over the 'accepted' ones. Take 'accepted' to keep the
+            strength of the local loss where few patches match.
+        geometric_weight: Share of the geometric matches with --matching both.
+        similarity_weight: Share of the similarity matches with --matching both.
+        student_temp: Temperature of the student. Lower it for sharper outputs; the teacher's must stay lower still.
         teacher_temp: Temperature of the teacher after its warm-up.
         warmup_teacher_temp: Temperature of the teacher in the first epoch.
-        warmup_teacher_temp_epochs: Epochs over which the teacher's temperature rises, 0 = constant.
-        centering: Against collapse: 'ema' (center of the teacher's logits, as published) or 'sinkhorn' (Sinkhorn-Knopp).
-        center_momentum: Momentum of the EMA center.
-        sinkhorn_iterations: Rounds of Sinkhorn-Knopp, which balances each micro-batch (of all ranks).
+        warmup_teacher_temp_epochs: Epochs over which the teacher's temperature rises; 0 = constant.
+        centering: What prevents collapse: 'ema' (center of the teacher's logits, as published) or 'sinkhorn' (Sinkhorn-Knopp).
+        center_momentum: Momentum of the EMA center. Lower it in runs of few steps, in which the center lags behind.
+        sinkhorn_iterations: Rounds of Sinkhorn-Knopp, which balances each micro-batch of all ranks. More rounds balance better.
     """
 
     global_weight: float | None = None
@@ -136,24 +141,25 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer and schedules; everything is a function of the step.
+    """Optimizer and schedules. Everything is a function of the step.
 
     Args:
         epochs: Passes over the data.
-        batch_size: Images per optimizer step over all ranks; never changes with the hardware, neither does the learning rate.
-        micro_batch: Most images in one forward pass of a rank (more are accumulated), 0 = its whole share of batch_size at once.
-        lr: Learning rate at batch size 256, scaled linearly with batch_size.
-        min_lr: Learning rate at the end.
+        batch_size: Images per step of all ranks together. Neither it nor the learning rate depends on the hardware.
+        micro_batch: Most images of a rank in one forward pass; more are accumulated. Set it if a rank runs out of memory; 0 =
+            its whole share of the batch.
+        lr: Learning rate at batch size 256. It is scaled linearly with the batch size.
+        min_lr: Learning rate at the end. Raise it if you mean to go on with more epochs.
         warmup_epochs: Epochs of linear learning rate warm-up.
-        weight_decay: Weight decay at the start.
+        weight_decay: Weight decay at the start. Lower it for few images or a small network.
         weight_decay_end: Weight decay at the end.
-        teacher_momentum: Momentum of the teacher at the start, rising to 1.
-        clip_grad: Largest gradient norm, 0 = off.
-        clip_mode: Norm of each parameter on its own (as published) or of all together.
+        teacher_momentum: Momentum of the teacher at the start, rising to 1. Lower it for short runs.
+        clip_grad: Largest gradient norm; 0 = off. Lower it if the loss jumps (gradient norm in the metrics).
+        clip_mode: Clip the norm of each 'parameter' on its own (as published), or the 'global' norm, as most other code does.
         freeze_prototypes_epochs: Epochs in which the heads' last layer does not move.
         precision: 'no' = float32, 'bf16' = bfloat16 autocast (softmax and statistics stay float32).
-        grad_compression: Gradients travel between ranks as they are ('no') or in bfloat16, half as many bytes.
-        max_steps: Stop after this many steps (schedules stay those of all epochs), 0 = run all epochs.
+        grad_compression: Ranks send gradients as they are ('no'), or in bfloat16 ('bf16'), which halves the bytes.
+        max_steps: Stop after this many steps with the schedules of all epochs, to try a run out; 0 = run all epochs.
     """
 
     epochs: int = 100
@@ -175,18 +181,19 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """What is written while it trains.
+    """What is written during training.
 
     Args:
-        log_every: Steps between lines of metrics.jsonl (the only host synchronization).
+        log_every: Steps between lines of metrics.jsonl, where host and device synchronize.
         sample_log: Write the epoch and key of every sample, step by step, into samples.jsonl.
         checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: Checkpoints kept on disk, at least 2 (a damaged one falls back to the one before).
-        probe_every: Steps between k-NN probes of the teacher, 0 = never.
+        keep_checkpoints: Checkpoints kept on disk, at least 2, as a damaged one falls back to the one before. Raise it to
+            compare earlier states.
+        probe_every: Steps between k-NN probes of the teacher; 0 = never.
         probe_train_shards: Labeled shards that vote in the k-NN probe.
         probe_val_shards: Labeled shards that are classified in the k-NN probe.
-        probe_k: Neighbors that vote in the probe.
-        probe_images: At most this many images of each probe set.
+        probe_k: Neighbors that vote in the probe. Keep it below the images per class.
+        probe_images: Most images of each probe set. Lower it if probes take too long.
     """
 
     log_every: int = 10
@@ -205,8 +212,8 @@ class ClusterConfig:
     """How ranks work together.
 
     Args:
-        lost_after: Seconds without a sign of life after which a rank counts as lost and all others stop.
-        parallel: What a rank keeps of weights, teacher and optimizer state: all ('ddp'), or its part of each tensor ('fsdp').
+        lost_after: Seconds without a heartbeat after which a rank counts as lost and all others stop.
+        parallel: 'ddp' keeps all weights on every rank. 'fsdp' shards weights, teacher and optimizer state over the ranks.
     """
 
     lost_after: float = 60.0
@@ -219,9 +226,10 @@ class PretrainConfig:
 
     Args:
         out: Run directory: config, metrics, pictures, checkpoints.
-        seed: Every random draw is a function of it and of epoch and sample, or step and rank.
-        matching: How student patches find teacher patches: by place, by feature, both (weighted), or no local loss.
-        resume: 'auto' goes on from the last checkpoint in out, 'never' refuses a folder that already has one.
+        seed: Seed of every random draw. A draw also depends on epoch and sample, or on step and rank.
+        matching: How student patches find teacher patches: 'geometric' (same place), 'similarity' (nearest feature), 'both'
+            (weighted), or 'none' (no local loss).
+        resume: 'auto' goes on from the last checkpoint in the run directory. 'never' refuses a directory that has one.
     """
 
     recipes: ClassVar[tuple[str, ...]] = ("pretrain", "demo")  # folders of configs/
