@@ -20,6 +20,7 @@ from glsd.data.photometric import (
     MEAN,
     STD,
     gaussian_matrix,
+    normalize,
     photometric,
     photometric_torch,
     plan,
@@ -397,3 +398,13 @@ def test_the_device_gives_what_the_cpu_gives():
         photometric(crops, parameters)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_normalize_takes_each_channels_mean_and_deviation():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    kept = images.clone()
+    made = normalize(images)
+    expected = (images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(made, expected.float(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(images, kept)
+    assert normalize(images[:0]).shape == (0, 3, 16, 16)
