@@ -164,7 +164,7 @@ def measure(payload: dict[str, Any]) -> dict[str, Any]:
     cfg = load(PretrainConfig, [*argv, "--data.shards=none"])
     accelerator = launch.start(
         cfg.optim.precision,
-        "launch/benchmark.py",
+        "launch/benchmark",
         static_graph=True,
         grad_compression=cfg.optim.grad_compression,
     )
