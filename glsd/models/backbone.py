@@ -12,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from glsd.errors import UserError, nearest, one_line, pick
-from glsd.models.drop_path import skip_dropped_rows
 from glsd.models.tokens import POOLS, TOKENS
 from glsd.models.weights import LoadReport, load_weights, read_weights
 
@@ -116,7 +115,6 @@ def build_backbone(
     has_token = getattr(net, "cls_token", None) is not None
     if isinstance(net, VisionTransformer | Eva) and pool == "cls" and not has_token:
         raise UserError(f"model.backbone {name!r} has no class token: set model.pool to 'mean'")
-    skip_dropped_rows(net)
     if checkpointing:
         timm_net: Any = net
         timm_net.set_grad_checkpointing(True)

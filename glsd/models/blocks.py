@@ -1,4 +1,4 @@
-"""The blocks of a ViT or Eva one after the other: compiled, checkpointed, skipping dropped rows, as the network was built."""
+"""The blocks of a ViT or Eva: run one after the other, compiled or with activation checkpointing."""
 
 import importlib.util
 import os
@@ -9,45 +9,65 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from timm.layers import DropPath
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from glsd.models.drop_path import Kepts, draw
-
 
 def run_blocks(
     net: Any, tokens: Float[Tensor, "b n d"], arguments: Sequence[dict[str, Any]] | None = None
 ) -> Float[Tensor, "b n d"]:
-    """Return the tokens after all of ``net.blocks``; arguments: of each block besides the tokens."""
-    saving = net.grad_checkpointing and torch.is_grad_enabled()
+    """Return the tokens after all blocks of ``net``; arguments: further arguments of each block, such as its rope."""
+    checkpointing = net.grad_checkpointing and torch.is_grad_enabled()
     extras = arguments or [{}] * len(net.blocks)
-    kepts = draw(list(net.blocks), tokens)
-    for block, kept, extra in zip(net.blocks, kepts, extras, strict=True):
-        if kept is not None:
-            extra = {**extra, "kept": _varying(kept, len(tokens)) if is_compiled(block) else kept}
-        # Not the reentrant kind: under DDP that one cannot run a block twice, for two resolutions.
-        tokens = checkpoint(block, tokens, use_reentrant=False, **extra) if saving else block(tokens, **extra)
+    for block, extra in zip(net.blocks, extras, strict=True):
+        # The reentrant kind cannot run a block twice (once a resolution) under DDP.
+        if checkpointing:
+            tokens = checkpoint(block, tokens, use_reentrant=False, **extra)
+        else:
+            tokens = block(tokens, **extra)
     return tokens
 
 
-def compile_blocks(net: nn.Module, backend: str | Callable = "inductor") -> None:
-    """Let torch compile the blocks of a ViT or Eva, in place; names of parameters stay. Nothing happens to other networks.
+class _SharedDropPath(nn.Module):
+    """timm's DropPath with its rate in a buffer, so that blocks of different rates share one compiled graph.
 
-    Blocks share their graphs: there is one for each number of tokens and of rows (with dropped rows: for any number of
-    kept ones), with and without gradient. Compiled at the first call.
+    The compiler treats a float as a constant: timm's module would need one graph a block.
     """
-    # Under DDP dynamo would cut the graph of every block at the borders of gradient buckets, to overlap communication with the
-    # backward pass: that overlap is there already, between blocks.
+
+    def __init__(self, drop_prob: float, device: torch.device):
+        super().__init__()
+        self.register_buffer("keep_prob", torch.tensor(1 - drop_prob, device=device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) < self.keep_prob
+        return x * (kept / self.keep_prob).to(x.dtype)
+
+
+def compile_blocks(net: nn.Module, backend: str | Callable = "inductor") -> None:
+    """Let torch compile the blocks of a ViT or Eva, in place; parameters keep their names. Other networks stay as they are.
+
+    The blocks share their graphs: one for each shape of the tokens, with and without gradient, with and without
+    stochastic depth. Each is compiled at its first call.
+    """
+    # Under DDP dynamo would cut each block's graph at gradient buckets, to overlap communication with the backward pass.
+    # Blocks already overlap with each other.
     torch._dynamo.config.optimize_ddp = False
     if isinstance(net, VisionTransformer | Eva):
         for block in net.blocks.children():
+            device = next(block.parameters()).device
+            for name, child in list(block.named_children()):
+                if isinstance(child, DropPath):
+                    setattr(block, name, _SharedDropPath(child.drop_prob, device))
             block.compile(backend=backend, dynamic=False)
 
 
 def compile_obstacle(device: torch.device) -> str | None:
-    """Return what torch.compile would miss on the device, None if nothing."""
+    """Return what torch.compile lacks on the device, None if nothing."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
@@ -57,24 +77,11 @@ def compile_obstacle(device: torch.device) -> str | None:
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of a ViT, Eva or Swin, in order: most of its parameters."""
+    """Return the repeated blocks of a ViT, Eva or Swin in order: they hold most of its parameters."""
     parts = [part for name, part in net.named_modules() if name.rsplit(".", 1)[-1] == "blocks"]
     return [block for part in parts for block in part.children()]
 
 
-def as_written() -> AbstractContextManager[None]:
-    """Run compiled blocks as they are written: batches of other sizes than those of training would make further graphs."""
+def run_uncompiled() -> AbstractContextManager[None]:
+    """Run compiled blocks eagerly: batches of other sizes than those of training would compile further graphs."""
     return torch.compiler.set_stance("force_eager")
-
-
-def is_compiled(block: nn.Module) -> bool:
-    """Tell whether compile_blocks was here."""
-    return getattr(block, "_compiled_call_impl", None) is not None
-
-
-def _varying(kept: Kepts, num_rows: int) -> Kepts:
-    """Mark the number of kept rows as one that changes, so that one graph serves all; a single row is always one."""
-    if num_rows > 1:
-        for tensor in (tensor for branch in kept for tensor in branch):
-            torch._dynamo.mark_dynamic(tensor, 0)
-    return kept

@@ -13,7 +13,7 @@ from glsd.config.pretrain import PretrainConfig
 from glsd.errors import UserError
 from glsd.evaluate.sets import choose_sizes, embed_set
 from glsd.metrics.knn import knn_accuracy
-from glsd.models.blocks import as_written
+from glsd.models.blocks import run_uncompiled
 from glsd.pretrain.networks import State
 from glsd.pretrain.objective import NUM_GLOBAL, Pixels
 from glsd.pretrain.plan import Plan
@@ -76,7 +76,7 @@ def draw_first_batch(run: Run, state: State, pixels: Pixels, batch: CropBatch) -
     from glsd.show.matches import draw_matches
 
     b = len(batch.keys)
-    with as_written():
+    with run_uncompiled():
         features = [
             student(crops)[1] if len(crops) else None for crops in (pixels.global_crops, pixels.local_crops)
         ]
@@ -139,7 +139,7 @@ def probe(
     teacher = state.backbone("teacher")
 
     def features(images: Tensor) -> Tensor:
-        with as_written():
+        with run_uncompiled():
             return teacher(images)[0]
 
     train, val = (
