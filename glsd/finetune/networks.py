@@ -102,13 +102,14 @@ def build(cfg: FinetuneConfig, source: str, num_classes: int, accelerator: Accel
     teacher = None
     if cfg.distills:
         teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    ranking = build_ranking(
-        cfg.loss,
-        num_classes=num_classes,
-        embed_dim=student.embed_dim,
-        seed=cfg.seed,
-        args=dict(cfg.loss_args),
-    ).to(device)
+    with config_keys({key: f"loss_args.{key}" for key in cfg.loss_args}):
+        ranking = build_ranking(
+            cfg.loss,
+            num_classes=num_classes,
+            embed_dim=student.embed_dim,
+            seed=cfg.seed,
+            args=dict(cfg.loss_args),
+        ).to(device)
     levels = nn.Parameter(torch.tensor(cfg.mdr.levels, dtype=torch.float32, device=device))
     levels.requires_grad_(cfg.uses_mdr)
     return State(

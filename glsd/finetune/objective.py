@@ -1,4 +1,4 @@
-"""What one metric-learning step minimizes: a ranking loss, and beside it the pull of the past (PSD, OBD-SD) and of levels (MDR)."""
+"""The losses of a metric-learning step: a ranking loss, self-distillation (PSD, OBD-SD) and the distance regularizer (MDR)."""
 
 from typing import NamedTuple
 
@@ -24,11 +24,11 @@ from glsd.losses.obd_sd import (
     similarity_target,
     target_statistics,
 )
-from glsd.losses.ranking import RANKING
+from glsd.precision import widened
 
 
 class Losses(NamedTuple):
-    """The total, its parts for the meters, and MDR's statistics moved by this batch."""
+    """The total loss, its parts for the meters, and MDR's statistics after this batch."""
 
     loss: Float[Tensor, ""]
     parts: dict[str, Float[Tensor, ""]]
@@ -45,18 +45,18 @@ def batch_losses(
     sd_weight: float,
     seed: int,
 ) -> Losses:
-    """Return the losses of the global batch, all of it in float32 or better.
+    """Return the losses of the global batch, in float32 or better.
 
-    embeddings: raw, of all ranks in rank order; teacher_embeddings: of the same images by the network of the previous
-    epoch, not asked for where sd_weight is 0. total = ranking + sd_weight * KL + mdr.weight * MDR + mdr.level_weight *
-    sum of squared levels. The ranking loss sees unit vectors; beside MDR a triplet loss sees the mean-normalized ones that MDR
-    is made for ("learning without L2 norm"). Source: OBD-SD (arXiv 2211.07566), MDR (arXiv 2102.04223).
+    embeddings: raw, of all ranks in rank order. teacher_embeddings: of the same images by the network of the previous
+    epoch, None if sd_weight is 0. total = ranking + sd_weight * KL + mdr.weight * MDR + mdr.level_weight * sum of squared
+    levels. The ranking loss takes unit vectors. With MDR a triplet loss takes mean-normalized vectors, for which MDR is made
+    ("learning without L2 norm"). Source: OBD-SD (arXiv 2211.07566), MDR (arXiv 2102.04223).
     """
     with torch.autocast(embeddings.device.type, enabled=False):
-        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        embeddings = widened(embeddings)
         unit = F.normalize(embeddings, dim=1)
         scaled = mean_normalize(embeddings) if cfg.uses_mdr else unit
-        seen = scaled if RANKING[cfg.loss].geometry == "scaled" else unit
+        seen = scaled if state.ranking.geometry == "scaled" else unit
         ranking = state.ranking(seen, labels, seed=seed)
         loss, parts, statistics = ranking, {"ranking": ranking}, state.mdr_statistics
         if teacher_embeddings is not None:
@@ -69,7 +69,7 @@ def batch_losses(
             }
         if cfg.uses_mdr:
             distances = pairwise_distances(scaled)
-            # Moved before they are used, as published.
+            # As published, the statistics move before the loss uses them.
             statistics = observe(
                 statistics,
                 distances,
@@ -85,7 +85,7 @@ def batch_losses(
 def self_distillation(
     cfg: FinetuneConfig, unit: Float[Tensor, "b e"], teacher_unit: Float[Tensor, "b e"]
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Return KL(target || student's similarities), and what the target looks like."""
+    """Return KL(target || student's similarities) and statistics of the target."""
     tau, mask_self = cfg.sd.tau, cfg.sd.mask_self
     undiffused = similarity_target(teacher_unit, tau=tau, mask_self=mask_self)
     target = undiffused

@@ -101,14 +101,15 @@ def check_ranges(cfg: FinetuneConfig) -> None:
     if not 0 < low <= high <= 1:
         raise UserError(f"data.scale is {cfg.data.scale}: expected 0 < smallest <= largest <= 1")
     if cfg.distills:
-        obd_sd.check_settings(
-            tau=cfg.sd.tau,
-            w=cfg.sd.w if "obdsd" in cfg.reg else None,
-            tau_d=cfg.sd.tau_d,
-            form=cfg.sd.form,
-            mask_self=cfg.sd.mask_self,
-            batch_size=o.batch_size,
-        )
+        keys = {"batch_size": "optim.batch_size", "tau": "sd.tau", "tau_d": "sd.tau_d", "w": "sd.w"}
+        with config_keys(keys):
+            obd_sd.check_settings(
+                tau=cfg.sd.tau,
+                w=cfg.sd.w if "obdsd" in cfg.reg else None,
+                tau_d=cfg.sd.tau_d,
+                mask_self=cfg.sd.mask_self,
+                batch_size=o.batch_size,
+            )
     if cfg.uses_mdr and o.batch_size < 3:
         raise UserError(
             f"optim.batch_size {o.batch_size} with reg {cfg.reg}: distances have no deviation, expected 3 or more"

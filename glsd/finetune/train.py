@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from glsd.batches import LabeledCrops
 from glsd.cluster import dist, shutdown
@@ -36,6 +35,7 @@ from glsd.finetune.report import (
 )
 from glsd.losses.mdr import MdrStatistics
 from glsd.optim.clip import clip_global
+from glsd.precision import widened
 from glsd.rng import step_seed
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
@@ -189,11 +189,6 @@ def train_step(
     for name, value in values.items():
         meters.add(name, value)
     return StepReport(keys=batch.keys, broken=batch.broken)
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32 or better: autocast ends at the embeddings."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def save(cfg: FinetuneConfig, state: State, meters: Meters, run: Run, sets: Sets) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of a few rows of logits: targets and entropies of the teacher, losses and gradients of the student."""
+"""Teacher targets and student cross-entropy for a chunk of logits."""
 
 import functools
 from collections.abc import Callable
@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-CACHED_ROWS = 32  # so few rows of logits stay in a CPU's caches while they are worked on
+# So few rows of logits stay in a CPU's caches during the work on them.
+CACHED_ROWS = 32
 
 
 def teacher_terms(
     logits: Float[Tensor, "q k"], center: Float[Tensor, " k"]
 ) -> tuple[Float[Tensor, "q k"], Float[Tensor, " q"]]:
-    """Return softmax(logits - center) and its entropies; the logits are overwritten."""
+    """Return softmax(logits - center) and its entropies in nats; overwrites the logits."""
     logits -= center
     if logits.device.type != "cpu":
         return _teacher_terms(logits)
@@ -30,10 +31,10 @@ def student_terms(
     *,
     fuse: bool = False,
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, "p k"]]:
-    """Return the cross-entropy of every row with its target, and its gradient, softmax - target.
+    """Return the cross-entropy of every row with its target, and its gradient by the logits, softmax - target.
 
-    A target is the share-weighted sum of the rows of ``targets`` at ``index``. The logits may be overwritten (on a CPU, by
-    the gradient). fuse: through torch.compile.
+    A row's target is the share-weighted sum of the rows of ``targets`` at ``index``. May overwrite the logits (on a CPU with
+    the gradient). fuse: use torch.compile.
     """
     if fuse:
         return _fused_terms()(logits, targets, index, share)
@@ -63,7 +64,7 @@ def _student_terms(
     *,
     out: Float[Tensor, "p k"] | None = None,
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, "p k"]]:
-    """A target sums to 1, so CE = logsumexp(s) - <target, s>."""
+    # A target sums to 1, so CE = logsumexp(s) - <target, s>.
     softmax = logits.softmax(1)
     target = F.embedding_bag(index, targets, per_sample_weights=share, mode="sum")
     losses = _logsumexp(logits, softmax) - (target * logits).sum(1)
@@ -76,5 +77,5 @@ def _fused_terms() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _logsumexp(logits: Float[Tensor, "p k"], softmax: Float[Tensor, "p k"]) -> Float[Tensor, " p"]:
-    """Return it from the largest logit and its softmax, which is at least 1 / k: no second exponential."""
+    """Return the logsumexp from the largest logit and its softmax, which is at least 1 / k: no second exponential."""
     return logits.amax(1) - softmax.amax(1).log()

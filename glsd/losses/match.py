@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glsd.batches import Match
+from glsd.precision import widened
 
 
 @torch.no_grad()
@@ -83,9 +84,8 @@ def similarity(student_features: Float[Tensor, "b n d"], teacher_features: Float
     Norms are clamped at 1e-12; float32 or better; equal cosines: the lowest index; no gradient.
     Source: EsViT (arXiv 2106.09785), region-level task.
     """
-    wide = torch.promote_types(student_features.dtype, torch.float32)
     with torch.autocast(student_features.device.type, enabled=False):
-        student = F.normalize(student_features.to(wide), dim=2, eps=1e-12)
-        teacher = F.normalize(teacher_features.to(wide), dim=2, eps=1e-12)
+        student = F.normalize(widened(student_features), dim=2, eps=1e-12)
+        teacher = F.normalize(widened(teacher_features), dim=2, eps=1e-12)
         cosine, index = (student @ teacher.transpose(1, 2)).max(dim=2)
     return Match(index, torch.ones_like(cosine))

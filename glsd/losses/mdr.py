@@ -1,8 +1,8 @@
-"""MDR, the multi-level distance regularizer: pairwise distances gather around a few learned levels.
+"""MDR, the multi-level distance regularizer: it pulls pairwise distances to a few learned levels.
 
-A training step: e = mean_normalize(f), distances = pairwise_distances(e), stats = observe(stats, distances), then
-loss = ranking(e) + weight * mdr_loss(distances, levels, stats) + penalty * level_penalty(levels). f are raw network outputs of the
-whole batch of all ranks. Nothing here waits for the device. Source: MDR (arXiv 2102.04223) and its released code.
+A training step with the raw network outputs f of the global batch: e = mean_normalize(f), distances = pairwise_distances(e),
+stats = observe(stats, distances), loss = ranking(e) + weight * mdr_loss(distances, levels, stats) + penalty *
+level_penalty(levels). Nothing here waits for the device. Source: MDR (arXiv 2102.04223) and its released code.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,16 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-# Squared distances below this share of the squared norms (about the center) are what rounding makes of coinciding points.
+from glsd.precision import wide_dtype, widened
+
+# Rounding gives coinciding points squared distances up to this share of their squared norms (about the center).
 COINCIDE = 1e-14
-# A batch whose distances deviate less than this relative to their mean has no deviation to measure in.
+# A batch whose distances deviate less than this, relative to their mean, has no usable deviation.
 LEAST_DEVIATION = 1e-6
 
 
 class MdrStatistics(NamedTuple):
-    """Running mean and deviation of the pairwise distances, 0-d tensors on the device (float64 where it has that)."""
+    """Running mean and deviation of the pairwise distances, 0-d tensors on the device, in float64 if it has that."""
 
     mean: Float[Tensor, ""]
     std: Float[Tensor, ""]
@@ -26,7 +28,7 @@ class MdrStatistics(NamedTuple):
 
 
 def initial_statistics(device: torch.device | str = "cpu") -> MdrStatistics:
-    """Return the statistics before the first batch, which sets them."""
+    """Return the statistics before the first batch."""
     device = torch.device(device)
     zero = torch.zeros((), dtype=_exact_dtype(device), device=device)
     return MdrStatistics(zero, zero + 1, torch.zeros((), dtype=torch.int64, device=device))
@@ -34,17 +36,13 @@ def initial_statistics(device: torch.device | str = "cpu") -> MdrStatistics:
 
 @torch.no_grad()
 def observe(
-    stats: MdrStatistics,
-    distances: Float[Tensor, "b b"],
-    *,
-    momentum: float = 0.9,
-    include_diagonal: bool = True,
+    stats: MdrStatistics, distances: Float[Tensor, "b b"], *, momentum: float, include_diagonal: bool
 ) -> MdrStatistics:
-    """Return the statistics after one more batch: the first sets them, later ones move them by 1 - momentum.
+    """Return the statistics after one more batch: the first batch sets them, later ones move them by 1 - momentum.
 
-    Mean and unbiased deviation are over the whole matrix with its b zeros (as released), without include_diagonal over the
-    b (b-1) pairs. To be called once per step, before mdr_loss, with the distances of the whole batch of all ranks. A batch
-    that has no deviation (one image, equal images, numbers that are not finite) changes nothing. No gradient.
+    include_diagonal: mean and unbiased deviation are over the whole matrix with its b zeros (as released), otherwise over
+    the b (b-1) pairs. Call it once a step, before mdr_loss, with the distances of the global batch. A batch without a
+    deviation (one image, equal images, values that are not finite) changes nothing. No gradient.
     Source: MDR (arXiv 2102.04223), its released code.
     """
     values = (distances.flatten() if include_diagonal else _pairs(distances)).to(stats.mean.dtype)
@@ -61,12 +59,12 @@ def observe(
 
 
 def pairwise_distances(e: Float[Tensor, "b e"]) -> Float[Tensor, "b b"]:
-    """Return the Euclidean distances of all pairs of rows, in float32 or better, in the units of e; the diagonal is 0.
+    """Return the Euclidean distances of all pairs of rows, in float32 or better; the diagonal is 0.
 
-    By one product of the rows about their mean, in float64, so that near duplicates far from the origin keep their digits.
-    Coinciding points have distance 0 and no gradient. Source: MDR (arXiv 2102.04223), which clamps d^2 at 1e-12 instead.
+    Computed by one float64 product of the rows about their mean, so that near duplicates far from the origin keep their
+    digits. Coinciding points have distance 0 and no gradient; MDR (arXiv 2102.04223) clamps d^2 at 1e-12 instead.
     """
-    wide = torch.promote_types(e.dtype, torch.float32)
+    wide = wide_dtype(e)
     with torch.autocast(e.device.type, enabled=False):
         exact = e.to(_exact_dtype(e.device))
         # A common shift changes no distance, so its gradient is zero: a constant will do.
@@ -75,7 +73,7 @@ def pairwise_distances(e: Float[Tensor, "b e"]) -> Float[Tensor, "b b"]:
         norms = product.diagonal()
         norms = norms[:, None] + norms
         squared = torch.sub(norms, product, alpha=2)
-        apart = ~(squared <= COINCIDE * norms)  # so that what is not a number stays visible
+        apart = ~(squared <= COINCIDE * norms)  # NaN stays visible
         apart.fill_diagonal_(False)
         # The inner where keeps the infinite slope of the root at 0 out of the backward pass.
         return torch.where(apart, torch.where(apart, squared.to(wide), 1.0).sqrt(), 0.0)
@@ -84,8 +82,8 @@ def pairwise_distances(e: Float[Tensor, "b e"]) -> Float[Tensor, "b b"]:
 def mean_normalize(f: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
     """Return f divided by the mean distance of its b (b-1) pairs; the gradient flows through that mean.
 
-    float32 or better. One image, or equal ones, have no mean distance: they are returned as they are.
-    Source: MDR (arXiv 2102.04223, section 3.1) and its released code: it takes the place of the L2 normalization.
+    In float32 or better. One image, or equal ones, have no mean distance and are returned as they are.
+    Source: MDR (arXiv 2102.04223, section 3.1) and its released code, where it replaces the L2 normalization.
     """
     pairs = _pairs(pairwise_distances(f))
     mean = pairs.sum() / max(pairs.numel(), 1)
@@ -98,9 +96,9 @@ def mdr_loss(
     """Return the mean over all ordered pairs of |z - the nearest level|, z = (distance - mean) / std.
 
     Of equally near levels the first counts. Gradients reach distances and levels, not stats. Zero, with zero gradients, if
-    all distances are 0 (one image, equal images) or nothing was observed yet. Source: MDR (arXiv 2102.04223).
+    all distances are 0 (one image, equal images) or before the first ``observe``. Source: MDR (arXiv 2102.04223).
     """
-    wide = torch.promote_types(distances.dtype, torch.float32)
+    wide = wide_dtype(distances)
     with torch.autocast(distances.device.type, enabled=False):
         pairs = _pairs(distances).to(wide)
         z = (pairs - stats.mean.to(wide)) / stats.std.to(wide)
@@ -115,11 +113,11 @@ def mdr_loss(
 
 def level_penalty(levels: Float[Tensor, " l"]) -> Float[Tensor, ""]:
     """Return the sum of the squared levels. Source: released code of MDR (arXiv 2102.04223)."""
-    return levels.to(torch.promote_types(levels.dtype, torch.float32)).square().sum()
+    return widened(levels).square().sum()
 
 
 def _pairs(distances: Float[Tensor, "b b"]) -> Float[Tensor, "_ b"]:
-    """Return the b (b-1) entries off the diagonal, as a view: after a diagonal entry come b that are not."""
+    """Return the b (b-1) entries off the diagonal as a view: b of them follow each diagonal entry but the last."""
     b = len(distances)
     return distances.flatten()[:-1].view(b - 1, b + 1)[:, 1:]
 

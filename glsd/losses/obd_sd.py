@@ -1,7 +1,7 @@
-"""OBD-SD: the student's similarities within a batch follow those of its earlier self (PSD), diffused over the batch (OBDP).
+"""Self-distillation of the similarities within a batch: from the previous epoch's network (PSD), or diffused (OBD-SD).
 
-z and z_teacher are unit vectors, rows of length 1: the caller normalizes, in float32 or better. Everything here is computed in
-float32 or better whatever the autocast: the rows of a target differ from uniform by little more than bfloat16 can tell apart.
+z and z_teacher are unit vectors, which the caller normalizes in float32 or better. Everything here is computed in float32 or
+better, also under autocast: bfloat16 can hardly tell the rows of a target from uniform ones.
 """
 
 import math
@@ -13,21 +13,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from glsd.errors import UserError, pick
+from glsd.precision import widened
 
 # At w = 1 the system is singular; its condition number is (1 + w) / (1 - w), 1999 at the largest w allowed.
 LARGEST_W = 0.999
-# Added to the degrees of the symmetric form in the released code; a matter of parity, beyond the digits of float32.
+# Added to the degrees of the symmetric form, as in the released code; too small to matter in float32.
 DEGREE_EPS = 1e-12
 
 
 @torch.no_grad()
 def similarity_target(
-    z_teacher: Float[Tensor, "b e"], *, tau: float, mask_self: bool = False
+    z_teacher: Float[Tensor, "b e"], *, tau: float, mask_self: bool
 ) -> Float[Tensor, "b b"]:
-    """Return the PSD target: every row the softmax of the teacher's cosines to the batch, divided by tau.
+    """Return the PSD target: each row is the softmax of the teacher's cosines to the batch, divided by tau.
 
-    With mask_self an image is no candidate of its own row. Rows sum to 1. No gradient.
-    Source: OBD-SD (arXiv 2211.07566), its released code; the diagonal is left in there.
+    mask_self: leave the diagonal out. Rows sum to 1. No gradient.
+    Source: OBD-SD (arXiv 2211.07566); its released code keeps the diagonal.
     """
     with torch.autocast(z_teacher.device.type, enabled=False):
         return _row_softmax(_similarity(z_teacher), tau, mask_self)
@@ -39,44 +40,39 @@ def diffusion_target(
     *,
     tau: float,
     w: float,
-    tau_d: float = 1.0,
-    form: str = "softmax",
-    clip: bool = True,
-    mask_self: bool = False,
+    tau_d: float,
+    form: str,
+    mask_self: bool,
 ) -> Float[Tensor, "b b"]:
-    """Return the OBDP target: the teacher's similarities after a random walk over the batch that stops with rate 1 - w.
+    """Return the OBD-SD target: the teacher's similarities after a random walk over the batch that stops with rate 1 - w.
 
-    form 'softmax' (as released): P = (1-w) (I - w T)^-1 P0 with T = transition_matrix and P0 = similarity_target. form
-    'symmetric' (as in the paper): P = the row softmax of (1-w) (I - w A)^-1 S / tau with A = symmetric_affinity and S the
-    cosines; a row without positive affinities keeps its S. tau_d belongs to 'softmax', clip to 'symmetric'. With mask_self
-    the diagonal is left out of P0 and of P. Rows sum to 1; w = 0 gives similarity_target exactly. No gradient, and no
-    waiting for the device: the arguments are checked by check_settings, once. Raises UserError for another form.
-    Source: OBD-SD (arXiv 2211.07566).
+    form 'softmax' (as released): P = (1-w) (I - w T)^-1 P0 with T = transition_matrix and P0 = similarity_target.
+    form 'symmetric' (as in the paper): P = the row softmax of (1-w) (I - w A)^-1 S / tau; S are the cosines, A is the
+    symmetric_affinity of S without its negative entries. A row without positive affinities keeps its S.
+    tau_d: temperature of the walk in 'softmax'. mask_self: leave the diagonal out of P0 and P. w = 0 gives
+    similarity_target exactly. Rows sum to 1. No gradient. Does not wait for the device, so it does not check its numbers:
+    check_settings does. Raises UserError for another form. Source: OBD-SD (arXiv 2211.07566).
     """
-    target = pick(FORMS, form, "sd.form")
+    target = pick(FORMS, form, "form")
     with torch.autocast(z_teacher.device.type, enabled=False):
         similarity = _similarity(z_teacher)
         if w == 0 or len(similarity) == 1:
             return _row_softmax(similarity, tau, mask_self)
-        return target(similarity, tau=tau, w=w, tau_d=tau_d, clip=clip, mask_self=mask_self)
+        return target(similarity, tau=tau, w=w, tau_d=tau_d, mask_self=mask_self)
 
 
-def _softmax_form(
-    similarity: Tensor, *, tau: float, w: float, tau_d: float, clip: bool, mask_self: bool
-) -> Tensor:
+def _softmax_form(similarity: Tensor, *, tau: float, w: float, tau_d: float, mask_self: bool) -> Tensor:
     start = _row_softmax(similarity, tau, mask_self)
-    # Rounding can leave a tiny negative entry, of which there is no logarithm.
+    # Rounding can leave a tiny negative entry, which has no logarithm.
     target = diffuse(transition_matrix(similarity, tau_d=tau_d), start, w=w).clamp_(min=0)
     if mask_self:
         target.fill_diagonal_(0)
-    # Rows sum to 1 before the solve's rounding, which grows with 1 / (1 - w) and would enter the divergence undamped.
+    # The solve's rounding grows with 1 / (1 - w): without this, rows would not sum to 1 and the divergence would be off.
     return target.div_(target.sum(dim=1, keepdim=True))
 
 
-def _symmetric_form(
-    similarity: Tensor, *, tau: float, w: float, tau_d: float, clip: bool, mask_self: bool
-) -> Tensor:
-    affinity = symmetric_affinity(similarity, clip=clip)
+def _symmetric_form(similarity: Tensor, *, tau: float, w: float, tau_d: float, mask_self: bool) -> Tensor:
+    affinity = symmetric_affinity(similarity.clamp(min=0))
     isolated = (affinity == 0).all(dim=1, keepdim=True)
     return _row_softmax(torch.where(isolated, similarity, diffuse(affinity, similarity, w=w)), tau, mask_self)
 
@@ -85,21 +81,18 @@ FORMS: dict[str, Callable[..., Tensor]] = {"softmax": _softmax_form, "symmetric"
 
 
 def transition_matrix(similarity: Float[Tensor, "b b"], *, tau_d: float) -> Float[Tensor, "b b"]:
-    """Return the walk's step probabilities: the row softmax of similarity / tau_d without the diagonal, for b > 1."""
+    """Return the step probabilities of the walk: the row softmax of similarity / tau_d without the diagonal; b > 1."""
     return _row_softmax(similarity, tau_d, mask_self=True)
 
 
-def symmetric_affinity(similarity: Float[Tensor, "b b"], *, clip: bool = True) -> Float[Tensor, "b b"]:
+def symmetric_affinity(similarity: Float[Tensor, "b b"]) -> Float[Tensor, "b b"]:
     """Return D^-1/2 A D^-1/2: A is similarity with a zero diagonal, D = diag(row sums of A).
 
-    clip replaces negative entries of A by 0, so that the eigenvalues lie in [-1, 1] and no degree is negative. A row whose
-    degree is not positive becomes 0, and its column too. Without clip that affects common batches, and the eigenvalues are
-    not bounded: a system of it may be singular.
-    Source: OBD-SD (arXiv 2211.07566); whether the paper clips is not known.
+    A row whose degree is not positive becomes 0, and its column too. The eigenvalues lie in [-1, 1] if no entry is
+    negative. Otherwise they are not bounded, and the diffusion's system may be singular; hence the clipping in
+    diffusion_target. Source: OBD-SD (arXiv 2211.07566); the paper does not say whether it clips.
     """
     affinity = similarity.clone().fill_diagonal_(0)
-    if clip:
-        affinity.clamp_(min=0)
     degree = affinity.sum(dim=1)
     scale = torch.where(degree > 0, (degree + DEGREE_EPS).rsqrt(), 0.0)
     return affinity * scale[:, None] * scale
@@ -109,17 +102,17 @@ def diffuse(matrix: Float[Tensor, "b b"], values: Float[Tensor, "b c"], *, w: fl
     """Return (1-w) (I - w matrix)^-1 values, the limit of values' <- w matrix values' + (1-w) values, by one solve."""
     system = matrix * -w
     system.diagonal().add_(1)
-    # The variant that does not look at the solver's verdict: looking would wait for the device.
+    # solve_ex without checking the result: a check would wait for the device.
     return torch.linalg.solve_ex(system, values * (1 - w), check_errors=False).result
 
 
 def distillation_kl(
-    z: Float[Tensor, "b e"], target: Float[Tensor, "b b"], *, tau: float, mask_self: bool = False
+    z: Float[Tensor, "b e"], target: Float[Tensor, "b b"], *, tau: float, mask_self: bool
 ) -> Float[Tensor, ""]:
     """Return the mean over rows of KL(target || the row softmax of the student's cosines / tau), in nats.
 
-    Gradients reach z, never the target. mask_self: leave the diagonal out; the target must have been made with it too.
-    Source: OBD-SD (arXiv 2211.07566); with c = coefficient / (tau b) and G = c (softmax - target), dL/dz = (G + G^T) z.
+    Gradients reach z alone. mask_self: leave the diagonal out, as in the target.
+    Source: OBD-SD (arXiv 2211.07566). The gradient is (G + G^T) z with G = (softmax - target) / (tau b).
     """
     with torch.autocast(z.device.type, enabled=False):
         logits = _without_self(_similarity(z) / tau, mask_self)
@@ -130,7 +123,7 @@ def distillation_kl(
 
 
 def ramp(epoch: int, epochs: int, *, weight: float, tau: float) -> float:
-    """Return what distillation_kl counts in a zero-based epoch: epoch / epochs * weight * tau^2, 0 in the first one."""
+    """Return the weight of distillation_kl in a zero-based epoch: epoch / epochs * weight * tau^2, so 0 in the first."""
     return epoch / epochs * weight * tau**2
 
 
@@ -140,43 +133,34 @@ def target_statistics(
 ) -> dict[str, Float[Tensor, ""]]:
     """Return how flat a target is and how far the diffusion moved it, for the log.
 
-    'target_entropy': mean entropy of a row over ln b, 1 = uniform (the loss then only asks for equal similarities);
-    'target_self': mean probability of the image itself, near 1 where a tau below 0.5 calls for mask_self; 'target_shift':
-    ||target - undiffused|| / ||undiffused|| (Frobenius), where undiffused is similarity_target.
+    'target_entropy': mean entropy of a row / ln b; 1 = uniform, the loss then only asks for equal similarities.
+    'target_self': mean probability of the image itself; near 1 where a tau below 0.5 calls for mask_self.
+    'target_shift': ||target - undiffused|| / ||undiffused|| (Frobenius); undiffused: similarity_target.
     """
     entropy = -torch.xlogy(target, target).sum(dim=1).mean() / math.log(max(len(target), 2))
     shift = torch.linalg.matrix_norm(target - undiffused) / torch.linalg.matrix_norm(undiffused)
     return {"target_entropy": entropy, "target_self": target.diagonal().mean(), "target_shift": shift}
 
 
-def check_settings(
-    *,
-    tau: float,
-    batch_size: int,
-    w: float | None = None,
-    tau_d: float = 1.0,
-    form: str = "softmax",
-    mask_self: bool = False,
-) -> None:
-    """Raise UserError for settings without a meaning; w None: no diffusion (PSD). batch_size is that of all ranks together."""
-    for key, value in (("tau", tau), ("tau_d", tau_d)):
+def check_settings(*, tau: float, batch_size: int, w: float | None, tau_d: float, mask_self: bool) -> None:
+    """Raise UserError for meaningless settings. w None: no diffusion (PSD); batch_size: the global batch."""
+    for name, value in (("tau", tau), ("tau_d", tau_d)):
         if not 0 < value < math.inf:
-            raise UserError(f"sd.{key} is {value}: expected a temperature above 0, as 1.0")
-    pick(FORMS, form, "sd.form")
+            raise UserError(f"{name} is {value}: expected a temperature above 0, such as 1.0")
     if w is not None and not 0 <= w <= LARGEST_W:
         raise UserError(
-            f"sd.w is {w}: expected 0 <= w <= {LARGEST_W}; at w = 1 the diffusion's system is singular, use 0.3 to 0.99"
+            f"w is {w}: expected 0 to {LARGEST_W} (at 1 the diffusion's system is singular); use 0.3 to 0.99"
         )
     need = 2 if w is None and not mask_self else 3
     if batch_size < need:
         raise UserError(
-            f"optim.batch_size={batch_size}: a batch is too small to compare similarities within, expected {need} or more"
+            f"batch_size is {batch_size}: expected {need} or more, to compare similarities within the batch"
         )
 
 
 def _similarity(z: Tensor) -> Tensor:
     """Return the cosines of all pairs of rows, in float32 or better."""
-    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    wide = widened(z)
     return wide @ wide.T
 
 
@@ -185,7 +169,7 @@ def _row_softmax(similarity: Tensor, tau: float, mask_self: bool) -> Tensor:
 
 
 def _without_self(logits: Tensor, mask_self: bool) -> Tensor:
-    """Return the logits with a diagonal of -inf; those of a single row as they are, it has no other candidate."""
+    """Return the logits with -inf on the diagonal, if mask_self; a single row stays, as it has no other candidate."""
     if not mask_self or len(logits) == 1:
         return logits
     return logits.masked_fill(_diagonal(logits), -math.inf)

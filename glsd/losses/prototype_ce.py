@@ -1,9 +1,9 @@
-"""Cross-entropy of teacher and student through their prototypes, exact, without ever holding a (rows x k) array.
+"""Exact cross-entropy between teacher and student over the prototypes, without ever holding a (rows x k) array.
 
-What it rests on: the cross-entropy is linear in the target, so the targets of a row are summed first, and its gradient with
-respect to the logits is softmax - target, so a few student rows at a time give loss and gradients in one pass; rows whose
-matches were all rejected and teacher rows that nobody matched are never multiplied with the prototypes; and the mean of the
-teacher's logits is the prototype layer of the mean vector.
+The cross-entropy is linear in the target, so the targets of a row are summed first. Its gradient with respect to the logits
+is softmax - target, so one pass over chunks of student rows gives loss and gradients. Student rows without a kept match and
+teacher rows that no match points to are never multiplied with the prototypes. The mean of the teacher's logits is the
+prototype layer applied to the mean vector.
 """
 
 from collections.abc import Callable
@@ -15,29 +15,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from glsd.losses.logit_terms import student_terms, teacher_terms
-from glsd.losses.products import (
-    add_product,
-    operand,
-    operand_dtype,
-    product,
-)
 from glsd.losses.row_plan import RowPlan, plan_rows
+from glsd.precision import add_product, operand, operand_dtype, product, wide_dtype
 
-# Bytes of logits and what is made of them that are held at a time: a third for the teacher's distributions, the rest for the
-# student's rows. On a CPU a few times its caches, on a GPU a 16th of its memory. One group's teacher rows (for patches at
-# most 2 x 196 of one image) and MIN_ROWS student rows are held in any case.
+# Bytes of logits and their derived arrays held at a time: a few times a CPU's caches, a 16th of a GPU's memory. A third is
+# for the teacher's distributions, the rest for the student's rows. One group's teacher rows (for patches at most 2 x 196 of
+# one image) and MIN_ROWS student rows are held in any case.
 CPU_BUDGET, GPU_SHARE = 48 * 2**20, 16
 MIN_ROWS = 64
-COPIES = {"cpu": 1, "cuda": 4}  # of the logits: a CPU works in place, a few rows at a time
+# Copies of the logits: a CPU works in place, on a few rows at a time.
+COPIES = {"cpu": 1, "cuda": 4}
 
 
 class PrototypeCE(NamedTuple):
-    """A prototype cross-entropy and what the teacher looked like in it."""
+    """A prototype cross-entropy and statistics of its teacher."""
 
     loss: Float[Tensor, ""]
-    teacher_mean: Float[Tensor, " k"]  # of the raw teacher logits over all rows: the EMA center follows it
+    teacher_mean: Float[Tensor, " k"]  # mean raw teacher logits over all rows: the EMA center follows it
     teacher_entropy: Float[Tensor, ""]  # mean entropy in nats of the teacher rows in use (uniform: ln k)
-    teacher_rows: int  # in use
+    teacher_rows: int  # number of teacher rows in use
 
 
 class Settings(NamedTuple):
@@ -46,7 +42,7 @@ class Settings(NamedTuple):
     student_temp: float
     teacher_temp: float
     product_dtype: torch.dtype  # of the operands of matrix products; the results are float32 or better
-    student_rows: int  # worked off at a time
+    student_rows: int  # student rows held at a time
     gradients: bool
     fuse: bool
 
@@ -64,30 +60,25 @@ def prototype_ce(
     teacher_temp: int | float,
     kept: Bool[Tensor, "r m"] | None = None,
     groups: int = 1,
-    budget: int | None = None,
     fuse: bool = False,
 ) -> PrototypeCE:
     """Return the sum over rows i and columns j of weight[i, j] * CE(teacher row index[i, j], student row i).
 
     CE(t, s) = -<softmax((t - center) / teacher_temp), log_softmax(s / student_temp)> over the k logits t =
     teacher_prototypes @ vector and s = student_prototypes @ vector. Under autocast the operands of the products are
-    rounded to its dtype; sums, softmax and everything else are float32 or better. Gradients, formed in this very
-    pass, reach the student's vectors and prototypes, never the teacher, the center or the weights; they can be taken once
-    and not be differentiated again.
-    index points into the s teacher rows; weights are not negative, and one of 0 leaves the entry out (its index must
-    still be valid).
-    kept: which entries can have a weight other than 0, by default those that do; rows without any are dropped where
-    index is a CPU tensor (on a GPU their number is unknown to the host).
-    groups: number of equal, successive parts (images) of both sides such that no row points into another part.
-    budget: bytes to work in, by default memory_budget of the device; fuse: torch.compile what is done to the logits.
+    rounded to its dtype; everything else is float32 or better. Gradients are formed in the forward pass. They reach the
+    student's vectors and prototypes alone, can be taken once, and cannot be differentiated again.
+    index: rows of the teacher, valid also where the weight is 0; weight: 0 or more, 0 leaves an entry out.
+    kept: entries that can have a weight above 0, by default those that have. Rows without any are dropped if index is on
+    the CPU (on a GPU the host does not know their number).
+    groups: number of equal, successive groups (images) of both sides; a row points into its own group only.
+    fuse: torch.compile the work on the logits.
     Raises ValueError if the rows do not divide into the groups.
     Source: DINO (arXiv 2104.14294, eq. 1 and 4), for patches GLSD (arXiv 2207.14676).
     """
-    device = student.device
-    wide = torch.promote_types(student.dtype, torch.float32)
-    product_dtype = operand_dtype(student)
-    budget = memory_budget(device) if budget is None else budget
+    device, wide, product_dtype = student.device, wide_dtype(student), operand_dtype(student)
     row_bytes = COPIES.get(device.type, COPIES["cuda"]) * wide.itemsize * len(center)
+    budget_rows = memory_budget(device) // row_bytes
     teacher, teacher_prototypes = teacher.detach(), teacher_prototypes.detach().to(wide)
     with torch.autocast(device.type, enabled=False):
         plan = plan_rows(
@@ -96,14 +87,14 @@ def prototype_ce(
             kept=kept,
             num_teacher=len(teacher),
             groups=groups,
-            teacher_rows=budget // 3 // row_bytes,
+            teacher_rows=budget_rows // 3,
             device=device,
         )
         settings = Settings(
             student_temp=student_temp,
             teacher_temp=teacher_temp,
             product_dtype=product_dtype,
-            student_rows=max(MIN_ROWS, budget * 2 // 3 // row_bytes),
+            student_rows=max(MIN_ROWS, budget_rows * 2 // 3),
             gradients=torch.is_grad_enabled(),
             fuse=fuse,
         )
@@ -111,21 +102,21 @@ def prototype_ce(
             *(student, student_prototypes.to(wide), teacher, teacher_prototypes, center.to(wide)),
             *(plan, settings),
         )
-        # Logits are linear in the vector, so the mean logits need one product, not s of them.
+        # Logits are linear in the vector, so the mean logits need one product instead of s.
         mean = teacher_prototypes @ teacher.to(wide).mean(dim=0)
     rows_in_use = sum(columns.stop - columns.start for _, columns in plan.chunks)
     return PrototypeCE(loss, mean, entropies / max(rows_in_use, 1), rows_in_use)
 
 
 def memory_budget(device: torch.device) -> int:
-    """Return how many bytes the loss may work in by default."""
+    """Return how many bytes of logits the loss may hold at a time."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // GPU_SHARE
     return CPU_BUDGET
 
 
 class _ChunkedCE(torch.autograd.Function):
-    """Loss and gradients of all planned rows in one pass over the chunks."""
+    """Loss and gradients of all planned rows in one pass over the chunks (autograd function)."""
 
     @staticmethod
     def forward(
@@ -177,16 +168,16 @@ class _ChunkedCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_loss: Float[Tensor, ""], _of_entropy: Any) -> tuple[Tensor | None, ...]:
-        # In place, because they are as large as the prototypes: autograd notices, and refuses a second time.
+        # In place, because they are as large as the prototypes. Autograd notices and refuses a second backward pass.
         saved = iter(ctx.saved_tensors)
         of_student, of_prototypes = (next(saved).mul_(of_loss) if wanted else None for wanted in ctx.wanted)
         return of_student, of_prototypes, None, None, None, None, None
 
 
 class _Scratch:
-    """Memory for the logits of one chunk, taken once: fresh pages for each would cost a CPU more than the arithmetic on them.
+    """Memory for the logits of one chunk, allocated once: on a CPU fresh pages cost more than the arithmetic on them.
 
-    A GPU's allocator keeps its memory: None there, the ``out`` of an operation that makes its own result.
+    On a GPU it is None (each operation allocates its result), because the allocator there reuses memory.
     """
 
     def __init__(self, plan: RowPlan, settings: Settings, prototypes: Float[Tensor, "k e"]):
@@ -218,7 +209,7 @@ def _put(total: Float[Tensor, "r e"], ids: Int64[Tensor, " p"] | None, part: sli
 
 
 def _parts(rows: slice, size: int) -> list[slice]:
-    """Divide rows into parts of at most ``size``, as equal as can be."""
+    """Divide rows into parts of at most ``size`` and nearly equal length."""
     count = -(-(rows.stop - rows.start) // size)
     size = -(-(rows.stop - rows.start) // count)
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]

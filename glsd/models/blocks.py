@@ -37,6 +37,8 @@ class _SharedDropPath(nn.Module):
     The compiler treats a float as a constant: timm's module would need one graph a block.
     """
 
+    keep_prob: Tensor
+
     def __init__(self, drop_prob: float, device: torch.device):
         super().__init__()
         self.register_buffer("keep_prob", torch.tensor(1 - drop_prob, device=device), persistent=False)

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from glsd.errors import UserError
+from glsd.precision import widened
 
 
 class Prototypes(nn.Module):
@@ -24,9 +25,7 @@ class Prototypes(nn.Module):
     def weight(self) -> Float[Tensor, "k e"]:
         """Return the prototypes in float32 or better: the rows that ``losses.prototype_ce`` takes."""
         with torch.autocast(self.direction.device.type, enabled=False):
-            return _at_least_float32(self.gain) * F.normalize(
-                _at_least_float32(self.direction), dim=1, eps=1e-12
-            )
+            return widened(self.gain) * F.normalize(widened(self.direction), dim=1, eps=1e-12)
 
     def forward(self, vectors: Float[Tensor, "r e"]) -> Float[Tensor, "r k"]:
         """Return the logits of bottleneck vectors; only for small r * k, training goes through the loss."""
@@ -77,7 +76,7 @@ class ProjectionHead(nn.Module):
         """Return bottleneck vectors of length 1 (of a zero vector: zero) in float32 or better."""
         vectors = self.mlp(features)
         with torch.autocast(vectors.device.type, enabled=False):
-            return F.normalize(_at_least_float32(vectors), dim=1, eps=1e-12)
+            return F.normalize(widened(vectors), dim=1, eps=1e-12)
 
 
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int, batch_norm: bool) -> nn.Sequential:
@@ -91,7 +90,3 @@ def _mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int, batch_norm
         if i < num_layers - 1:
             layers += [nn.BatchNorm1d(hidden_dim), nn.GELU()] if batch_norm else [nn.GELU()]
     return nn.Sequential(*layers)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

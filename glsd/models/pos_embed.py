@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from glsd.precision import widened
+
 
 def resample_pos_embed(
     pos_embed: Float[Tensor, "1 n d"],
@@ -27,8 +29,7 @@ def resample_pos_embed(
     if grid_in == grid_out:
         return pos_embed
     prefix, places = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
-    image = places.unflatten(1, grid_in).permute(0, 3, 1, 2)
-    image = image.to(torch.promote_types(image.dtype, torch.float32))
+    image = widened(places.unflatten(1, grid_in).permute(0, 3, 1, 2))
     with torch.autocast(image.device.type, enabled=False):
         image = F.interpolate(image, size=grid_out, mode="bicubic", align_corners=False)
     return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(prefix.dtype)], dim=1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glsd.models.blocks import run_blocks
 from glsd.models.pos_embed import resample_pos_embed
+from glsd.precision import wide_dtype
 
 
 def class_token(prefix: Float[Tensor, "b p d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
@@ -24,7 +25,7 @@ def class_token(prefix: Float[Tensor, "b p d"], patches: Float[Tensor, "b n d"])
 
 def mean(prefix: Float[Tensor, "b p d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
     """Return the mean of the patch features, taken in float32 or better."""
-    return patches.mean(dim=1, dtype=torch.promote_types(patches.dtype, torch.float32))
+    return patches.mean(dim=1, dtype=wide_dtype(patches))
 
 
 def mean_plus_max(prefix: Float[Tensor, "b p d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:

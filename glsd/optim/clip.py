@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from glsd.cluster import dist
+from glsd.precision import widened
 
 # Added to the norm before dividing, as published.
 EPSILON = 1e-6
@@ -59,8 +60,7 @@ def _grads(parameters: Iterable[Parameter]) -> list[Tensor]:
 def _norms(grads: list[Tensor], in_parts: bool) -> Tensor:
     if not grads:
         return torch.zeros(0)
-    wide = [grad if torch.finfo(grad.dtype).bits >= 32 else grad.float() for grad in grads]
-    norms = torch.stack(torch._foreach_norm(wide, 2))
+    norms = torch.stack(torch._foreach_norm([widened(grad) for grad in grads], 2))
     if not in_parts:
         return norms
     # Squares in float64: those of norms above 1e19 would not be finite, and ddp would clip them.

@@ -1,5 +1,6 @@
 """Golden checks of PSD, OBD-SD and MDR: targets, values, gradients, statistics, and short trainings of a linear model."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from golden_file import Golden
 from torch import Tensor
 
+from glsd.losses import obd_sd
 from glsd.losses.mdr import (
     MdrStatistics,
     initial_statistics,
@@ -16,17 +18,14 @@ from glsd.losses.mdr import (
     observe,
     pairwise_distances,
 )
-from glsd.losses.obd_sd import (
-    check_settings,
-    diffuse,
-    diffusion_target,
-    distillation_kl,
-    ramp,
-    similarity_target,
-    symmetric_affinity,
-    transition_matrix,
-)
+from glsd.losses.obd_sd import diffuse, ramp, symmetric_affinity, transition_matrix
 from glsd.losses.ranking import build_ranking
+
+# The files' settings where they do not say otherwise.
+similarity_target = partial(obd_sd.similarity_target, mask_self=False)
+diffusion_target = partial(obd_sd.diffusion_target, tau_d=1.0, form="softmax", mask_self=False)
+distillation_kl = partial(obd_sd.distillation_kl, mask_self=False)
+check_settings = partial(obd_sd.check_settings, tau_d=1.0, mask_self=False)
 
 # float32 against float64: the divergence is a small difference of large terms.
 TOLERANCE_FLOAT32 = 5e-4
@@ -46,7 +45,7 @@ def gradient(loss: Tensor, leaf: Tensor) -> Tensor:
 def rank_loss(z: Tensor, labels: Tensor) -> Tensor:
     """Return the multi-similarity loss with the library's defaults."""
     classes = int(labels.max()) + 1
-    loss = build_ranking("multi_similarity", num_classes=classes, embed_dim=z.shape[1], seed=0, args=None)
+    loss = build_ranking("multi_similarity", num_classes=classes, embed_dim=z.shape[1], seed=0, args={})
     return loss(z, labels, seed=0)
 
 
@@ -62,7 +61,14 @@ def target_of(case: dict[str, Any], z_teacher: Tensor) -> Tensor:
     if "w" not in case:
         return similarity_target(z_teacher, tau=tau)
     if "clamp" in case:
-        return diffusion_target(z_teacher, tau=tau, w=case["w"], form="symmetric", clip=case["clamp"])
+        if case["clamp"]:
+            return diffusion_target(z_teacher, tau=tau, w=case["w"], form="symmetric")
+        similarity = z_teacher @ z_teacher.T
+        affinity = symmetric_affinity(similarity)
+        isolated = (affinity == 0).all(dim=1, keepdim=True)
+        return (torch.where(isolated, similarity, diffuse(affinity, similarity, w=case["w"])) / tau).softmax(
+            1
+        )
     return diffusion_target(z_teacher, tau=tau, w=case["w"], tau_d=case["diffusion_tau"])
 
 
@@ -119,11 +125,11 @@ def check_symmetric(golden: Golden) -> None:
     for case in golden["cases"]:
         prefix, data, tau = case["prefix"], f"d{case['data']}_", case["kd_tau"]
         golden.used.add(f"{data}labels")  # there is no ranking loss
-        check_settings(tau=tau, batch_size=len(golden.tensor(f"{data}raw")), w=case["w"], form="symmetric")
+        check_settings(tau=tau, batch_size=len(golden.tensor(f"{data}raw")), w=case["w"])
         z = unit(golden.tensor(f"{data}raw")).requires_grad_()
         z_teacher = unit(golden.tensor(f"{data}teacher_raw"))
         similarity = z_teacher @ z_teacher.T
-        affinity = symmetric_affinity(similarity, clip=case["clamp"])
+        affinity = symmetric_affinity(similarity.clamp(min=0) if case["clamp"] else similarity)
         target = target_of(case, z_teacher)
         coef = coefficient_of(golden, case)
         kl = distillation_kl(z, target, tau=tau)
@@ -174,8 +180,10 @@ def check_mdr_batch(
     e = mean_normalize(raw) if variant["mean_normalise"] else raw * 1.0
     distances = pairwise_distances(e)
     include = variant["include_diag"]
-    alone = observe(initial_statistics(), distances, include_diagonal=include)
-    stats = observe(stats, distances, momentum=MOMENTUM, include_diagonal=include)
+    alone, stats = (
+        observe(before, distances, momentum=MOMENTUM, include_diagonal=include)
+        for before in (initial_statistics(), stats)
+    )
     mdr, penalty = mdr_loss(distances, levels, stats), level_penalty(levels)
     ranking = triplet(e, golden.tensor("triplets")[t])
     pairs = ~torch.eye(len(raw), dtype=torch.bool)
@@ -235,7 +243,7 @@ def check_trace_mdr(golden: Golden) -> None:
     for x, triplets in zip(golden.tensor("X"), golden.tensor("triplets"), strict=True):
         e = mean_normalize(x @ weight.T)
         distances = pairwise_distances(e)
-        stats = observe(stats, distances, momentum=MOMENTUM)
+        stats = observe(stats, distances, momentum=MOMENTUM, include_diagonal=True)
         ranking, mdr = triplet(e, triplets), mdr_loss(distances, levels, stats)
         loss = ranking + golden["lambda_mdr"] * mdr + golden["nu"] * level_penalty(levels)
         of_weight, of_levels = torch.autograd.grad(loss, [weight, levels])

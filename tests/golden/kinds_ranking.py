@@ -5,15 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from golden_file import Golden
+from kinds_dml import diffusion_target, distillation_kl, similarity_target
 from torch import Tensor
 
-from glsd.losses.mining import Triplets, distance_weights, mined_pairs
-from glsd.losses.obd_sd import (
-    diffusion_target,
-    distillation_kl,
-    ramp,
-    similarity_target,
-)
+from glsd.losses.mining import FAR_CUTOFF, NEAR_CUTOFF, Triplets, distance_weights, mined_pairs
+from glsd.losses.obd_sd import ramp
 from glsd.losses.ranking import build_ranking
 from glsd.losses.tuple_losses import margin_loss
 
@@ -102,9 +98,11 @@ def check_margin(golden: Golden) -> None:
         )
     z = F.normalize(golden.tensor("raw"), dim=1)
     bounds = golden["dw"]
-    golden.close("dw_prob_obdsd", distance_weights(z, labels, lower=bounds["lower_cutoff"]))
+    golden.equal("near cutoff", NEAR_CUTOFF, bounds["lower_cutoff"])
+    golden.equal("far cutoff", FAR_CUTOFF, bounds["upper_cutoff_rkd"])
+    golden.close("dw_prob_obdsd", distance_weights(z, labels, upper=None))
     want = golden.tensor("dw_prob_rkd_float32")
-    cut = distance_weights(z.float(), labels, lower=bounds["lower_cutoff"], upper=bounds["upper_cutoff_rkd"])
+    cut = distance_weights(z.float(), labels, upper=bounds["upper_cutoff_rkd"])
     golden.within("dw_prob_rkd_float32", (cut - want).abs(), FLOAT32)
 
 

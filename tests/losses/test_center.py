@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from glsd.losses import center as module
 from glsd.losses.center import ema_center, sinkhorn_center
 
 
@@ -46,11 +47,12 @@ def test_sinkhorn_is_the_textbook_one(iterations):
 
 
 @pytest.mark.parametrize("rows", [1, 5, 12])
-def test_sinkhorn_a_few_rows_at_a_time(rows):
-    """Twelve rows that come in parts, the last one ragged, and real prototypes."""
+def test_sinkhorn_a_few_rows_at_a_time(monkeypatch, rows):
+    """Twelve rows in chunks, the last one shorter, and real prototypes."""
     vectors, prototypes = logits_of(12, 3), logits_of(5, 3, seed=1)
     whole = sinkhorn_center(vectors, prototypes, teacher_temp=0.3, iterations=3)
-    parts = sinkhorn_center(vectors, prototypes, teacher_temp=0.3, iterations=3, budget=rows * 4 * 8 * 5)
+    monkeypatch.setattr(module, "SINKHORN_BUDGET", rows * module.COPIES * 8 * 5)
+    parts = sinkhorn_center(vectors, prototypes, teacher_temp=0.3, iterations=3)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(whole, center_of(vectors @ prototypes.T, teacher_temp=0.3, iterations=3))
 

@@ -64,14 +64,14 @@ def slow_weights(z: Tensor, labels: Tensor, lower: float, upper: float | None) -
 @pytest.mark.parametrize("e", [2, 3, 6, 64])
 def test_distance_weights_are_inverse_to_the_density_of_distances(e, upper):
     z = unit(e=e) * torch.linspace(0.5, 3, 8)[:, None]  # any length: the copies are of length 1
-    got = distance_weights(z, LABELS, lower=0.5, upper=upper)
+    got = distance_weights(z, LABELS, upper=upper)
     torch.testing.assert_close(got, slow_weights(z, LABELS, 0.5, upper), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(got.sum(1), torch.ones(8, dtype=torch.float64))
 
 
 def test_distance_weights_count_near_negatives_as_the_lower_cut_off():
     z = torch.tensor([[1.0, 0.0, 0.0], [0.999, 0.02, 0.0], [0.95, 0.0, 0.3], [0.0, 1.0, 0.0]])
-    weights = distance_weights(z, torch.tensor([0, 1, 1, 1]))
+    weights = distance_weights(z, torch.tensor([0, 1, 1, 1]), upper=None)
     assert weights[0, 1] == weights[0, 2] > weights[0, 3]
 
 
@@ -86,7 +86,7 @@ def test_distance_weights_stay_finite_where_the_density_is_0(upper):
 
 def test_distance_weights_of_an_only_class_are_0():
     assert torch.equal(
-        distance_weights(unit(), torch.zeros(8, dtype=torch.int64)), torch.zeros(8, 8).double()
+        distance_weights(unit(), torch.zeros(8, dtype=torch.int64), upper=None), torch.zeros(8, 8).double()
     )
 
 

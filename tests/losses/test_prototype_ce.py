@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from glsd.losses import prototype_ce as module
 from glsd.losses import row_plan
 from glsd.losses.logit_terms import student_terms
-from glsd.losses.products import product
 from glsd.losses.prototype_ce import prototype_ce
+from glsd.precision import product
 
 
 def literal(
@@ -61,9 +61,10 @@ def gradients(inputs: dict, loss: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("on_host", [True, False])
 def test_equals_the_equation(monkeypatch, rows, m, on_host):
     monkeypatch.setattr(module, "MIN_ROWS", rows)
+    monkeypatch.setattr(module, "memory_budget", lambda device: 0)
     monkeypatch.setattr(row_plan, "on_host", lambda index: on_host)
     inputs = example(m=m)
-    result = prototype_ce(**inputs, **TEMPS, budget=0)
+    result = prototype_ce(**inputs, **TEMPS)
     expected = literal(**inputs, ts=TEMPS["student_temp"], tt=TEMPS["teacher_temp"])
     torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
     for got, want in zip(gradients(inputs, result.loss), gradients(inputs, expected), strict=True):
@@ -87,13 +88,14 @@ def images(b=5, r=30, s=20, k=48, e=8, m=2, seed=0) -> dict:
     return inputs
 
 
-@pytest.mark.parametrize("budget", [0, 48 * 8 * 4 * 25, None])  # one image, two images, all at a time
+@pytest.mark.parametrize("budget", [0, 48 * 8 * 4 * 25, 2**24])  # one image, two images, all at a time
 @pytest.mark.parametrize("on_host", [True, False])
 def test_groups_rejected_and_unmatched_rows(monkeypatch, budget, on_host):
     monkeypatch.setattr(module, "MIN_ROWS", 7)
+    monkeypatch.setattr(module, "memory_budget", lambda device: budget)
     monkeypatch.setattr(row_plan, "on_host", lambda index: on_host)
     inputs = images()
-    result = prototype_ce(**inputs, **TEMPS, groups=5, budget=budget)
+    result = prototype_ce(**inputs, **TEMPS, groups=5)
     expected = plain(**inputs, ts=TEMPS["student_temp"], tt=TEMPS["teacher_temp"])
     torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
     for got, want in zip(gradients(inputs, result.loss), gradients(inputs, expected), strict=True):
@@ -294,8 +296,9 @@ def test_nothing_of_rows_times_prototypes_is_kept_or_made(monkeypatch):
             sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor))
             return result
 
+    monkeypatch.setattr(module, "memory_budget", lambda device: 0)
     with Watch():
-        loss = prototype_ce(**inputs, **TEMPS, groups=10, budget=0).loss
+        loss = prototype_ce(**inputs, **TEMPS, groups=10).loss
         gradients(inputs, loss)
     assert len(sizes) > 100
     assert max(sizes) <= 100 * 64  # the teacher rows of one group

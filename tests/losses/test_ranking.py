@@ -26,7 +26,7 @@ def unit(b: int = len(LABELS), e: int = WIDTH, seed: int = 0, dtype=torch.float6
 
 
 def built(name: str, seed: int = 3, **args):
-    return build_ranking(name, num_classes=CLASSES, embed_dim=WIDTH, seed=seed, args=args or None)
+    return build_ranking(name, num_classes=CLASSES, embed_dim=WIDTH, seed=seed, args=args)
 
 
 def distance(x: Tensor, y: Tensor) -> Tensor:
@@ -218,7 +218,9 @@ def test_multi_similarity_is_the_librarys_once_told_so():
     z, labels = unit(24, 4), torch.arange(24) % 8
     library = losses.MultiSimilarityLoss(alpha=2, beta=40, base=0.5, reducer=reducers.AvgNonZeroReducer())
     want = library(z, labels, miners.MultiSimilarityMiner(epsilon=0.1)(z, labels))
-    torch.testing.assert_close(multi_similarity(z, labels), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        multi_similarity(z, labels, alpha=2.0, beta=40.0, base=0.5, epsilon=0.1), want, rtol=1e-12, atol=0
+    )
 
 
 def test_smooth_ap_is_the_librarys_where_there_are_as_many_classes_as_images_of_each():
@@ -274,7 +276,7 @@ def test_own_parameters_come_with_a_learning_rate_and_follow_the_seed(name):
 @pytest.mark.parametrize("labels", [torch.zeros(11, dtype=torch.int64), torch.arange(11)], ids=["one", "all"])
 def test_batches_of_one_class_or_of_no_pair(name, labels):
     z = unit(dtype=torch.float32).requires_grad_()
-    ranking = build_ranking(name, num_classes=11, embed_dim=WIDTH, seed=0)
+    ranking = build_ranking(name, num_classes=11, embed_dim=WIDTH, seed=0, args={})
     loss = ranking(z, labels, seed=0)
     for grad in torch.autograd.grad(loss, [z, *ranking.parameters()]):
         assert grad.isfinite().all()
@@ -338,24 +340,28 @@ def test_losses_for_scaled_vectors_know_no_unit(name):
     ("name", "args", "message"),
     [
         ("triplets", {}, r"unknown ranking loss 'triplets': expected one of triplet.*did you mean 'triplet'"),
-        ("margin", {"marign": 0.1}, r"loss_args.marign: margin has no such setting.*did you mean 'margin'\?"),
-        ("triplet", {"margin": "0.2"}, r"loss_args.margin: expected a number from 0, got '0.2'"),
-        ("triplet", {"margin": True}, r"loss_args.margin: expected a number from 0, got True"),
-        ("triplet", {"margin": None}, r"loss_args.margin: expected a number from 0, got None"),
-        ("triplet", {"margin": math.nan}, r"loss_args.margin: .* got nan"),
-        ("triplet", {"margin": math.inf}, r"loss_args.margin: .* got inf"),
-        ("arcface", {"margin": 91}, r"loss_args.margin: expected a number from 0 to 90, got 91"),
-        ("smooth_ap", {"temperature": 0}, r"loss_args.temperature: expected a number above 0, got 0"),
+        (
+            "margin",
+            {"marign": 0.1},
+            r"^marign: the loss 'margin' has no such setting.*did you mean 'margin'\?",
+        ),
+        ("triplet", {"margin": "0.2"}, r"^margin is '0.2': expected a number from 0"),
+        ("triplet", {"margin": True}, r"^margin is True: expected a number from 0"),
+        ("triplet", {"margin": None}, r"^margin is None: expected a number from 0"),
+        ("triplet", {"margin": math.nan}, r"^margin is nan: "),
+        ("triplet", {"margin": math.inf}, r"^margin is inf: "),
+        ("arcface", {"margin": 91}, r"^margin is 91: expected a number from 0 to 90"),
+        ("smooth_ap", {"temperature": 0}, r"^temperature is 0: expected a number above 0"),
         (
             "margin",
             {"count": "triplet"},
-            r"loss_args.count: expected one of triplets, pairs.*did you mean 'triplets'",
+            r"^count is 'triplet': expected one of triplets, pairs.*did you mean 'triplets'",
         ),
-        ("margin", {"count": 3}, r"loss_args.count: expected one of triplets, pairs, got 3"),
+        ("margin", {"count": 3}, r"^count is 3: expected one of triplets, pairs$"),
         (
             "margin",
             {"count": ["pairs"]},
-            r"loss_args.count: expected one of triplets, pairs, got \['pairs'\]",
+            r"^count is \['pairs'\]: expected one of triplets, pairs",
         ),
     ],
 )

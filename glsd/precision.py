@@ -1,19 +1,32 @@
-"""Matrix products whose operands may be rounded and whose results never are."""
+"""Where numbers are rounded: float32 or better by default, and matrix products whose operands alone are rounded."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Return float32, or the dtype of ``tensor`` if that is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or as it is if its dtype is wider."""
+    return tensor.to(wide_dtype(tensor))
+
+
 def operand_dtype(tensor: Tensor) -> torch.dtype:
-    """Return what the operands of products with ``tensor`` are rounded to: autocast's dtype for float32 and below, else its own."""
+    """Return the dtype to which operands of products with ``tensor`` are rounded.
+
+    Under autocast it is autocast's dtype, unless the tensor is wider than float32; otherwise the tensor's own.
+    """
     kind = tensor.device.type
     rounds = torch.is_autocast_enabled(kind) and tensor.dtype.itemsize <= 4
     return torch.get_autocast_dtype(kind) if rounds else tensor.dtype
 
 
 def operand(tensor: Float[Tensor, "a c"], dtype: torch.dtype) -> Float[Tensor, "a c"]:
-    """Round; CPUs then multiply the rounded numbers in the wide dtype, as tensor cores do."""
+    """Round to ``dtype``. CPUs then multiply the rounded numbers in the wide dtype, as tensor cores do."""
     rounded = tensor.to(dtype)
     return rounded if tensor.device.type == "cuda" else rounded.to(tensor.dtype)
 
