@@ -1,7 +1,7 @@
-"""Processes that work together: the only file that touches torch.distributed.
+"""Collective operations of torch.distributed, and the process group they run in.
 
-Everything here works with one process as well (no process group needed) and is a collective call otherwise:
-every rank makes it.
+Everything works in a single process without a process group, too. With several ranks each function that exchanges data is a
+collective call: every rank makes it.
 """
 
 import atexit
@@ -10,64 +10,86 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from glsd.cluster.collectives import collective
 from glsd.errors import UserError
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 Object = TypeVar("Object")
-PIECE_BYTES = 64 * 2**20  # that gather_rows takes from each rank at once
+PIECE_BYTES = 64 * 2**20  # gather_rows takes at most this many bytes from each rank at once
 
-# What really starts N ranks on CPUs; `accelerate launch --cpu --num_processes N` starts one and says nothing.
-CPU_LAUNCH_LINE = (
-    "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {n} --num_machines 1 "
-    "--mixed_precision no --dynamo_backend no {script} ..."
-)
+_num_calls = 0
+_current_call = ""
 
 
-def _running() -> bool:
+def collective(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Mark a collective call: a function that returns once the other ranks have called it too.
+
+    A marked function must not call another one.
+    """
+
+    @functools.wraps(call)
+    def marked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        global _num_calls, _current_call
+        _num_calls += 1
+        _current_call = str(_num_calls)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _current_call = ""
+
+    return marked
+
+
+def current_collective() -> str:
+    """Return the number of the collective call that the main thread is in, "" outside of one; for other threads."""
+    return _current_call
+
+
+def _has_group() -> bool:
     return torch_dist.is_available() and torch_dist.is_initialized()
 
 
 def rank() -> int:
-    """Return this process's number, 0 alone."""
-    return torch_dist.get_rank() if _running() else 0
+    """Return the rank of this process, 0 in a single process."""
+    return torch_dist.get_rank() if _has_group() else 0
 
 
 def world_size() -> int:
-    """Return the number of processes, 1 alone."""
-    return torch_dist.get_world_size() if _running() else 1
+    """Return the number of ranks, 1 in a single process."""
+    return torch_dist.get_world_size() if _has_group() else 1
 
 
 def is_main() -> bool:
-    """Return True on rank 0, the one that writes files and talks."""
+    """Tell whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
 @collective
 def barrier() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called it."""
     if world_size() > 1:
         torch_dist.barrier()
 
 
 def all_reduce_sum(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
-    """Return the sum over ranks; the input itself when alone, else a new tensor without gradient."""
+    """Return the sum over ranks, a new tensor without gradient; a single process returns the input itself."""
     return _all_reduce(tensor, "sum")
 
 
 def all_reduce_mean(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
-    """Return the mean over ranks; the input itself when alone, else a new tensor without gradient."""
+    """Return the mean over ranks, a new tensor without gradient; a single process returns the input itself."""
     return tensor if world_size() == 1 else _all_reduce(tensor, "sum") / world_size()
 
 
 def all_reduce_max(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
-    """Return the elementwise largest over ranks; the input itself when alone, else a new tensor without gradient."""
+    """Return the elementwise maximum over ranks, a new tensor without gradient; a single process returns the input itself."""
     return _all_reduce(tensor, "max")
 
 
@@ -75,7 +97,7 @@ def all_reduce_max(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
 def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
     if world_size() == 1:
         return tensor
-    # A contiguous copy: the collective overwrites it, and the caller's tensor must stay as it is.
+    # A contiguous copy, because the collective overwrites its argument.
     result = tensor.detach().clone(memory_format=torch.contiguous_format)
     operations = {"sum": torch_dist.ReduceOp.SUM, "max": torch_dist.ReduceOp.MAX}
     torch_dist.all_reduce(result, op=operations[operation])
@@ -83,13 +105,13 @@ def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
 
 
 def gather_rows(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
-    """Return the rows of all ranks, rank 0's first, on every rank; their number may differ between ranks."""
+    """Return the rows of all ranks in rank order; their number may differ between ranks."""
     if world_size() == 1:
         return tensor
     counts = gather_objects(len(tensor))
     padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor.detach()
-    # In pieces: a rank that waits in one call for very long is taken for stuck (runtime/ending.py).
+    # In pieces: a rank that stays in one call for very long counts as stuck (see heartbeat.Progress).
     pieces = [_all_gather(piece) for piece in padded.split(max(1, PIECE_BYTES // max(1, padded[:1].nbytes)))]
     if padded.is_cuda:
         collective(torch.cuda.synchronize)()
@@ -98,7 +120,7 @@ def gather_rows(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
 
 
 def gather_equal(tensor: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
-    """Return the rows of all ranks as gather_rows does, but without asking for their number: it is the same on each."""
+    """Return the rows of all ranks in rank order; every rank has the same number of rows, so it is not exchanged."""
     if world_size() == 1:
         return tensor
     return torch.cat(_all_gather(tensor.detach().contiguous()))
@@ -112,7 +134,7 @@ def _all_gather(tensor: Tensor) -> list[Tensor]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all ranks, in rank order; the gradient of a row is the sum of what all ranks have for it."""
+    """Rows of all ranks in rank order; the gradient of a row is the sum of its gradients on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -125,10 +147,10 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_with_grad(tensor: Float[Tensor, "b e"]) -> Float[Tensor, "m e"]:
-    """Return the rows of all ranks, rank 0's first, on every rank, with gradient; as many rows on each rank.
+    """Return the rows of all ranks in rank order, with gradient; every rank has the same number of rows.
 
-    When every rank computes the same loss of the result, the ranks' gradients add up to R times the one of the whole
-    batch, and DDP's mean over the R ranks is the gradient that one process with the whole batch would have.
+    If each of the R ranks computes the same loss of the result, their gradients add up to R times the gradient of the global
+    batch. DDP's mean over ranks is then the gradient that one process with the global batch would have.
     """
     if world_size() == 1:
         return tensor
@@ -137,7 +159,7 @@ def gather_with_grad(tensor: Float[Tensor, "b e"]) -> Float[Tensor, "m e"]:
 
 @collective
 def gather_objects(obj: Object) -> list[Object]:
-    """Return every rank's object, in rank order, on every rank (small host objects, not for the hot path)."""
+    """Return the objects of all ranks in rank order (small host objects, not for every step)."""
     if world_size() == 1:
         return [obj]
     gathered: list[Any] = [None] * world_size()
@@ -156,52 +178,27 @@ def broadcast_object(obj: Object) -> Object:
 
 
 def raise_together(error: UserError | None) -> None:
-    """Raise on every rank if any rank has a UserError (the lowest rank's), so that none waits for one that stopped."""
+    """Raise a UserError on every rank if any rank has one (that of the lowest rank), so that no rank waits for one that stopped."""
     first = next((message for message in gather_objects(str(error) if error else None) if message), None)
     if first is not None:
         raise UserError(first)
 
 
 def together(prepare: Callable[[], Object]) -> Object:
-    """Return what every rank prepares for itself; a UserError of one rank is raised on all."""
+    """Return what ``prepare`` returns on this rank; a UserError of any rank is raised on all ranks."""
     result, error = None, None
     try:
         result = prepare()
     except UserError as problem:
         error = problem
     raise_together(error)
-    return result  # type: ignore[return-value]  # None only where prepare returned it
-
-
-def check_world(num_processes: int, script: str = "launch/pretrain.py") -> None:
-    """Raise UserError if the launcher was asked for several processes but each of them runs alone.
-
-    Call it right after the Accelerator was made. Two launch lines do that silently on CPUs, and N copies of the same run would
-    then write into one folder. num_processes: the Accelerator's (it can be 1 although a process group of N exists); script:
-    name for the launch line in the message.
-    """
-    _soften_exit()
-    asked = os.environ.get("WORLD_SIZE")
-    if asked is not None and {int(asked), num_processes, world_size()} != {num_processes}:
-        line = CPU_LAUNCH_LINE.format(n=asked, script=script)
-        raise UserError(
-            f"the launcher announced WORLD_SIZE={asked} but accelerate sees a world of {num_processes}: "
-            f"on CPUs start it with '{line}'"
-        )
-    # accelerate's one-process launcher leaves a master address behind only if asked for more than one process.
-    alone_by_mistake = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-    if asked is None and num_processes == 1 and alone_by_mistake:
-        line = CPU_LAUNCH_LINE.format(n="N", script=script)
-        raise UserError(
-            "accelerate was asked for several processes but started one (it does so with --cpu): "
-            f"start N ranks on CPUs with '{line}', or one with --num_processes 1"
-        )
+    return result  # type: ignore[return-value]  # None only if prepare returned it
 
 
 def begin_max(number: int) -> Callable[[], int]:
-    """Begin to find the largest of all ranks' numbers; the function that it returns waits for it, as late as possible.
+    """Start to compute the maximum of a number over ranks; the returned function waits for the result.
 
-    It travels between hosts, not devices: no device is waited for.
+    The numbers travel between hosts, so that no device is synchronized.
     """
     if world_size() == 1:
         return lambda: number
@@ -217,39 +214,39 @@ def begin_max(number: int) -> Callable[[], int]:
 
 @functools.cache
 def _host_group() -> Any:
-    """The group for tensors in host memory, None where that is the usual one; every rank calls it for the first time."""
+    """The group for tensors in host memory, None if the default group is one; the first call is collective."""
     return None if torch_dist.get_backend() == "gloo" else torch_dist.new_group(backend="gloo")
 
 
 def is_broken_connection(problem: Exception) -> bool:
-    """Tell whether an error of a collective says that another rank could not be reached."""
+    """Tell whether an error of a collective call means that another rank could not be reached."""
     return isinstance(problem, torch_dist.DistError) or (
         isinstance(problem, RuntimeError) and "gloo" in str(problem)
     )
 
 
-def notes(name: str) -> torch_dist.Store:
-    """Return what all ranks can write small notes into, at any time and without waiting for each other; not alone."""
-    # A client of its own: one client answers one thread at a time, and the main thread may wait in it for another rank.
+def shared_store(name: str) -> torch_dist.Store:
+    """Return a key-value store that all ranks read and write without waiting for each other; needs a process group."""
+    # A client of its own: a client serves one thread at a time, and the main thread may wait in it for another rank.
     return torch_dist.PrefixStore(name, torch_dist.distributed_c10d._get_default_store()).clone()
 
 
 def leave() -> None:
-    """Wait for all ranks, then leave the process group, if there is one."""
-    if not _running():
+    """Wait for all ranks, then destroy the process group, if there is one."""
+    if not _has_group():
         return
-    _soften_exit()
+    soften_exit()
     barrier()
     torch_dist.destroy_process_group()
 
 
-def _soften_exit() -> None:
-    """Give gloo's threads a moment before the interpreter goes.
+def soften_exit() -> None:
+    """Give gloo's threads a moment before the interpreter ends.
 
-    They take the Python lock once more when their last work object dies; if the interpreter is already being torn down, the
-    process aborts with exit code -6 after a good run (10-50 % of CPU runs, upstream pytorch #190489).
+    They take the Python lock once more when their last work object dies. If the interpreter is already being torn down then,
+    the process aborts with exit code -6 after a good run (10-50 % of CPU runs, upstream pytorch #190489).
     """
-    if _running() and torch_dist.get_backend() != "nccl":
+    if _has_group() and torch_dist.get_backend() != "nccl":
         _sleep_at_exit()
 
 
@@ -258,11 +255,11 @@ def _sleep_at_exit() -> None:
     atexit.register(time.sleep, 0.2)
 
 
-def meeting_place(name: str, seconds: float) -> torch_dist.Store:
-    """Return a store that the ranks announced by the environment share, made without waiting for any of them.
+def open_store(name: str, seconds: float) -> torch_dist.Store:
+    """Return the key-value store at MASTER_ADDR and MASTER_PORT, without waiting for other ranks.
 
-    Of MASTER_ADDR and MASTER_PORT; rank 0 keeps it unless the launcher does. name: of what is written. Raises RuntimeError
-    if it cannot be reached in these seconds.
+    Rank 0 hosts it unless the launcher does. name: prefix of its keys. Raises RuntimeError if it cannot be reached in these
+    seconds.
     """
     store = torch_dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -278,8 +275,8 @@ def meeting_place(name: str, seconds: float) -> torch_dist.Store:
 def join(
     store: torch_dist.Store, *, device: torch.device, rank: int, world_size: int, seconds: float
 ) -> None:
-    """Make the process group of all ranks over a meeting place; what takes longer than these seconds raises RuntimeError."""
-    # Without it NCCL ends the process instead.
+    """Make the process group of all ranks from a store; a call that takes longer than these seconds raises RuntimeError."""
+    # Otherwise NCCL ends the process instead.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     torch_dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -291,10 +288,10 @@ def join(
 
 
 def send(tensor: Shaped[Tensor, "*s"], to: int) -> None:
-    """Send a tensor to one rank, which calls ``receive``."""
+    """Send a tensor to one rank, which must call ``receive``."""
     torch_dist.send(tensor, to)
 
 
 def receive(tensor: Shaped[Tensor, "*s"], source: int) -> None:
-    """Fill a tensor with what a rank sends."""
+    """Fill a tensor with what one rank sends."""
     torch_dist.recv(tensor, source)

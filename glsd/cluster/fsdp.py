@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from glsd.cluster import dist
-from glsd.cluster.collectives import collective
+from glsd.cluster.dist import collective
 
 Module = TypeVar("Module", bound=nn.Module)
 

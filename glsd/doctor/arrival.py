@@ -1,4 +1,4 @@
-"""How the doctor's ranks come together and part, without a process group: that could not say who is missing."""
+"""How the ranks of the doctor meet and part, without a process group, which could not say which rank is missing."""
 
 import os
 import platform
@@ -11,19 +11,21 @@ from glsd.doctor.line import Line
 from glsd.doctor.panel import SLACK, Lost, Panel
 from glsd.errors import one_line
 
-OVER_SECONDS = 60.0
+PART_SECONDS = 60.0
 
 
 def arrive(rank: int, wait: float) -> Any:
-    """Return the store of all ranks; Lost if it cannot be reached or another process has this rank's number."""
+    """Return the store that all ranks share. Raises Lost if it cannot be reached, or if another process has the same rank."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     me = f"{platform.node()}, pid {os.getpid()}"
     try:
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.meeting_place(f"doctor/{restart}", wait)
+        store = dist.open_store(f"doctor/{restart}", wait)
         other = store.compare_set(f"seat/{rank}", "", me).decode()
     except (RuntimeError, ValueError) as problem:
-        what = "cannot open it for the others" if rank == 0 else "cannot reach it"
+        what = (
+            "cannot open the store for the other ranks" if rank == 0 else "cannot reach the store of rank 0"
+        )
         raise Lost(
             f"rank {rank} on {platform.node()} {what} (MASTER_ADDR and MASTER_PORT {place}): {one_line(problem)}"
         ) from problem
@@ -34,11 +36,11 @@ def arrive(rank: int, wait: float) -> Any:
 
 
 def part(panel: Panel) -> None:
-    """Wait until all ranks have heard the end: the store goes with rank 0."""
+    """Wait until all ranks know the exit code: the store goes away with rank 0."""
     if panel.store is None:
         return
     if panel.rank:
-        panel.store.wait(["code/told"], timedelta(seconds=OVER_SECONDS))
+        panel.store.wait(["code/told"], timedelta(seconds=PART_SECONDS))
         panel.store.set(f"left/{panel.rank}", "")
         return
     deadline = time.monotonic() + SLACK
@@ -48,7 +50,7 @@ def part(panel: Panel) -> None:
 
 
 def twice(panel: Panel) -> list[Line]:
-    """Return a line for each process that came with the number of another one."""
+    """Return a line for each process that arrived with the rank of another one."""
     lines: list[Line] = []
     count = 0 if panel.store is None else panel.store.add("twice", 0)
     for number in range(1, count + 1):

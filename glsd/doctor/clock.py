@@ -1,4 +1,4 @@
-"""How far each host's clock is from the others', with the way there and back taken out."""
+"""Clock differences between hosts, corrected for the travel time of the messages."""
 
 import itertools
 import statistics
@@ -14,9 +14,9 @@ SKEWED, WRONG = 1.0, 60.0  # seconds
 
 
 def compare(store: Any, clock: Callable[[], float], *, rank: int, asked: Sequence[int]) -> float | None:
-    """Return by how many seconds this rank's clock is ahead of rank 0's; None on rank 0 and where it is not asked.
+    """Return by how many seconds this rank's clock is ahead of rank 0's; None on rank 0 and on ranks that are not asked.
 
-    Every rank calls it, with its own clone of the store. Raises RuntimeError where rank 0 does not answer.
+    Every rank calls it, with its own clone of the store. Raises RuntimeError if rank 0 does not answer.
     """
     if rank == 0:
         for other, number in itertools.product(asked, range(TRIES)):
@@ -35,28 +35,28 @@ def compare(store: Any, clock: Callable[[], float], *, rank: int, asked: Sequenc
         after = clock()
         there = float(store.get(f"time/{rank}/{number}"))
         tries.append((after - before, (before + after) / 2 - there))
-    return min(tries)[1]  # the shortest way leaves the least doubt
+    return min(tries)[1]  # the shortest round trip is the most accurate
 
 
 def _came(store: Any, key: str) -> bool:
     try:
         store.wait([key], timedelta(seconds=PATIENCE))
-    except RuntimeError:  # that is how the store says that nothing came
+    except RuntimeError:  # the store says so when nothing came
         return False
     return True
 
 
 def judge(ahead: Mapping[int, float], hosts: Mapping[int, str]) -> Line:
     """Return the line about clocks, from the seconds by which one rank of each host is ahead of rank 0."""
-    # Where most are ahead by as much it is rank 0's own clock that is wrong.
+    # If most hosts are ahead by the same amount, rank 0's own clock is wrong.
     middle = statistics.median_low([0.0, *ahead.values()])
     off = {rank: seconds - middle for rank, seconds in ({0: 0.0} | dict(ahead)).items()}
     worst = max(off, key=lambda rank: abs(off[rank]))
     skew = abs(off[worst])
     if skew <= SKEWED:
         return Line("ok", "clock", f"{len(off)} hosts within {max(skew * 1e3, 0.1):.1f} ms")
-    said = f"{hosts[worst]} is {skew:.1f} s {'ahead of' if off[worst] > 0 else 'behind'} the others"
+    said = f"{hosts[worst]} is {skew:.1f} s {'ahead of' if off[worst] > 0 else 'behind'} the other hosts"
     others = sum(abs(seconds) > SKEWED for seconds in off.values()) - 1
-    said += f", {others} more are off" if others else ""
-    fix = "start a time service there (chrony, ntpd): signed addresses of object stores and build times go by the clock"
+    said += f"; {others} more hosts are off" if others else ""
+    fix = "start a time service there (chrony, ntpd): signed addresses of object stores and file times depend on the clock"
     return Line("FIX" if skew > WRONG else "note", "clock", said, fix)

@@ -1,4 +1,4 @@
-"""Which device each rank computes on, and what the system lets it have."""
+"""The device each rank computes on, and the limits of its system."""
 
 import os
 import resource
@@ -15,14 +15,14 @@ from glsd.doctor.launch import local_rank
 from glsd.doctor.line import Line, plain, who
 from glsd.errors import one_line
 
-FILES_NEEDED, FILES_WISHED = 512, 4096  # open ones of a process
+FILES_NEEDED, FILES_WISHED = 512, 4096  # open files of a process
 SHM_NEEDED, SHM_WISHED = 128e6, 512e6  # bytes of a rank: two loader processes with two batches of crops each
 MEMORY_WISHED = 4e9  # bytes of a rank
 THREADS_WISHED = 1024
 
 
 def facts() -> dict[str, Any]:
-    """Return what this rank has: JSON, for judge."""
+    """Return the device and the limits of this rank, JSON for ``judge``."""
     return {"cuda": _cuda(), "visible": os.environ.get("CUDA_VISIBLE_DEVICES"), **_host()}
 
 
@@ -78,19 +78,19 @@ def _host() -> dict[str, Any]:
 
 
 def _number(path: str) -> int:
-    """What a limit file says, -1 for none."""
+    """The number in a limit file, -1 for no limit."""
     text = Path(path).read_text().strip() if os.path.exists(path) else "max"
     return int(text) if text.isdigit() else -1
 
 
 def short_name(here: Mapping[str, Any]) -> str:
-    """Return what a rank computes on, in a word or two."""
+    """Return the name of the device that a rank computes on."""
     cuda = here["cuda"]
-    return cuda.get("name", "no GPU of its own") if cuda["count"] else f"CPU ({here['threads']} threads)"
+    return cuda.get("name", "no GPU left") if cuda["count"] else f"CPU ({here['threads']} threads)"
 
 
 def judge(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Line]:
-    """Return the lines about devices and limits, from each rank's facts."""
+    """Return the lines about devices and limits, from the facts of each rank."""
     lines = _gpus(found, hosts) if any(here["cuda"]["count"] for here in found.values()) else []
     lines += _why_no_gpu(found, hosts)
     if not lines:
@@ -109,7 +109,7 @@ def _gpus(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> l
     places = Counter((hosts.get(rank, ""), cuda["uuid"]) for rank, cuda in with_gpu.items())
     shared = [rank for rank, cuda in with_gpu.items() if places[hosts.get(rank, ""), cuda["uuid"]] > 1]
     if shared:
-        fix = "give each rank of a host its own LOCAL_RANK, and all of them the same CUDA_VISIBLE_DEVICES"
+        fix = "give each rank of a host its own LOCAL_RANK, and all ranks the same CUDA_VISIBLE_DEVICES"
         lines.append(Line("FIX", "device", f"{who(shared, hosts)} share a GPU: NCCL refuses that", fix))
     kinds: dict[str, list[int]] = {}
     for rank, cuda in with_gpu.items():
@@ -117,14 +117,14 @@ def _gpus(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> l
         kinds.setdefault(kind, []).append(rank)
     if len(kinds) > 1:
         parts = "; ".join(f"{kind} on {who(ranks, hosts)}" for kind, ranks in kinds.items())
-        fix = "ask for one kind (SLURM: --constraint, --gres=gpu:KIND:N): the slowest sets the pace"
+        fix = "ask for one kind (SLURM: --constraint, --gres=gpu:KIND:N): the slowest GPU sets the pace"
         lines.append(Line("note", "device", f"different GPUs: {parts}", fix))
     old = [rank for rank, cuda in with_gpu.items() if not cuda["bf16"]]
     if old:
-        lines.append(Line("note", "device", f"{who(old, hosts)} without bf16", "--optim.precision no"))
+        lines.append(Line("note", "device", f"{who(old, hosts)} without bf16", "train with precision no"))
     taken = [rank for rank, cuda in with_gpu.items() if cuda["taken"] > 0.1 * cuda["memory"] + 1e9]
     if taken:
-        fix = "nvidia-smi says who: end that, or ask for other GPUs"
+        fix = "nvidia-smi names the process: end it, or ask for other GPUs"
         lines.append(Line("note", "device", f"GPU memory of {who(taken, hosts)} is in use already", fix))
     if not lines:
         kind = next(iter(kinds))
@@ -158,7 +158,10 @@ def _why_no_gpu(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]
             said = f"a GPU is there, but CUDA {cuda['build']} cannot use it: {plain(cuda['why_not'])}"
             fix = "a newer driver, or a torch built for the CUDA of this driver (nvidia-smi names it)"
         elif others:
-            said, fix = "no GPU here, others have one", "ask for GPUs on every host (SLURM: --gres=gpu:N)"
+            said, fix = (
+                "no GPU here, other ranks have one",
+                "ask for GPUs on every host (SLURM: --gres=gpu:N)",
+            )
         else:
             continue
         reasons.setdefault(Line(verdict, "device", said, fix), []).append(rank)
@@ -183,7 +186,7 @@ def _threads(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -
         return [Line("note", "threads", said + where, fix)]
     threads = sorted({here["threads"] for here in found.values()})
     cores = sorted({here["cores"] for here in found.values()})
-    said = f"{' or '.join(map(str, threads))} for each rank, {' or '.join(map(str, cores))} cores a host"
+    said = f"{' or '.join(map(str, threads))} threads per rank, {' or '.join(map(str, cores))} cores per host"
     return [Line("ok", "threads", said)]
 
 
@@ -216,18 +219,23 @@ def _limits(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) ->
         "raise ulimit -u (or pids.max)",
     )
     shm = {rank: here["shm"] / shares[rank] / 1e6 for rank, here in found.items()}
-    fix = "a larger /dev/shm (docker: --shm-size 8g), or --data.num_workers 0"
-    look("limits", shm, SHM_NEEDED / 1e6, SHM_WISHED / 1e6, "/dev/shm has {:.0f} MB free for a rank", fix)
+    fix = "a larger /dev/shm (docker: --shm-size 8g), or num_workers 0"
+    look("limits", shm, SHM_NEEDED / 1e6, SHM_WISHED / 1e6, "/dev/shm has {:.0f} MB free per rank", fix)
     memory = {rank: here["memory"] / shares[rank] / 1e9 for rank, here in found.items()}
     fix = "ask for more memory (SLURM: --mem), or fewer ranks on a host"
-    look("limits", memory, 1.0, MEMORY_WISHED / 1e9, "{:.1f} GB of memory for a rank", fix)
+    look("limits", memory, 1.0, MEMORY_WISHED / 1e9, "{:.1f} GB of memory per rank", fix)
     rdma = {rank: here["locked_memory"] for rank, here in found.items() if here["infiniband"]}
     look(
-        "limits", rdma, 0, 1 << 30, "{:.0f} bytes may be locked, InfiniBand needs more", "ulimit -l unlimited"
+        "limits",
+        rdma,
+        0,
+        1 << 30,
+        "{:.0f} bytes of memory may be locked, InfiniBand needs more",
+        "ulimit -l unlimited",
     )
     if not lines:
         least = found[min(found, key=lambda rank: memory[rank])]
         said = f"{least['open_files'] if least['open_files'] >= 0 else 'any number of'} open files"
-        said += f", {min(memory.values()):.1f} GB of memory and {min(shm.values()) / 1e3:.1f} GB of /dev/shm for a rank"
+        said += f", {min(memory.values()):.1f} GB of memory and {min(shm.values()) / 1e3:.1f} GB of /dev/shm per rank"
         lines.append(Line("ok", "limits", said))
     return lines

@@ -1,4 +1,4 @@
-"""Whether all ranks see one folder as one, whether its disk has room, and how fast it writes."""
+"""Whether all ranks share the run folder, how much room its disk has, and how fast it writes."""
 
 import contextlib
 import errno
@@ -13,18 +13,19 @@ from glsd.doctor.line import Line, who
 from glsd.errors import one_line
 from glsd.files import flush, replacing, try_lock
 
-SEE_SECONDS = 20.0  # until a file of another host must be seen: network disks remember for a while that it was not there
+# Within this time a file of another host must be seen: network disks cache that it was missing.
+SEE_SECONDS = 20.0
 RENAME_SECONDS = 1.0
 WRITTEN = 64 << 20  # bytes
-LITTLE, NEEDED = 20e9, 2e9  # bytes free: a note, to be fixed
+LITTLE, NEEDED = 20e9, 2e9  # free bytes: below the first a note, below the second to fix
 FEW_INODES = 10_000
 SLOW = 50e6  # bytes a second
-BLOCK = 1 << 14  # bytes of a file that is replaced
+BLOCK = 1 << 14  # bytes of the file that is replaced
 POLL = 0.02
 
 
 def prepare(out: Path, token: str) -> dict[str, Any]:
-    """Rank 0: make a folder of the doctor's own below ``out`` and write the first token; returns what clean needs: JSON."""
+    """Make a folder of the doctor's own below ``out`` with a token, on rank 0; return what ``clean`` needs, JSON."""
     folder = out.absolute() / f".doctor-{token}"
     made = [str(path) for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True)
@@ -39,10 +40,10 @@ def prepare(out: Path, token: str) -> dict[str, Any]:
 
 
 def clean(made: list[str]) -> None:
-    """Remove the folder that prepare made and those above it that are new and empty."""
+    """Remove the folder that ``prepare`` made, and new empty folders above it."""
     shutil.rmtree(made[0], ignore_errors=True)
     for folder in made[1:]:
-        with contextlib.suppress(OSError):  # another run has come to it meanwhile
+        with contextlib.suppress(OSError):  # another run uses it by now
             Path(folder).rmdir()
 
 
@@ -53,15 +54,15 @@ def replace(path: Path, text: str) -> None:
 
 
 def see(folder: Path, token: str, rank: int) -> dict[str, Any]:
-    """Return whether this rank reads rank 0's token, and leave one of its own: JSON, for judge."""
+    """Wait for rank 0's token and write one of this rank; return JSON for ``judge_sharing``."""
     began = time.monotonic()
     said = "not there"
     while time.monotonic() - began < SEE_SECONDS:
         try:
-            os.listdir(folder)  # has a network disk look again
+            os.listdir(folder)  # makes a network disk look again
             if (folder / "from_0").read_text() == token:
                 break
-            said = "of another content"
+            said = "has other content"
         except OSError as problem:
             said = one_line(problem)
         time.sleep(POLL)
@@ -77,7 +78,7 @@ def see(folder: Path, token: str, rank: int) -> dict[str, Any]:
 
 
 def seen_back(folder: Path, token: str, ranks: list[int]) -> list[int]:
-    """Rank 0: return the ranks whose token does not come in time."""
+    """Return the ranks whose token does not appear in time, on rank 0."""
     deadline, missing = time.monotonic() + SEE_SECONDS, set(ranks)
     while missing and time.monotonic() < deadline:
         os.listdir(folder)
@@ -90,9 +91,9 @@ def seen_back(folder: Path, token: str, ranks: list[int]) -> list[int]:
 
 
 def turns(folder: Path, rank: int) -> dict[str, Any]:
-    """Rank 0 replaces a file again and again, the others read it all the while; returns what was wrong: JSON, for judge.
+    """Replace a file again and again on rank 0 while the other ranks read it; return JSON for ``judge_turns``.
 
-    Rank 0 also holds a lock, which must keep the others out.
+    Rank 0 also holds a lock, which the other ranks must not get.
     """
     path, began = folder / "turn", time.monotonic()
     if rank == 0:
@@ -104,7 +105,7 @@ def turns(folder: Path, rank: int) -> dict[str, Any]:
                 turn += 1
                 replace(path, str(turn % 10) * BLOCK)
             replace(path, "x" * BLOCK)
-            # Until all had the time to try the lock.
+            # The other ranks try the lock meanwhile.
             time.sleep(RENAME_SECONDS)
         return {"torn": 0, "gone": 0, "last": True, "lock": held, "turns": turn}
     torn, gone, last, lock = 0, 0, False, ""
@@ -123,7 +124,7 @@ def turns(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _locked(file: Any) -> str:
-    """What is said when a lock is asked for: "" where it is given, "held" where another has it, else the error."""
+    """Try to lock a file: "" if it worked, "held" if another process has the lock, else the error."""
     try:
         return "" if try_lock(file) else "held"
     except OSError as problem:
@@ -131,7 +132,7 @@ def _locked(file: Any) -> str:
 
 
 def disks(out: str) -> dict[str, Any]:
-    """Return the room of the cache's disk, None where this user has no cache folder, and of the run folder's: JSON."""
+    """Return the room on the disks of the cache (None without a cache folder) and of the run folder, JSON for ``judge_disks``."""
     cache: Path | None = None
     with contextlib.suppress(
         RuntimeError
@@ -141,7 +142,7 @@ def disks(out: str) -> dict[str, Any]:
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """Return the room of the disk that a folder, or what this user can see of its path, lies on: JSON, for judge."""
+    """Return the room on the disk of a folder, or of the nearest folder above it that this user can see, JSON."""
     there, seen = folder.absolute(), True
     while True:
         try:
@@ -162,7 +163,7 @@ def disk(folder: Path) -> dict[str, Any]:
 
 
 def write_speed(folder: Path) -> dict[str, Any]:
-    """Write a file of 64 MB to the disk itself and remove it; returns the seconds, or why that was not possible."""
+    """Write a file of 64 MB with fsync and remove it; return the seconds, or why it failed."""
     path, began = folder / "speed", time.monotonic()
     try:
         with open(path, "wb") as file:
@@ -179,7 +180,7 @@ def write_speed(folder: Path) -> dict[str, Any]:
 def judge_sharing(
     found: Mapping[int, Mapping[str, Any]], missing: list[int], out: str, hosts: Mapping[int, str]
 ) -> list[Line]:
-    """Return the lines about tokens; ``missing``: the ranks whose token rank 0 did not see."""
+    """Return the lines about a shared folder; missing: the ranks whose token rank 0 did not see."""
     share = f"give an --out on a disk that all hosts share (NFS, Lustre, ...), by the same path: {out} is not"
     blind = [rank for rank, here in found.items() if not here["seen"]]
     lines = []
@@ -204,7 +205,7 @@ def judge_sharing(
 
 
 def judge_turns(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Line]:
-    """Return the lines about renaming and locks; the ranks that share the folder with rank 0."""
+    """Return the lines about renaming and locks, from the ranks that share the folder with rank 0."""
     others = {rank: here for rank, here in found.items() if rank}
     if not others:
         return []
@@ -214,18 +215,23 @@ def judge_turns(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]
     if bad:
         said = f"{who(bad, hosts)} saw a half-written or missing file while rank 0 renamed it"
         lines.append(
-            Line("FIX", "rename", said, "use another disk for --out: a checkpoint could be read half")
+            Line("FIX", "rename", said, "use another disk for --out: a half-written checkpoint could be read")
         )
     if stale:
         said = f"{who(stale, hosts)} still saw an old file {SEE_SECONDS:.0f} s after rank 0 had replaced it"
         lines.append(
             Line(
-                "FIX", "rename", said, "mount it with a shorter memory (NFS: actimeo=3, lookupcache=positive)"
+                "FIX",
+                "rename",
+                said,
+                "mount it with a shorter cache time (NFS: actimeo=3, lookupcache=positive)",
             )
         )
     if not lines:
         turns = found[0]["turns"] if 0 in found else 0
-        lines.append(Line("ok", "rename", f"a replaced file is whole and seen by all ({turns} times)"))
+        lines.append(
+            Line("ok", "rename", f"all ranks see a replaced file, and always a whole one ({turns} times)")
+        )
     open_door = [rank for rank, here in others.items() if here["lock"] == "none"]
     odd = {
         rank: here["lock"]
@@ -247,7 +253,7 @@ def judge_turns(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]
 
 
 def judge_disks(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Line]:
-    """Return a line for each folder, ``out`` and ``cache``, that ranks looked at."""
+    """Return a line for each of the folders ``out`` and ``cache`` that ranks checked."""
     lines = []
     homeless = [rank for rank, here in found.items() if "cache" in here and not here["cache"]]
     if homeless:
@@ -262,7 +268,7 @@ def judge_disks(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]
         here = disks[least]
         at = f"{here['folder']}" + (f" on {who([least], hosts)}" if hosts else "")
         said = f"{at}: {here['free'] / 1e9:.1f} GB free"
-        move = "free some, or name another folder (" + ("--out)" if what == "out" else "GLSD_CACHE)")
+        move = "free some space, or name another folder (" + ("--out)" if what == "out" else "GLSD_CACHE)")
         closed = [rank for rank, d in disks.items() if not d["writable"]]
         few = [rank for rank, d in disks.items() if 0 <= d["inodes"] < FEW_INODES]
         if closed:
@@ -280,13 +286,16 @@ def judge_disks(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]
 
 
 def judge_speed(here: Mapping[str, Any]) -> Line:
-    """Return the line about writing."""
+    """Return the line about the speed of writing."""
     if here["why"]:
         return Line(
-            "FIX", "out write", f"64 MB cannot be written: {here['why']}", "free some, or another --out"
+            "FIX",
+            "out write",
+            f"64 MB cannot be written: {here['why']}",
+            "free some space, or give another --out",
         )
     rate = WRITTEN / max(here["seconds"], 1e-9)
     said = f"{rate / 1e6:,.0f} MB/s with fsync: a checkpoint of 1 GB takes {1e9 / rate:.1f} s"
     if rate < SLOW:
-        return Line("note", "out write", said, "a faster disk, or a larger --watch.checkpoint_every")
+        return Line("note", "out write", said, "a faster disk, or a larger checkpoint_every")
     return Line("ok", "out write", said)

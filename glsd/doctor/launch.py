@@ -1,51 +1,48 @@
-"""Which rank runs where, and whether that is what the launcher announced."""
+"""Where each rank runs, and whether the launcher announced it so."""
 
-import fcntl
 import os
 import socket
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glsd.cluster import dist
+from glsd.cluster.launch import interface_to, lone_process
 from glsd.doctor.line import Line, ranges, who
 
 ANNOUNCED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS")
 LAUNCHERS = "let accelerate launch, torchrun or launch/slurm set all of them"
 NAMED = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-SIOCGIFADDR = 0x8915
 SCRIPT = "launch/doctor.py"
 
 
 def announced() -> tuple[int, int]:
-    """Return (rank, world size) of an environment without silent_mistakes, (0, 1) where nothing is announced."""
+    """Return (rank, world size) from an environment without ``silent_mistakes``, (0, 1) by default."""
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def local_rank() -> int:
-    """Return this process's number on its host, 0 where none that can be read is announced."""
+    """Return the local rank of this process, 0 if none is announced or it is no number."""
     said = os.environ.get("LOCAL_RANK", "")
     return int(said) if said.isdecimal() else 0
 
 
 def silent_mistakes() -> list[Line]:
-    """Return what is wrong with the launch line before any other rank was heard of."""
+    """Return the mistakes of the launch line that show on a single rank."""
     said = {name: os.environ.get(name, "") for name in NUMBERS}
     wrong = [f"{name} is {word!r}" for name, word in said.items() if word and not word.isdecimal()]
     world = os.environ.get("WORLD_SIZE")
     if wrong or (world is not None and not world.strip("0")):
-        found = f"{', '.join(wrong) or f'WORLD_SIZE is {world!r}'}: no number of ranks, or of a rank"
+        found = (
+            f"{', '.join(wrong) or f'WORLD_SIZE is {world!r}'}: expected the number of ranks, or of a rank"
+        )
         return [Line("FIX", "launch", found, LAUNCHERS)]
     rank = int(said["RANK"] or 0)
     if world is not None:
         return _announced_mistakes(rank, int(world))
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
-        found = "accelerate was asked for several processes but started one (it does so with --cpu)"
-        line = dist.CPU_LAUNCH_LINE.format(n="N", script=SCRIPT)
-        return [Line("FIX", "launch", found, f"N ranks on CPUs: '{line}'; one: --num_processes 1")]
+    if mistake := lone_process(SCRIPT):
+        return [Line("FIX", "launch", *mistake)]
     tasks = int(said["SLURM_STEP_NUM_TASKS"] or 1)
     if tasks > 1:
         found = f"srun started {tasks} tasks that do not know of each other (no WORLD_SIZE): each would train alone"
@@ -74,14 +71,13 @@ def _announced_mistakes(rank: int, world: int) -> list[Line]:
 
 
 def facts() -> dict[str, Any]:
-    """Return where this rank is: JSON, for judge."""
+    """Return where this rank runs, JSON for ``judge``."""
     host = os.uname().nodename
     master = os.environ.get("MASTER_ADDR", "")
-    addresses = _interfaces()
-    address = _own_address(master, addresses)
+    interface, address = interface_to(master or "127.0.0.1")
     return {
         "host": host,
-        # A name may be there twice, a kernel or a network of its own says so.
+        # Two hosts may have one name: then their kernels or network namespaces differ.
         "machine": f"{_read('/proc/sys/kernel/random/boot_id')} {os.readlink('/proc/self/ns/net')}",
         "pid": os.getpid(),
         "local_rank": local_rank(),
@@ -89,7 +85,7 @@ def facts() -> dict[str, Any]:
         "master_resolved": _resolve(master),
         "own_name_resolved": _resolve(host),
         "address": address,
-        "interface": next((name for name, own in addresses.items() if own == address), ""),
+        "interface": interface,
         "interfaces": sorted(name for _, name in socket.if_nameindex()),
         "named": {name: os.environ[name] for name in NAMED if os.environ.get(name)},
     }
@@ -106,34 +102,8 @@ def _resolve(name: str) -> str:
         return ""
 
 
-def _own_address(master: str, addresses: Mapping[str, str]) -> str:
-    """The address from which this host reaches another: nothing is sent for it."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((master or "127.0.0.1", 9))
-            address = str(probe.getsockname()[0])
-    except OSError:
-        address = ""
-    outer = [own for own in addresses.values() if not own.startswith("127.")]
-    # On its own host, MASTER_ADDR may be a name that means 127.0.1.1.
-    by_name = master and not master.startswith("127.") and master != "localhost"
-    return outer[0] if by_name and address not in outer and len(outer) == 1 else address
-
-
-def _interfaces() -> dict[str, str]:
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                found[name] = socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24])
-            except OSError:
-                continue  # without an address
-    return found
-
-
 def rank_map(found: Mapping[int, Mapping[str, Any]], devices: Mapping[int, str]) -> list[str]:
-    """Return a line per host: its ranks, local ranks, processes, devices and address."""
+    """Return one line for each host: its address, ranks, local ranks, processes and devices."""
     lines = []
     for host, ranks in by_host(found).items():
         local = ranges(found[rank]["local_rank"] for rank in ranks)
@@ -146,7 +116,7 @@ def rank_map(found: Mapping[int, Mapping[str, Any]], devices: Mapping[int, str])
 
 
 def by_host(found: Mapping[int, Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Return the ranks of each host by the name it is to be called by."""
+    """Return the ranks of each host, by its name from ``host_names``."""
     hosts: dict[str, list[int]] = {}
     for rank, name in host_names(found).items():
         hosts.setdefault(name, []).append(rank)
@@ -154,7 +124,7 @@ def by_host(found: Mapping[int, Mapping[str, Any]]) -> dict[str, list[int]]:
 
 
 def host_names(found: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-    """Return each rank's host; hosts of one name are told apart by their addresses."""
+    """Return the host name of each rank; addresses distinguish hosts of the same name."""
     machines: dict[str, set[str]] = {}
     for here in found.values():
         machines.setdefault(here["host"], set()).add(here["machine"])
@@ -165,13 +135,13 @@ def host_names(found: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
 
 
 def judge(found: Mapping[int, Mapping[str, Any]], world: int, hosts: Mapping[int, str]) -> list[Line]:
-    """Return the lines about ranks and addresses; ``world``: the number announced."""
+    """Return the lines about ranks and addresses; world: the announced number of ranks."""
     places = by_host(found)
     lines = _ranks(found, world, hosts, places)
     if len({here["host"] for here in found.values()}) < len(places):
         names = ", ".join(sorted(places))
-        fix = "give each its own hostname: logs and messages cannot tell them apart"
-        lines.append(Line("note", "hostnames", f"several hosts have one name: {names}", fix))
+        fix = "give each host its own name: logs and messages cannot tell them apart"
+        lines.append(Line("note", "hostnames", f"several hosts have the same name: {names}", fix))
     if world > 1:
         lines += _addresses(found, hosts, several=len(places) > 1)
         lines += _named(found, hosts)
@@ -194,14 +164,14 @@ def _ranks(
         said = f"WORLD_SIZE={world} is announced, {len(found)} came: {who(missing, hosts)} missing"
         fix = (
             f"compare --num_processes, --num_machines and --machine_rank of all hosts (up: {', '.join(places)}), "
-            f"and look whether each reaches MASTER_ADDR {master}"
+            f"and check that each reaches MASTER_ADDR {master}"
         )
         return [Line("FIX", "launch", said, fix)]
     twice = {host: Counter(found[rank]["local_rank"] for rank in ranks) for host, ranks in places.items()}
     same = [host for host, counts in twice.items() if max(counts.values()) > 1]
     if same:
         fix = "let the launcher set LOCAL_RANK: 0, 1, ... on each host"
-        return [Line("FIX", "launch", f"several ranks of {', '.join(same)} have one LOCAL_RANK", fix)]
+        return [Line("FIX", "launch", f"several ranks of {', '.join(same)} have the same LOCAL_RANK", fix)]
     sizes = {host: len(ranks) for host, ranks in places.items()}
     said = f"{world} ranks on {len(places)} host{'s' if len(places) > 1 else ''}"
     if len(set(sizes.values())) > 1:
@@ -210,8 +180,8 @@ def _ranks(
             Line(
                 "note",
                 "launch",
-                f"{said}, not as many on each: {parts}",
-                "meant so? the slowest sets the pace",
+                f"{said}, uneven ranks per host: {parts}",
+                "start as many ranks on each host: the slowest host sets the pace",
             )
         ]
     each = next(iter(sizes.values()))
@@ -227,7 +197,9 @@ def _addresses(
     used = ", ".join(sorted({here["interface"] or here["address"] for here in found.values()}))
     said = f"MASTER_ADDR {' and '.join(sorted(masters))}, reached over {used}"
     if several and unset:
-        said += f"; glsd names it to gloo, as the hostname of {who(unset, hosts)} is a loopback address"
+        said += (
+            f"; glsd sets GLOO_SOCKET_IFNAME, because the name of {who(unset, hosts)} is a loopback address"
+        )
     return [Line("ok", "address", said)]
 
 
@@ -247,7 +219,10 @@ def _named(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> 
 
 
 def matches(value: str, interfaces: list[str]) -> bool:
-    """Tell whether ``GLOO/NCCL_SOCKET_IFNAME`` names one of these: prefixes with commas, ``=`` exact, ``^`` all others."""
+    """Tell whether a value of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names one of these interfaces.
+
+    value: prefixes, separated by commas; with ``=`` in front exact names, with ``^`` all interfaces but these.
+    """
     if value.startswith("^"):
         exact = value.startswith("^=")
         names = value.lstrip("^=").split(",")

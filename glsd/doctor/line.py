@@ -1,4 +1,4 @@
-"""What the doctor says of one check: a verdict, what was found, what to do about it. Needs nothing but Python 3.8."""
+"""One line of the doctor's table: a verdict, what was found, how to fix it. Needs only Python 3.8."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ HOSTS_SHOWN = 4
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table."""
+    """The result of one check."""
 
-    verdict: str  # of VERDICTS
+    verdict: str  # one of VERDICTS
     name: str
     found: str
-    fix: str = ""  # what to do, for everything that is not ok
+    fix: str = ""  # what to do, unless the verdict is ok
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS or (self.verdict == "FIX" and not self.fix):
@@ -24,7 +24,7 @@ class Line:
 
 
 def table(lines: Iterable[Line]) -> list[str]:
-    """Return the rows as text, each in one line of its own."""
+    """Return the table as text, one line for each result."""
     rows = list(lines)
     width = max((len(row.name) for row in rows), default=0)
     return [
@@ -34,21 +34,21 @@ def table(lines: Iterable[Line]) -> list[str]:
 
 
 def summary(lines: Iterable[Line]) -> str:
-    """Return the last line: how many of each verdict, and what that means."""
+    """Return the last line: how many results have which verdict, and what to do next."""
     counts = dict.fromkeys(VERDICTS, 0)
     for line in lines:
         counts[line.verdict] += 1
     said = f"{counts['ok']} ok, {counts['note']} to note, {counts['FIX']} to fix"
-    return f"{said}: {'first do what stands behind FIX' if counts['FIX'] else 'ready'}"
+    return f"{said}: {'fix the lines marked FIX first' if counts['FIX'] else 'ready'}"
 
 
 def plain(text: object) -> str:
-    """Return a text in one line, without what a terminal would do more with than show it."""
+    """Return a text as one line of printable characters."""
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Return ``0-3, 5`` for 0 1 2 3 5."""
+    """Return a list of numbers as ranges: ``0-3, 5`` for 0 1 2 3 5."""
     parts: list[list[int]] = []
     for number in sorted(set(numbers)):
         if parts and number == parts[-1][1] + 1:
@@ -59,7 +59,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def who(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
-    """Return ``h1 (ranks 0-3), h2 (rank 5)``; a rank of which the host is not known stands for itself."""
+    """Return ranks by host, such as ``h1 (ranks 0-3), h2 (rank 5)``; ranks of unknown hosts stand alone."""
     places: dict[str, list[int]] = {}
     for rank in sorted(ranks):
         places.setdefault(hosts.get(rank, ""), []).append(rank)

@@ -1,4 +1,4 @@
-"""Whether the ranks can add their numbers, how long that takes, and which link between two hosts is slow."""
+"""Whether sums over ranks are right, how long they take, and which link between two hosts is slow."""
 
 import statistics
 import time
@@ -11,29 +11,29 @@ from glsd.cluster import dist
 from glsd.doctor.launch import local_rank
 from glsd.doctor.line import Line, ranges
 
-JOIN_SECONDS = 30.0  # to connect all ranks, and for any single message
+JOIN_SECONDS = 30.0  # to connect all ranks, and for each single message
 LINKS_SECONDS = 8.0  # for all rounds together
-SECONDS = 2 * JOIN_SECONDS + LINKS_SECONDS + 20.0  # bound of the whole check
-TRANSFER_SECONDS = 0.3  # of one message, at most
+SECONDS = 2 * JOIN_SECONDS + LINKS_SECONDS + 20.0  # for the whole check
+TRANSFER_SECONDS = 0.3  # at most, for one message
 SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes of one message
-FIRST = 1 << 20  # bytes of the sum that says how large the next may be
+FIRST = 1 << 20  # bytes of the first sum, whose time sets the size of the next
 REPEATS = 20
-SLOW = 1 / 3  # of the usual link
+SLOW = 1 / 3  # of the usual speed of a link
 FEW_HOSTS = 4
-POOR = 100e6  # bytes a second: the gradients of a ViT-S take a second
+POOR = 100e6  # bytes per second: the gradients of a ViT-S take about a second
 
 
 def measure(store: Any, *, rank: int, world: int, leaders: Sequence[int], gpu: bool) -> dict[str, Any]:
-    """Return what this rank measured together with all others, who call it too: JSON, for judge.
+    """Measure sums and links together with all other ranks, which call it too; return JSON for ``judge``.
 
-    leaders: one rank of each host; they measure the links between hosts, all pairs in rounds in which nobody is in two.
+    leaders: one rank of each host. They measure the links between all pairs of hosts, in rounds in which each host is in one pair.
     """
     device = torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     began = time.monotonic()
     dist.join(store, device=device, rank=rank, world_size=world, seconds=JOIN_SECONDS)
-    # Whole numbers below 2^24: their sum is exact in float32, in whatever order.
+    # Integers below 2^24: their float32 sum is exact in any order.
     ramp = torch.arange(1000, device=device, dtype=torch.float32) % 7
     total = dist.all_reduce_sum(ramp * (rank + 1))
     found: dict[str, Any] = {
@@ -58,7 +58,7 @@ def _sum_seconds(device: torch.device, size: int) -> float:
 
 
 def rounds(players: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Return all pairs, in rounds in which each is at most once (round robin)."""
+    """Return all pairs of players in rounds; each player is in at most one pair of a round (round robin)."""
     circle: list[int | None] = [*players, *([None] if len(players) % 2 else [])]
     half, plan = len(circle) // 2, []
     for _ in range(len(circle) - 1):
@@ -69,7 +69,7 @@ def rounds(players: Sequence[int]) -> list[list[tuple[int, int]]]:
 
 
 def _links(rank: int, leaders: Sequence[int], rate: float, device: torch.device) -> dict[str, Any]:
-    """rate: bytes a second of the sum over all ranks, a first guess."""
+    """Measure the links of this rank; rate: bytes per second of a sum over all ranks, a first guess."""
     plan = rounds(leaders)
     seconds = min(TRANSFER_SECONDS, LINKS_SECONDS / max(1, len(plan)) / 4)
     size = int(min(max(rate * seconds, SMALLEST), LARGEST))
@@ -90,7 +90,7 @@ def _links(rank: int, leaders: Sequence[int], rate: float, device: torch.device)
 
 
 def _message(rank: int, source: int, target: int, size: int, device: torch.device) -> float:
-    """The seconds from the start to the receipt, which is a message as well: what was sent may wait in a buffer."""
+    """The seconds from sending to the receipt, a message back: what is sent may still wait in a buffer."""
     numbers, receipt = torch.zeros(size // 4, device=device), torch.zeros(1, device=device)
     began = time.perf_counter()
     if rank == source:
@@ -104,7 +104,7 @@ def _message(rank: int, source: int, target: int, size: int, device: torch.devic
 
 
 def judge(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Line]:
-    """Return the lines about sums over ranks and about links, from what each rank measured."""
+    """Return the lines about sums over ranks and about links, from the measurements of each rank."""
     wrong = [rank for rank, here in found.items() if not here["right"]]
     if wrong:
         fix = "numbers arrive changed: for GPUs try NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 in turn, else the network card"
@@ -119,7 +119,7 @@ def judge(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> l
     lines = [Line("ok", "all-reduce", said)]
     if rate < POOR:
         seconds = 88e6 / rate
-        fix = f"a ViT-S waits {seconds:.1f} s a step for it: --optim.grad_compression bf16, a larger --optim.batch_size"
+        fix = f"a ViT-S waits {seconds:.1f} s per step for it: set grad_compression bf16, or a larger batch_size"
         lines = [Line("note", "all-reduce", said, fix)]
     speeds = {(a, b): speed for here in found.values() for a, b, speed in here["links"]}
     if speeds:
@@ -130,12 +130,14 @@ def judge(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> l
 def judge_links(
     speeds: Mapping[tuple[int, int], float], hosts: Mapping[int, str], done: int, planned: int
 ) -> Line:
-    """Return the line about links, from bytes a second by (from, to) and the rounds done of those planned."""
+    """Return the line about links; speeds: bytes per second by (from, to); done: rounds, of those planned."""
     ordered = sorted(speeds.values())
     members = {rank for pair in speeds for rank in pair}
-    # A bad host has half of the links of four: there the median is no measure of a good one.
+    # With four hosts half of the links are a bad host's, and the median would be one of them.
     usual = ordered[(len(ordered) * 3 - 1) // 4] if len(members) <= FEW_HOSTS else statistics.median(ordered)
-    said = f"{len(speeds)} links" + ("" if done == planned else f" ({done} of {planned} rounds: time was up)")
+    said = f"{len(speeds)} links" + (
+        "" if done == planned else f" ({done} of {planned} rounds, then time was up)"
+    )
 
     def name(pair: tuple[int, int]) -> str:
         return f"{hosts[pair[0]]} to {hosts[pair[1]]}"
@@ -156,6 +158,6 @@ def judge_links(
 
 
 def link_rows(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Return a row per measured direction, for machines."""
+    """Return one row for each measured direction, for machines."""
     links = [link for here in found.values() for link in here["links"]]
     return [{"from": hosts[a], "to": hosts[b], "megabytes_per_second": speed / 1e6} for a, b, speed in links]

@@ -1,7 +1,7 @@
-"""Whether the packages are there, belong together and can be imported. Needs nothing but Python 3.8, so that it can say so.
+"""Whether packages are installed, fit together and can be imported. Needs only Python 3.8, so that it can report an old Python.
 
-What is installed is read from its metadata, and tried in a child process: a broken torchvision takes timm and accelerate
-with it, and a program that imports them could no longer tell why.
+Versions come from metadata, and imports are tried in a child process. A broken torchvision breaks timm and accelerate, too, and
+a program that imports them could no longer say why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from glsd.errors import one_line
 OLDEST, NEWEST = (3, 11), (3, 13)  # of Python
 IMPORTED = ("torch", "torchvision", "numpy", "safetensors", "timm", "accelerate", "webdataset", "jaxtyping")
 IMPORT_SECONDS = 180.0  # the first import from a cold network disk takes minutes
-# A rank that waits for the others may have all packages warm while they try them and then import them once more.
+# Other ranks may try their imports, and then import everything once more, from a cold disk.
 ARRIVE_SECONDS = IMPORT_SECONDS + 120.0
 MARK = "glsd-doctor:"
 TRY = """
@@ -43,8 +43,8 @@ TOGETHER = ("torch", "torchvision")
 
 
 def requirements(pyproject: Path) -> dict[str, str]:
-    """Return the smallest version of each package that glsd needs, by name: from the checkout, else from what is installed."""
-    import tomllib  # not in the Pythons that are too old for glsd, which are told of first
+    """Return the lowest version of each package that glsd needs, by name: from the checkout, else from the installed glsd."""
+    import tomllib  # missing in old Pythons, which are reported before
 
     if pyproject.is_file():
         entries = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
@@ -58,7 +58,7 @@ def requirements(pyproject: Path) -> dict[str, str]:
 
 
 def facts(pyproject: Path) -> dict[str, Any]:
-    """Return what is installed here: JSON, for judge."""
+    """Return what is installed here, JSON for ``judge``."""
     python = sys.version_info[:2]
     found: dict[str, Any] = {
         "python": ".".join(map(str, sys.version_info[:3])),
@@ -85,7 +85,7 @@ def facts(pyproject: Path) -> dict[str, Any]:
 
 
 def _code() -> str:
-    """Where this glsd lies and what is in it."""
+    """The folder of this glsd and a hash of its code."""
     folder = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -94,7 +94,7 @@ def _code() -> str:
 
 
 def try_imports(modules: Sequence[str], seconds: float = IMPORT_SECONDS) -> dict[str, str]:
-    """Return the error of each module that cannot be imported, tried in one child process in the order given."""
+    """Return the error of each module that cannot be imported; one child process tries them in order."""
     command = [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else []), "-c", TRY, MARK, *modules]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, errors="replace")
@@ -109,8 +109,8 @@ def try_imports(modules: Sequence[str], seconds: float = IMPORT_SECONDS) -> dict
 
 
 def usable(found: Mapping[str, Any]) -> bool:
-    """Tell whether the checks that need torch can be made where these facts are from."""
-    needed = ("torch", "numpy", "jaxtyping")
+    """Tell whether this rank can make the checks that need torch."""
+    needed = ("torch", "numpy", "jaxtyping", "psutil")
     return bool(found["versions"]) and all(
         name in found["versions"] and not any(name in key.split() for key in found["errors"])
         for name in needed
@@ -118,7 +118,7 @@ def usable(found: Mapping[str, Any]) -> bool:
 
 
 def judge(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int, str]) -> list[Line]:
-    """Return the lines about packages, from each rank's facts."""
+    """Return the lines about packages, from the facts of each rank."""
     lines = _same_everywhere(found, hosts)
     said: dict[Line, list[int]] = {}
     for rank, here in found.items():
@@ -157,7 +157,7 @@ def _same_everywhere(found: Mapping[int, Mapping[str, Any]], hosts: Mapping[int,
                 if name == "python"
                 else f"pip install '{name}=={common}'"
             )
-            lines.append(Line("FIX", "versions", f"{name} differs: {parts}", f"{how} on the others"))
+            lines.append(Line("FIX", "versions", f"{name} differs: {parts}", f"{how} on the other ranks"))
     return lines
 
 
@@ -170,7 +170,12 @@ def _one(here: Mapping[str, Any]) -> list[Line]:
     if python > NEWEST:
         fix = f"if something fails, try {NEWEST[0]}.{NEWEST[1]}"
         lines.append(
-            Line("note", "python", f"Python {here['python']} is younger than what glsd is tested with", fix)
+            Line(
+                "note",
+                "python",
+                f"Python {here['python']} is newer than the versions glsd is tested with",
+                fix,
+            )
         )
     versions, needed, errors = here["versions"], here["needed"], here["errors"]
     absent = [name for name in needed if name not in versions]
@@ -183,7 +188,7 @@ def _one(here: Mapping[str, Any]) -> list[Line]:
         shown = ", ".join(f"{name} {versions[name]}" for name in old)
         fix = "pip install " + " ".join(f"'{name}>={needed[name]}'" for name in old)
         lines.append(Line("FIX", "packages", f"too old: {shown}", fix))
-    return lines + _torch_and_torchvision(here) + _others(errors)
+    return lines + _torch_and_torchvision(here) + _other_errors(errors)
 
 
 def _torch_and_torchvision(here: Mapping[str, Any]) -> list[Line]:
@@ -194,7 +199,7 @@ def _torch_and_torchvision(here: Mapping[str, Any]) -> list[Line]:
     pair = f"torch {torch} and torchvision {vision}"
     fix = f"{BOTH} 'torch=={torch.partition('+')[0]}' torchvision"
     if "torch" in here["errors"]:
-        return []  # told of as what it is
+        return []  # reported by _other_errors
     if error:
         return [Line("FIX", "torchvision", f"{pair} do not belong together ({one_line(error)})", fix)]
     pin = here["pins"].get("torchvision", "")
@@ -203,16 +208,16 @@ def _torch_and_torchvision(here: Mapping[str, Any]) -> list[Line]:
     labels = [version.partition("+")[2] for version in (torch, vision)]
     if labels[0] != labels[1]:
         return [
-            Line("note", "torchvision", f"{pair} are of different builds, though they can be imported", fix)
+            Line("note", "torchvision", f"{pair} are different builds, although they can be imported", fix)
         ]
     return []
 
 
-def _others(errors: Mapping[str, str]) -> list[Line]:
+def _other_errors(errors: Mapping[str, str]) -> list[Line]:
     lines, vision = [], errors.get("torchvision", "")
     for name, error in errors.items():
         if name == "torchvision" or (vision and error == vision):
-            continue  # timm and others only pass on what torchvision said
+            continue  # timm and other packages only repeat the error of torchvision
         if vision and name in ("timm", "accelerate"):
             continue
         what = f"cannot import {name}: {one_line(error)}"
@@ -233,7 +238,7 @@ def _less(version: str, smallest: str) -> bool:
 
 
 def _fits(version: str, pins: str) -> bool:
-    """Tell whether a version meets ``==2.9.0`` or ``>=2.9,<2.10``; what else a pin may say is taken as met."""
+    """Tell whether a version meets pins such as ``==2.9.0`` or ``>=2.9,<2.10``; unknown kinds of pins count as met."""
     own = _numbers(version)
     for pin in pins.split(","):
         sign, other = re.match(r"\s*([<>=!~]*)\s*(.*)", pin).groups()  # type: ignore[union-attr]

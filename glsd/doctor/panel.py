@@ -1,7 +1,7 @@
-"""How the doctor's checks hear of all ranks without ever waiting for one that hangs or is dead.
+"""Checks on all ranks that never wait for a rank that hangs or is dead.
 
-Rank 0 asks, every rank works on its own answer and writes it into the store, rank 0 collects what comes in time. A rank that
-misses an answer is told of and not asked again.
+Every rank runs a check and writes its answer into the store, and rank 0 collects the answers that come in time. A rank that misses
+one answer is reported and not asked again.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from glsd.doctor.line import Line, who
 from glsd.errors import UserError, one_line
 
 SILENT = "no answer within"
-SLACK = 5.0  # seconds between the bound of a check and the end of waiting for its answers
+SLACK = 5.0  # seconds that rank 0 waits for answers after the time for a check is over
 
 
 class Lost(Exception):
-    """This rank has nobody to answer to any more: one line that says why."""
+    """This rank cannot reach rank 0 any more; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one rank found, or why it found nothing."""
+    """What one rank found, or the error that kept it from finding anything."""
 
     value: Any = None
     error: str = ""
@@ -37,12 +37,12 @@ class Answer:
 
 @dataclass
 class Panel:
-    """The ranks that answer; alone without a store."""
+    """The ranks that answer, and rank 0's table; a single process has no store."""
 
     rank: int = 0
     world: int = 1
     store: Any = None
-    hosts: dict[int, str] = field(default_factory=dict)  # known on rank 0 once they have arrived
+    hosts: dict[int, str] = field(default_factory=dict)  # on rank 0, once they have arrived
     alive: list[int] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)  # rank 0's table
 
@@ -50,15 +50,15 @@ class Panel:
         self.alive = self.alive or list(range(self.world))
 
     def ask(self, name: str, work: Callable[[], Any], seconds: float) -> dict[int, Answer]:
-        """Return the answers by rank, on rank 0 only; ``work`` of each rank has these seconds and returns JSON.
+        """Run ``work`` on every rank for at most these seconds; return the answers by rank, on rank 0 only.
 
-        Raises Lost on a rank that is too late for rank 0, or that rank 0 is lost for.
+        work: returns JSON. Raises Lost on a rank that answers too late, or that cannot reach rank 0.
         """
         began = time.monotonic()
         own = bounded(work, seconds)
         if self.store is None:
             return {0: own}
-        with self._hearing(name, 2 * (seconds + 2 * SLACK)):
+        with self._reaching_rank_0(name, 2 * (seconds + 2 * SLACK)):
             self.store.set(f"{name}/{self.rank}", json.dumps([own.value, own.error]))
             if self.rank == 0:
                 answers = self._collect(name, seconds, began + seconds + SLACK)
@@ -70,28 +70,28 @@ class Panel:
         return {}
 
     def tell(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return on every rank what rank 0 makes: JSON."""
+        """Return on every rank what ``make`` returns on rank 0, JSON."""
         if self.store is None:
             return make()
         if self.rank == 0:
             value = make()
             self.store.set(f"{name}/told", json.dumps(value))
             return value
-        with self._hearing(name, 4 * SLACK):
+        with self._reaching_rank_0(name, 4 * SLACK):
             return json.loads(self._wait(f"{name}/told", 2 * SLACK))
 
     def who(self, ranks: Any) -> str:
         return who(ranks, self.hosts)
 
     def sort_out(self, name: str, answers: dict[int, Answer], fix: str) -> dict[int, Any]:
-        """Return the values, and put a line into the table for each kind of error."""
+        """Return the values without errors, and add a line to the table for each kind of error."""
         errors: dict[str, list[int]] = {}
         for rank, answer in sorted(answers.items()):
             if answer.error:
                 errors.setdefault(answer.error, []).append(rank)
         for error, ranks in errors.items():
             where = f"{self.who(ranks)}: " if self.world > 1 else ""
-            alive = "see whether that process and its host still run; their own messages may say why"
+            alive = "check whether that process and its host still run; their own messages may say why"
             self.lines.append(
                 Line("FIX", name, f"{where}{error}", alive if error.startswith(SILENT) else fix)
             )
@@ -103,7 +103,7 @@ class Panel:
             left = max(0.01, deadline - time.monotonic())
             try:
                 self.store.wait([f"{name}/{rank}"], timedelta(seconds=left))
-            except RuntimeError:  # that is how the store says that nothing came
+            except RuntimeError:  # the store says so when nothing came
                 answers[rank] = Answer(error=f"{SILENT} {seconds + SLACK:.0f} s")
             else:
                 answers[rank] = Answer(*json.loads(self.store.get(f"{name}/{rank}")))
@@ -116,8 +116,8 @@ class Panel:
         return self.store.get(key)
 
     @contextlib.contextmanager
-    def _hearing(self, name: str, seconds: float) -> Iterator[None]:
-        """What the store raises when rank 0 is gone becomes Lost; a cut link, where it hangs, ends the process."""
+    def _reaching_rank_0(self, name: str, seconds: float) -> Iterator[None]:
+        """Turn the store's error when rank 0 is gone into Lost; end the process if the store hangs, as over a cut link."""
 
         def end() -> None:
             print(f"error: {gone} (no answer for {seconds:.0f} s)", file=sys.stderr, flush=True)
@@ -136,7 +136,7 @@ class Panel:
 
 
 def bounded(work: Callable[[], Any], seconds: float) -> Answer:
-    """Return what ``work`` returns; it is left behind where it takes longer, as on a disk that does not answer."""
+    """Return the answer of ``work``; work that takes longer, as on a disk that does not answer, is left behind in its thread."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(work)
     pool.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""The doctor's look at the data: does every rank reach the shards of a run, and are they the same?"""
+"""Whether every rank can read the shards of a run, and whether they are the same on all ranks."""
 
 import os
 import time
@@ -13,24 +13,24 @@ from glsd.shards.remote import TIMEOUT_VARIABLE
 from glsd.shards.store import open_shards
 
 SECONDS = 150.0
-SHARDS_READ, SAMPLES_READ = 4, 8  # by each rank; of remote shards, which are downloaded, one
-REMOTE_PATIENCE = "30"  # seconds of a server that does not answer
+SHARDS_READ, SAMPLES_READ = 4, 8  # by each rank; one remote shard, because it is downloaded
+REMOTE_PATIENCE = "30"  # seconds to wait for a server that does not answer
 
 
 def read_shards(panel: Panel, patterns: Sequence[str]) -> None:
-    """Whether every rank opens the shards, sees the same ones and can read them."""
+    """Check that every rank opens the shards, sees the same ones and can read them."""
     os.environ.setdefault(TIMEOUT_VARIABLE, REMOTE_PATIENCE)
     answers = panel.ask("shards", lambda: read_some(patterns, panel.rank), SECONDS)
     values = panel.sort_out(
-        "shards", answers, "do what it says; python launch/pack.py doctor SHARDS looks closer"
+        "shards", answers, "do what the message says; glsd audit SHARDS checks every image"
     )
-    found = {rank: value for rank, value in values.items() if value}  # None: its packages are broken
+    found = {rank: value for rank, value in values.items() if value}  # None: packages of that rank are broken
     if found and len(found) == len(answers):
         panel.lines.append(judge_shards(found, panel.hosts))
 
 
 def read_some(patterns: Sequence[str], rank: int) -> dict[str, Any]:
-    """Open the shards and read a few samples, other ones on each rank; UserError for what cannot work."""
+    """Open the shards and read a few samples, different ones on each rank; UserError if they cannot be opened."""
     began = time.monotonic()
     opened = open_shards(list(patterns))
     opening = time.monotonic() - began
@@ -59,7 +59,7 @@ def read_some(patterns: Sequence[str], rank: int) -> dict[str, Any]:
 
 
 def judge_shards(found: Mapping[int, Any], hosts: Mapping[int, str]) -> Line:
-    """Return the lines about shards."""
+    """Return the line about shards."""
     kinds: dict[str, list[int]] = {}
     for rank, here in found.items():
         kinds.setdefault(here["fingerprint"], []).append(rank)
@@ -78,5 +78,5 @@ def judge_shards(found: Mapping[int, Any], hosts: Mapping[int, str]) -> Line:
     broken = sum(here["broken"] for here in found.values())
     if broken:
         said += f"; {broken} of {sum(here['read'] for here in found.values())} samples are broken"
-        return Line("note", "shards", said, "python launch/pack.py doctor SHARDS names them")
+        return Line("note", "shards", said, "glsd audit SHARDS names them")
     return Line("ok", "shards", said)

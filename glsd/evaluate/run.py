@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 
 from glsd.cluster import dist, shutdown
-from glsd.cluster.interface import choose_interface
+from glsd.cluster.launch import check_world, choose_interface
 from glsd.config.evaluate import EvalConfig
 from glsd.errors import config_keys
 from glsd.evaluate.protocols import PROTOCOLS, describe_scores
@@ -27,6 +27,8 @@ POOLS = {
 # Argument of glsd.load -> configuration key.
 KEYS = {"path": "model", "role": "features", "image_size": "data.crop"}
 
+LOST_AFTER = 60.0  # seconds without a heartbeat after which a rank counts as lost
+
 
 def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     """Measure as configured, print the numbers and their protocol, append both to evals.json, return them.
@@ -37,8 +39,8 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     """
     choose_interface()
     processes = PartialState(cpu=not torch.cuda.is_available())
-    dist.check_world(processes.num_processes, "launch/evaluate.py")
-    shutdown.watch_others()
+    check_world(processes.num_processes, "launch/evaluate.py")
+    shutdown.watch_others(LOST_AFTER)
     device = processes.device
     protocol = PROTOCOLS[cfg.protocol]
     sets = dist.together(lambda: protocol.open(cfg))

@@ -15,7 +15,7 @@ from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import dump
 from glsd.data.balanced_loader import balanced_loader
 from glsd.data.photometric import normalize
-from glsd.errors import StoppedEarly, UserError
+from glsd.errors import StoppedEarly, UserError, config_keys
 from glsd.evaluate.record import cannot_write
 from glsd.finetune.networks import State, build, resolve
 from glsd.finetune.objective import batch_losses
@@ -65,7 +65,8 @@ def finetune(cfg: FinetuneConfig) -> Path:
     data, the weights or the checkpoint cannot work, before the first step where that can be known.
     """
     accelerator = start(cfg.optim.precision, "launch/finetune_dml.py")
-    shutdown.watch_others(cfg.cluster.lost_after)
+    with config_keys({"lost_after": "cluster.lost_after"}):
+        shutdown.watch_others(cfg.cluster.lost_after)
     run = Run(Path(cfg.out))
     cfg, source = dist.together(lambda: resolve(cfg))
     sets = dist.together(lambda: open_sets(cfg))

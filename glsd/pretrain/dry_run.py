@@ -15,7 +15,7 @@ from glsd.cluster import dist, shutdown
 from glsd.cluster.launch import start
 from glsd.config.pretrain import PretrainConfig
 from glsd.data.order import epoch_samples
-from glsd.errors import UserError
+from glsd.errors import UserError, config_keys
 from glsd.pretrain.networks import State, build
 from glsd.pretrain.plan import Plan, make_plan, rates_at
 from glsd.pretrain.report import describe, open_probe
@@ -63,7 +63,8 @@ def forecast(cfg: PretrainConfig) -> Forecast:
         static_graph=cfg.optim.micro_batch == 0,
         grad_compression=cfg.optim.grad_compression,
     )
-    shutdown.watch_others(cfg.cluster.lost_after)
+    with config_keys({"lost_after": "cluster.lost_after"}):
+        shutdown.watch_others(cfg.cluster.lost_after)
     shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
     plan = make_plan(cfg, epoch_samples(shards.shard_sizes, shards.shard_weights))
     state = build(cfg, accelerator)

@@ -17,7 +17,7 @@ from glsd.config.pretrain import PretrainConfig
 from glsd.data.order import epoch_samples
 from glsd.data.photometric import photometric
 from glsd.data.pretrain_loader import pretrain_loader
-from glsd.errors import StoppedEarly, UserError
+from glsd.errors import StoppedEarly, UserError, config_keys
 from glsd.losses.center import ema_center
 from glsd.optim.clip import CLIPPERS
 from glsd.optim.ema import ema_update
@@ -77,7 +77,8 @@ def pretrain(cfg: PretrainConfig) -> Path:
         static_graph=cfg.optim.micro_batch == 0,
         grad_compression=cfg.optim.grad_compression,
     )
-    shutdown.watch_others(cfg.cluster.lost_after)
+    with config_keys({"lost_after": "cluster.lost_after"}):
+        shutdown.watch_others(cfg.cluster.lost_after)
     shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
     plan = make_plan(cfg, epoch_samples(shards.shard_sizes, shards.shard_weights))
     state = build(cfg, accelerator)

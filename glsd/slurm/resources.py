@@ -49,7 +49,7 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
     )
     add("--gpus_per_node", type=int, metavar="N", help="one rank for each")
     add("--ranks_per_node", type=int, metavar="N", help="without GPUs: ranks of a node")
-    add("--cpus_per_rank", type=int, metavar="N", help="data.num_workers of them read, one computes")
+    add("--cpus_per_rank", type=int, metavar="N", help="one computes, the others may load data")
     add("--memory", metavar="SIZE", help="of a node, such as 200G; 0 is all of it")
     add("--time", metavar="LIMIT", help="minutes, hours:minutes:seconds or days-hours[:minutes[:seconds]]")
     add(

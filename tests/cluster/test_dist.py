@@ -59,35 +59,6 @@ def test_two_ranks(tmp_path):
     assert outputs == ["bad 0\nbad 1\n"] * 2
 
 
-def clear(monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
-    for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1"}, {"MASTER_ADDR": "127.0.0.1"}])
-def test_one_process_as_asked_is_fine(monkeypatch, environment):
-    clear(monkeypatch, **environment)
-    dist.check_world(1)
-
-
-@pytest.mark.parametrize(
-    ("environment", "num_processes"),
-    [
-        ({"WORLD_SIZE": "2"}, 1),  # accelerate launch --multi_gpu without ACCELERATE_USE_CPU
-        ({"WORLD_SIZE": "2"}, 2),  # accelerate believes in 2 but there is no process group
-        # accelerate launch --cpu --num_processes 2
-        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, 1),
-    ],
-)
-def test_ranks_that_run_alone_are_told_the_right_launch_line(monkeypatch, environment, num_processes):
-    clear(monkeypatch, **environment)
-    line = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes .* launch/x.py"
-    with pytest.raises(UserError, match=line):
-        dist.check_world(num_processes, script="launch/x.py")
-
-
 @pytest.mark.slow
 def test_ddp_processes_end_with_exit_code_zero_every_time(tmp_path):
     for _ in range(3):

@@ -11,7 +11,7 @@ from datetime import datetime
 
 import pytest
 
-from glsd.cluster.heartbeat import Progress, Signs
+from glsd.cluster.heartbeat import Heartbeats, Progress
 from tests.helpers.warm_python import warm_python
 
 PROLOGUE = """
@@ -156,7 +156,7 @@ if rank == 0:  # wakes it up when the others are gone
 def test_a_connection_that_breaks_between_ranks_that_live_is_said():
     codes, said, _ = ended(
         """
-shutdown.WAIT_FOR_OTHERS = 1.0
+shutdown.WAIT_FOR_RANKS = 1.0
 try:
     raise RuntimeError("gloo: made up")
 except RuntimeError as problem:
@@ -169,20 +169,20 @@ except RuntimeError as problem:
 
 def test_signs_of_life():
     now = [100.0]
-    signs = Signs([1, 2], clock=lambda: now[0])
-    assert signs.silent(0.0) == {}
+    beats = Heartbeats([1, 2], clock=lambda: now[0])
+    assert beats.silent(0.0) == {}
     now[0] += 3
-    signs.note({1: b"1", 2: b"1"})
+    beats.note({1: b"1", 2: b"1"})
     now[0] += 3
-    signs.note({1: b"2", 2: b"1"})
-    assert signs.silent(2.0) == {2: 3.0}
-    assert signs.silent(3.0) == {}
+    beats.note({1: b"2", 2: b"1"})
+    assert beats.silent(2.0) == {2: 3.0}
+    assert beats.silent(3.0) == {}
     now[0] += 1
-    assert signs.silent(0.5) == {1: 1.0, 2: 4.0}
-    signs.note({1: b"2", 2: b"9"})
-    assert signs.silent(0.5) == {1: 1.0}
-    signs.forgive()
-    assert signs.silent(0.0) == {}
+    assert beats.silent(0.5) == {1: 1.0, 2: 4.0}
+    beats.note({1: b"2", 2: b"9"})
+    assert beats.silent(0.5) == {1: 1.0}
+    beats.reset()
+    assert beats.silent(0.0) == {}
 
 
 def test_progress_of_ranks_that_are_all_alive():
@@ -192,7 +192,7 @@ def test_progress_of_ranks_that_are_all_alive():
     def after(seconds, *states):
         now[0] += seconds
         progress.note(states)
-        return progress.still(5.0)
+        return progress.stuck(5.0)
 
     assert after(0, "7/", "7/") == 0
     assert after(100, "8/", "7/") == 0  # the longest step took 100 s
@@ -209,7 +209,7 @@ def test_progress_of_ranks_that_are_all_alive():
     progress = Progress(clock=lambda: now[0])
     assert after(0, "9/", "9/") == 0
     now[0] += 999_999
-    progress.forgive()  # all slept
+    progress.reset()  # all slept
     assert after(0, "9/", "9/") == 0
     assert after(0, "10/", "9/") == 0
     assert after(6, "10/", "9/") == 6, "the sleep was no step"
@@ -239,7 +239,7 @@ shutdown.finish()
 def test_ranks_that_wait_for_each_other_before_any_step_say_so():
     codes, said, _ = ended(
         """
-from glsd.cluster.collectives import collective
+from glsd.cluster.dist import collective
 shutdown.EARLY = 2
 try:
     collective(time.sleep)(1000) if rank == 2 else dist.all_reduce_sum(torch.ones(1))
@@ -260,7 +260,7 @@ def test_ranks_that_live_but_get_nowhere_say_so(where):
     of the save after it."""
     codes, said, _ = ended(
         """
-from glsd.cluster.collectives import collective
+from glsd.cluster.dist import collective
 try:
     for step in range(1, 100):
         shutdown.doing(str(step))

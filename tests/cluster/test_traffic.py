@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,6 @@ from tests.cluster.hosts import DEVICE, made_hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 
-RANK = Path(__file__).parents[2] / "launch" / "scale_rank.py"
 PAYLOAD = {
     "backbone": "vit_tiny_patch16_224",
     "timm_args": "{depth: 3}",
@@ -27,7 +25,7 @@ PAYLOAD = {
     "rounds": 3,
     "interface": DEVICE,
 }
-HEADERS = 1.08  # Ethernet, IP and TCP headers, acknowledgements, signs of life
+HEADERS = 1.08  # Ethernet, IP and TCP headers, acknowledgements, heartbeats
 
 
 @pytest.mark.parametrize("way", benchmark_scale.WAYS)
@@ -38,7 +36,7 @@ def test_counted_bytes_are_what_the_network_card_sent(tmp_path, way):
         common |= {"MASTER_ADDR": hosts["h1"].address, "MASTER_PORT": "28901", "OMP_NUM_THREADS": "1"}
         ranks = [
             host.run(
-                [sys.executable, str(RANK), payload],
+                [sys.executable, "-m", "launch.benchmark.scale_rank", payload],
                 tmp_path / f"{host.name}.log",
                 common | {"RANK": str(rank)},
             )

@@ -65,7 +65,7 @@ def test_packages_of_all_ranks_are_compared():
     ranks = {0: packages_of(), 1: packages_of(), 2: packages_of(versions=other)}
     line = the(packages.judge(ranks, HOSTS), "versions")
     assert line.found == "numpy differs: 9999.0 on h1 (ranks 0-1); 9998.0 on h2 (rank 2)"
-    assert line.fix == "pip install 'numpy==9999.0' on the others"
+    assert line.fix == "pip install 'numpy==9999.0' on the other ranks"
     ranks = {0: packages_of(), 2: packages_of(code="/glsd (2)")}
     assert the(packages.judge(ranks, HOSTS), "code").verdict == "FIX"
 
@@ -120,7 +120,7 @@ def place(rank: int, **changes) -> dict:
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
         ({"WORLD_SIZE": "00"}, "WORLD_SIZE is '00'"),
         ({"WORLD_SIZE": "2", "RANK": "abc"}, "RANK is 'abc'"),
-        ({"RANK": "-1", "LOCAL_RANK": "\u00b2"}, "RANK is '-1', LOCAL_RANK is '\u00b2': no number"),
+        ({"RANK": "-1", "LOCAL_RANK": "\u00b2"}, "RANK is '-1', LOCAL_RANK is '\u00b2': expected the number"),
         ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS is 'x'"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks"),
         ({"RANK": "1"}, "RANK=1 is announced, but no WORLD_SIZE"),
@@ -160,7 +160,7 @@ def test_the_map_of_ranks_and_what_can_be_wrong_with_it():
     assert "WORLD_SIZE=4 is announced, 3 came: h2 (rank 3) missing" in launch.judge(three, 4, HOSTS)[0].found
     assert launch.judge(three, 3, HOSTS)[0].verdict == "note"  # two on one host, one on the other
     same = found | {3: place(3, local_rank=0)}
-    assert "one LOCAL_RANK" in launch.judge(same, 4, HOSTS)[0].found
+    assert "the same LOCAL_RANK" in launch.judge(same, 4, HOSTS)[0].found
     named = found | {2: place(2, named={"NCCL_SOCKET_IFNAME": "ib0"})}
     line = the(launch.judge(named, 4, HOSTS), "interface")
     assert "NCCL_SOCKET_IFNAME=ib0 names no interface of h2 (rank 2) (there: eth0)" in line.found
@@ -207,7 +207,7 @@ def gpu(uuid: str, **changes) -> dict:
         ({0: gpu("a"), 1: gpu("a")}, "FIX", "h1 (ranks 0-1) share a GPU"),
         ({0: gpu("a"), 2: gpu("a", name="A100")}, "note", "different GPUs"),
         ({0: gpu("a", taken=40 << 30)}, "note", "in use already"),
-        ({0: gpu("a"), 2: device()}, "FIX", "no GPU here, others have one: h2 (rank 2)"),
+        ({0: gpu("a"), 2: device()}, "FIX", "no GPU here, other ranks have one: h2 (rank 2)"),
         ({0: device({"files": 1, "build": ""})}, "FIX", "this torch is built for CPUs"),
         ({0: device({"files": 1, "why_not": "driver too old"})}, "FIX", "cannot use it: driver too old"),
         ({0: device({"files": 1}, visible="")}, "note", "CUDA_VISIBLE_DEVICES='' hides the GPUs"),
@@ -230,9 +230,14 @@ def test_more_ranks_than_gpus():
         ({"threads": 16}, "threads", "note", "32 threads of 2 ranks for 16 cores on h1"),
         ({"open_files": 256}, "limits", "FIX", "256 open files on h1 (ranks 0-1)"),
         ({"open_files": 1024}, "limits", "note", "1024 open files"),
-        ({"shm": 64e6}, "limits", "FIX", "/dev/shm has 32 MB free for a rank"),
-        ({"memory": 4e9}, "limits", "note", "2.0 GB of memory for a rank"),
-        ({"infiniband": True, "locked_memory": 65536}, "limits", "note", "65536 bytes may be locked"),
+        ({"shm": 64e6}, "limits", "FIX", "/dev/shm has 32 MB free per rank"),
+        ({"memory": 4e9}, "limits", "note", "2.0 GB of memory per rank"),
+        (
+            {"infiniband": True, "locked_memory": 65536},
+            "limits",
+            "note",
+            "65536 bytes of memory may be locked",
+        ),
     ],
 )
 def test_limits(changes, name, verdict, said):
@@ -291,9 +296,9 @@ def test_the_clock_that_is_off_is_named():
     hosts = {0: "h1", 1: "h2", 2: "h3"}
     assert clock.judge({1: 0.01, 2: -0.9}, hosts).verdict == "ok"
     line = clock.judge({1: -7.0, 2: 0.1}, hosts)
-    assert (line.verdict, line.found) == ("note", "h2 is 7.0 s behind the others")
+    assert (line.verdict, line.found) == ("note", "h2 is 7.0 s behind the other hosts")
     line = clock.judge({1: 100.0, 2: 100.0}, hosts)
-    assert (line.verdict, line.found) == ("FIX", "h1 is 100.0 s behind the others")
+    assert (line.verdict, line.found) == ("FIX", "h1 is 100.0 s behind the other hosts")
 
 
 # Files, and ranks that do not answer.

@@ -18,52 +18,33 @@ import traceback
 from pathlib import Path
 
 from glsd.cli import doctor
-from glsd.doctor import (
-    arrival as doctor_arrival,
-)
-from glsd.doctor import (
-    devices as doctor_devices,
-)
-from glsd.doctor import (
-    files as doctor_files,
-)
-from glsd.doctor import (
-    network as doctor_network,
-)
-from glsd.doctor import (
-    packages as doctor_packages,
-)
-from glsd.doctor import (
-    panel as doctor_panel,
-)
-from glsd.doctor import run as cluster_doctor
+from glsd.doctor import arrival, devices, files, network, packages, panel
+from glsd.doctor import run as checks
 
 MOST_SECONDS = 150
 
 
 def good_packages() -> dict:
     """Facts of an environment in which all is well, as this one's may not be."""
-    needed = doctor_packages.requirements(Path(__file__).parents[2] / "pyproject.toml")
+    needed = packages.requirements(Path(__file__).parents[2] / "pyproject.toml")
     found = {"python": "3.12.1", "executable": "python", "code": "here (1)", "needed": needed}
     return found | {"versions": dict.fromkeys(needed, "9999.0"), "pins": {}, "errors": {}}
 
 
 def main(facts: str, ahead: str, what: str, *argv: str) -> None:
-    packages, examine = json.loads(Path(facts).read_text()), cluster_doctor.examine
-    doctor_packages.facts = lambda pyproject: packages
-    cluster_doctor.examine = lambda *given, **named: examine(
-        *given, **named, clock=lambda: time.time() + float(ahead)
-    )
+    found, examine = json.loads(Path(facts).read_text()), checks.examine
+    packages.facts = lambda pyproject: found
+    checks.examine = lambda *given, **named: examine(*given, **named, now=lambda: time.time() + float(ahead))
     if what == "impatient":
-        doctor_files.SEE_SECONDS, doctor_network.JOIN_SECONDS = 3.0, 5.0
+        files.SEE_SECONDS, network.JOIN_SECONDS = 3.0, 5.0
     if what in ("hangs", "dies", "waits less"):
-        for module in (cluster_doctor, doctor_arrival, doctor_panel):
+        for module in (checks, arrival, panel):
             vars(module)["SLACK"] = 3.0
-        cluster_doctor.DEVICE_SECONDS = 2.0
+        checks.DEVICE_SECONDS = 2.0
     if what == "hangs":
-        doctor_devices.facts = lambda: {"never": threading.Event().wait()}
+        devices.facts = lambda: {"never": threading.Event().wait()}
     if what == "dies":
-        doctor_devices.facts = die
+        devices.facts = die
     code = doctor.main(list(argv))
     sys.stdout.flush()
     os._exit(code)
