@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from glsd.packing.folder import pack_samples
+from glsd.packing.write import pack_samples
 from tests.helpers.warm_python import warm_python
 
 # Programs that tests start find this checkout, its tests and its laboratory.

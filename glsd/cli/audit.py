@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from glsd.audit.census import parse_splits
@@ -9,7 +10,6 @@ from glsd.audit.finding import Finding
 from glsd.audit.near_duplicates import MAX_BITS
 from glsd.audit.report import Examination, SplitSummary, examine
 from glsd.cli.door import printable
-from glsd.cli.pack_sources import add_workers
 from glsd.errors import UserError, one_line
 
 SHOWN = 3
@@ -44,6 +44,15 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(as_json(found))
     return int(found.sick)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        help="processes that read images; they do not change the result (%(default)s)",
+    )
 
 
 def report(found: Examination) -> None:

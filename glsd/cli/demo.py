@@ -33,8 +33,8 @@ def main(argv: list[str]) -> None:
     cfg = load(PretrainConfig, flags)
     from glsd.evaluate.run import evaluate
     from glsd.packing.embedded import digit_canvases
-    from glsd.packing.folder import pack_samples
     from glsd.packing.split import split_shards
+    from glsd.packing.write import pack_samples
     from glsd.pretrain.train import pretrain
 
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Packing from lists of images: a CSV, TSV or Parquet file with a path, or the bytes themselves, and a label in each row."""
+"""Packing lists of images: CSV, TSV or Parquet files with a path (or the image file itself) and a label in each row."""
 
 import csv
 import re
@@ -8,19 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from glsd.errors import BrokenImage, UserError, nearest, one_line
-from glsd.packing.folder import (
-    FileReader,
-    PackSummary,
-    number_classes,
-    pack_source,
-)
+from glsd.packing.folder import number_classes
 from glsd.packing.parquet import ParquetReader, RowGroup, read_parquet
-from glsd.packing.retrieval_files import check_regular
-from glsd.packing.source import Source
+from glsd.packing.source import FileReader, Source, check_regular
+from glsd.packing.write import PackSummary, pack_sources
 from glsd.shards.store import CLASSES_FILE, read_classes
 
 NEGATIVE = re.compile(r"-[0-9]+")
-NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # as str(int) writes it: class names such as 007 are names
+NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # as str(int) writes it: 007 is a class name
 CSV_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 PARQUET = (".parquet", ".pq")
 MAX_CELL = 2**20  # characters
@@ -34,26 +29,29 @@ class _Rows:
     names: list[str]  # paths as the lists give them, or list#row where the list holds the bytes
     labels: list[str | None]
     groups: list[RowGroup]  # of the Parquet files that hold the images themselves
-    class_names: list[str]  # that a Parquet file of the datasets library gives its numbers
+    class_names: list[str]  # from a Parquet file of the datasets library, in label order
 
 
 def pack_list(
     files: str | Path | Sequence[str | Path],
     dst: str | Path,
     *,
+    prefix: str = "train",
     path_column: str = "path",
     label_column: str = "label",
     root: str | Path | None = None,
     classes: str | Path | None = None,
     **settings: Any,
 ) -> PackSummary:
-    """Pack the images that lists name, shuffled; ``settings`` as pack_source.
+    """Pack the images that lists name; ``settings`` as pack_sources.
 
-    Paths are relative to ``root``, or else to the folder of the first list. A Parquet column may hold the files' bytes
-    instead, alone or as the datasets library does (``{bytes, path}``); then its row groups are shuffled, and the rows in
-    each. Labels that are all numbers from 0 are kept; other ones are names, numbered as pack_folder numbers its classes.
-    ``label_column`` "" = no labels. A row without label is left out and listed, as is a missing file. Raises UserError for
-    a list that cannot be read, lacks a column or has no row, for labels beyond the classes, and as pack_source does.
+    path_column: paths relative to ``root``, by default to the folder of the first list. In Parquet files the column may
+    hold the image files instead, alone or as ``{bytes, path}``, as the datasets library writes them; then row groups are
+    shuffled, and the rows in each.
+    label_column: "" = no labels. Numbers from 0 are kept; if any label is no number, all are class names, which are numbered
+    as in pack_folder. A row without label is left out and listed, as is a missing file.
+    Raises UserError for a list that cannot be read, lacks a column or has no row, for labels beyond the classes, and as
+    pack_sources does.
     """
     given = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     if not given:
@@ -76,13 +74,13 @@ def pack_list(
         read=read if labels is None else _LabeledOnly(read, labels),
         labels=labels,
         classes=tuple(names),
-        runs=[group.rows for group in rows.groups],
+        groups=[group.rows for group in rows.groups],
     )
-    return pack_source(source, dst, **settings)
+    return pack_sources({prefix: source}, dst, **settings)[prefix]
 
 
 class _LabeledOnly:
-    """Reads what another reader does, where there is a label."""
+    """Reads images as another reader does; BrokenImage for one without label."""
 
     def __init__(self, read: Any, labels: Sequence[int]):
         self._read, self._labels = read, labels
@@ -94,7 +92,7 @@ class _LabeledOnly:
 
 
 def _labels(rows: _Rows, dst: Path, title: str, classes: str | Path | None) -> tuple[list[int], list[str]]:
-    """The label of each row, -1 = none, and the names of the classes if they have some."""
+    """Return the label of each row (-1 = none) and the class names in label order (empty = no names)."""
     texts = {text for text in rows.labels if text is not None}
     if not texts:
         raise UserError(f"{title}: no row has a label; without labels: --label_column ''")
@@ -105,17 +103,8 @@ def _labels(rows: _Rows, dst: Path, title: str, classes: str | Path | None) -> t
     if all(NUMBER.fullmatch(text) for text in texts):
         file = Path(classes) if classes is not None else dst / CLASSES_FILE
         names = read_classes(file) if classes is not None or file.is_file() else rows.class_names
-        largest = max(map(int, texts))
-        if names and largest >= len(names):
-            raise UserError(
-                f"{title}: label {largest}, but {file if file.is_file() else title} names {len(names)} classes"
-            )
-        if (dst / CLASSES_FILE).is_file() and read_classes(dst / CLASSES_FILE) != names:
-            raise UserError(
-                f"{file} and {dst / CLASSES_FILE} of an earlier packing differ: pack into another folder"
-            )
         return [-1 if text is None else int(text) for text in rows.labels], names
-    numbers = number_classes(texts, dst, Path(title), classes)
+    numbers = number_classes(texts, dst, title, classes)
     return [-1 if text is None else numbers[text] for text in rows.labels], list(numbers)
 
 

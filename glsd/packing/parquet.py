@@ -1,4 +1,4 @@
-"""Lists of images in Parquet files: rows with a path, or with the image file itself, as the datasets library writes them."""
+"""Lists of images in Parquet files: rows with a path, or with the image file itself."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,21 +11,21 @@ from glsd.errors import BrokenImage, UserError, one_line
 
 
 class RowGroup(NamedTuple):
-    """Rows that a Parquet file stores, and is read, together."""
+    """Rows that a Parquet file stores together, and that are read together."""
 
-    first: int  # number of its first row among the rows of all lists
+    first: int  # number of its first row, over all lists
     rows: int
     file: Path
-    place: int  # among the row groups of the file
+    place: int  # number of the group in the file
 
 
 class ParquetRows(NamedTuple):
     """The rows of one file."""
 
-    names: list[str]  # paths as they are given, or file#row where the file holds the images
+    names: list[str]  # paths as given, or file#row where the file holds the images
     labels: list[str | None]
     groups: list[RowGroup]  # empty = paths
-    class_names: list[str]  # in the order of the labels; empty = the file does not say
+    class_names: list[str]  # in label order; empty = the file names none
 
 
 def read_parquet(
@@ -35,10 +35,10 @@ def read_parquet(
     first: int,
     check_columns: Callable[[Path, Sequence[str], str, str], None],
 ) -> ParquetRows:
-    """Return the rows of a Parquet file, without the images; ``first``: number of its first row among those of all lists.
+    """Return the rows of a Parquet file, without the images. first: number of its first row, over all lists.
 
-    Raises UserError if pyarrow is missing, the file is damaged, a path is missing, or the columns are of other types than
-    text, bytes or {bytes, path} for the images, whole numbers or text for the labels; OSError if it cannot be read.
+    Raises UserError if pyarrow is missing, the file is damaged, a path is missing or a column has another type: text, bytes
+    or {bytes, path} for the images, whole numbers or text for the labels. Raises OSError if the file cannot be read.
     """
     arrow, parquet = _pyarrow()
     try:
@@ -71,7 +71,7 @@ def read_parquet(
 
 
 class ParquetReader:
-    """Reads images out of Parquet files by number; keeps the row group of the last one, for the next are mostly in it."""
+    """Reads images from Parquet files by number. It keeps one row group, which mostly holds the next image, too."""
 
     def __init__(self, column: str, groups: Sequence[RowGroup]):
         self._column, self._groups = column, groups
@@ -133,7 +133,7 @@ def _check_label_type(arrow: Any, file: Path, column: str, kind: Any) -> None:
 
 
 def _class_names(metadata: dict[bytes, bytes], column: str) -> list[str]:
-    """The names that the datasets library writes into a Parquet file for the numbers of a column, if it did."""
+    """Return the class names that the datasets library wrote into a Parquet file for a column, or none."""
     try:
         names = json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):

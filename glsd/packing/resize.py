@@ -1,4 +1,4 @@
-"""Photographs of many megapixels made as small as training needs them, once, instead of in every epoch."""
+"""Resizing large photographs once, when they are packed, instead of in every epoch."""
 
 import io
 import warnings
@@ -8,27 +8,21 @@ import numpy as np
 from PIL import Image
 
 from glsd.data.decode import DECODE_ERRORS, FORMATS, decode
-from glsd.errors import BrokenImage, UserError
+from glsd.errors import BrokenImage
 
-JPEG_QUALITY = 95  # with color as fine as brightness (4:4:4): the second coding costs next to nothing visible
+JPEG_QUALITY = 95  # with full color resolution (4:4:4): the second coding is hardly visible
 LOSSY = ("JPEG", "MPO", "WEBP")
-PRE_SHRINK = (
-    3  # times the target: what is larger is first averaged down to it, which Lanczos cannot tell afterwards
-)
-
-
-def check_short_side(short_side: int | None) -> None:
-    """Raise UserError unless it is None or at least 1."""
-    if short_side is not None and short_side < 1:
-        raise UserError(f"short_side is {short_side}: expected a number of pixels of at least 1, such as 512")
+# An image of more than this many times the target size is averaged down to it first: faster, and Lanczos hides it.
+PRE_SHRINK = 3
 
 
 def shorten(raw: bytes, short_side: int) -> tuple[bytes, str, str] | None:
-    """Return (bytes, extension, "width x height" before) of an image made smaller, or None if it is small enough.
+    """Resize an image file whose short side is longer than ``short_side`` pixels; return None for a smaller one.
 
-    The pixels are those of ``decode`` (upright, RGB, no alpha), resized with Lanczos; the aspect ratio stays. A lossy
-    original becomes a JPEG of JPEG_QUALITY, a lossless one a PNG, gray stays gray. An RGB color profile is kept as it is;
-    EXIF, which holds the place of a photograph, is not. Raises BrokenImage if it cannot be decoded.
+    Returns (bytes, extension, original "{width}x{height}"). The pixels are those of ``decode`` (upright, RGB, no alpha),
+    resized with Lanczos; the aspect ratio stays. A lossy original becomes a JPEG, a lossless one a PNG; gray stays gray. An
+    RGB color profile is kept; EXIF, which may tell where a photograph was taken, is not. Raises BrokenImage if the image
+    cannot be decoded.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,6 +1,5 @@
-"""Packed labeled shards, packed again: split by class, or into the roles that a table gives each image."""
+"""Packing labeled shards again: split by class, or by the role that a table gives each image."""
 
-import functools
 import gzip
 import json
 import math
@@ -9,15 +8,12 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from glsd.errors import UserError
-from glsd.packing.roles import RoleImage, RoleSummary, pack_roles
-from glsd.shards.store import (
-    CLASSES_FILE,
-    ShardSet,
-    open_shards,
-    read_classes,
-)
+from glsd.packing.source import Source
+from glsd.packing.write import PackSummary, pack_sources
+from glsd.shards.store import CLASSES_FILE, ShardSet, open_shards, read_classes
 
 JSON_LINES, TSV = (".jsonl", ".jsonl.gz"), (".tsv", ".tsv.gz")
 MAX_LINE = 2**20  # characters: a small .gz can hold a line that fills the memory
@@ -29,16 +25,15 @@ def split_shards(
     *,
     test_share: float = 0.5,
     classes_file: str | Path | None = None,
-    shard_megabytes: int = 256,
-    shuffle_seed: int = 0,
-) -> dict[str, RoleSummary]:
-    """Pack shards again as train and test shards without a class in common.
+    **settings: Any,
+) -> dict[str, PackSummary]:
+    """Pack labeled shards again as train and test shards without a common class; ``settings`` as pack_sources.
 
-    Of the classes that occur, in the order of their labels, the first ones train and the last ``test_share`` of them
-    (a half goes to training) test, as the benchmarks of the field do. Labels stay as they are. Class names come from
-    ``classes_file`` (a name a line, in the order of the labels, or a .json list) or else from the classes.json beside
-    the shards. Raises UserError as open_shards and pack_roles do, for images without label, and for a share that leaves
-    a side without class.
+    Of the classes that occur, in label order, the last ``test_share`` are for testing (a half is for training), as in the
+    benchmarks of the field. Labels stay as they are. Class names come from ``classes_file`` (a name a line in label order,
+    or a .json list), by default from the classes.json beside the shards.
+    Raises UserError for an image without label and for a share that leaves a side without class, and as open_shards and
+    pack_sources do.
     """
     shards = open_shards(patterns)
     labels = _labels(shards)
@@ -49,12 +44,12 @@ def split_shards(
             f"test_share {test_share} of {len(found)} classes leaves nothing to train or to test on: expected a share "
             "between 0 and 1, and at least 2 classes"
         )
-    names = _class_names(shards) if classes_file is None else _named(Path(classes_file))
+    names = _class_names(shards) if classes_file is None else _read_names(Path(classes_file))
     training = set(found[:num_train])
-    roles: dict[str, list[RoleImage]] = {"train": [], "test": []}
+    numbers: dict[str, list[int]] = {"train": [], "test": []}
     for number, label in enumerate(labels):
-        roles["train" if label in training else "test"].append(_image(shards, number, label))
-    return pack_roles(roles, dst, classes=names, shard_megabytes=shard_megabytes, shuffle_seed=shuffle_seed)
+        numbers["train" if label in training else "test"].append(number)
+    return pack_sources(_sources(shards, labels, numbers, names), dst, **settings)
 
 
 def assign_roles(
@@ -64,24 +59,24 @@ def assign_roles(
     table: str | Path,
     field: str,
     roles: Mapping[str, Sequence[str]],
-    shard_megabytes: int = 256,
-    shuffle_seed: int = 0,
-) -> dict[str, RoleSummary]:
-    """Pack shards again as one set of shards per role, where ``table`` gives the value of ``field`` for each key.
+    **settings: Any,
+) -> dict[str, PackSummary]:
+    """Pack labeled shards again as one set of shards per role, chosen by a table; ``settings`` as pack_sources.
 
-    ``roles``: the values of each role. The table is .jsonl (an object with "key" a line) or .tsv (with a header line),
-    plain or .gz; rows of keys that the shards lack are ignored. Labels and class names stay as they are. Raises
-    UserError as open_shards and pack_roles do, for a table that cannot be read, lacks a key or has one twice, a value
-    of two roles or of none, a role without image, a key that two samples have, and images without label.
+    table: .jsonl (an object with "key" a line) or .tsv (with a header line), plain or .gz; keys that the shards lack are
+    ignored. field: the column that decides. roles: the values of that column for each role. Labels and class names stay as
+    they are.
+    Raises UserError for a table that cannot be read, lacks a key or repeats one, a value of no role or of two, a role
+    without image, a key of two samples and an image without label, and as open_shards and pack_sources do.
     """
     role_of = _role_of(roles)
     shards = open_shards(patterns)
     labels = _labels(shards)
     values = _read_table(Path(table), field)
-    packed: dict[str, list[RoleImage]] = {role: [] for role in roles}
-    lost: Counter[str] = Counter()
+    numbers: dict[str, list[int]] = {role: [] for role in roles}
+    without_role: Counter[str] = Counter()
     seen: set[str] = set()
-    for number, label in enumerate(labels):
+    for number in range(len(shards)):
         key = shards.key(number)
         if key in seen:
             raise UserError(
@@ -91,30 +86,27 @@ def assign_roles(
         if key not in values:
             raise UserError(f"{table} has no key {key}, which {shards.shard_of(number)} has")
         if values[key] in role_of:
-            packed[role_of[values[key]]].append(_image(shards, number, label))
+            numbers[role_of[values[key]]].append(number)
         else:
-            lost[values[key]] += 1
-    if lost:
-        value, count = lost.most_common(1)[0]
+            without_role[values[key]] += 1
+    if without_role:
+        value, count = without_role.most_common(1)[0]
         raise UserError(
             f"{count} images have {field} {value!r}, which belongs to no role: name it, for example --role unused={value}"
         )
-    for role, images in packed.items():
-        if not images:
+    for role in roles:
+        if not numbers[role]:
             raise UserError(
                 f"role {role} gets no image: {field} has the values {', '.join(sorted(set(values.values()))[:9])}"
             )
-    return pack_roles(
-        packed,
-        dst,
-        classes=_class_names(shards),
-        shard_megabytes=shard_megabytes,
-        shuffle_seed=shuffle_seed,
-    )
+    return pack_sources(_sources(shards, labels, numbers, _class_names(shards)), dst, **settings)
 
 
 def parse_roles(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return the values of each role from texts such as ``gallery=train,val``; UserError for others or one twice."""
+    """Return the values of each role from texts such as ``gallery=train,val``.
+
+    Raises UserError for other texts and for a role that comes twice.
+    """
     roles: dict[str, tuple[str, ...]] = {}
     for text in given:
         role, equals, values = text.partition("=")
@@ -151,29 +143,50 @@ def _labels(shards: ShardSet) -> list[int]:
     return labels
 
 
-def _image(shards: ShardSet, number: int, label: int) -> RoleImage:
-    return RoleImage(
-        f"{shards.shard_of(number)}/{shards.key(number)}", label, functools.partial(shards.read, number)
-    )
+def _sources(
+    shards: ShardSet, labels: Sequence[int], numbers: Mapping[str, Sequence[int]], classes: Sequence[str]
+) -> dict[str, Source]:
+    """Return a source for each role, of the samples with the given numbers."""
+    return {
+        role: Source(
+            title=f"role {role}",
+            names=[f"{shards.shard_of(number)}/{shards.key(number)}" for number in chosen],
+            read=_SampleReader(shards, chosen),
+            labels=[labels[number] for number in chosen],
+            classes=classes,
+            keeps_extensions=False,
+        )
+        for role, chosen in numbers.items()
+    }
+
+
+class _SampleReader:
+    """Reads some samples of a shard set, by their place among them."""
+
+    def __init__(self, shards: ShardSet, numbers: Sequence[int]):
+        self._shards, self._numbers = shards, numbers
+
+    def __call__(self, place: int) -> bytes:
+        return self._shards.read(self._numbers[place])
 
 
 def _class_names(shards: ShardSet) -> list[str]:
-    """The names beside the shards, none if there are none; UserError if two folders have different ones."""
+    """Return the class names beside the shards, or none; UserError if two folders have different ones."""
     folders = dict.fromkeys(os.path.dirname(path) for path in shards.paths)
     files = [Path(folder, CLASSES_FILE) for folder in folders]
-    there = [file for file in files if file.is_file()]
-    if not there:
+    existing = [file for file in files if file.is_file()]
+    if not existing:
         return []
-    names = read_classes(there[0])
+    names = read_classes(existing[0])
     for file in files:
         if not file.is_file() or read_classes(file) != names:
             raise UserError(
-                f"{there[0]} and {file} do not say the same: a label must mean one class in all shards given"
+                f"{existing[0]} and {file} name different classes: a label must mean one class in all shards given"
             )
     return names
 
 
-def _named(file: Path) -> list[str]:
+def _read_names(file: Path) -> list[str]:
     if file.suffix == ".json":
         return read_classes(file)
     try:

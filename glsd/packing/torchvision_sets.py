@@ -1,4 +1,4 @@
-"""Packing data sets that torchvision knows how to read from the disk."""
+"""Packing data sets that torchvision reads from the disk."""
 
 import inspect
 import io
@@ -8,50 +8,44 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torchvision.datasets as library
 from PIL import Image
 
 from glsd.errors import BrokenImage, UserError, one_line, pick
-from glsd.packing.folder import (
-    FileReader,
-    PackSummary,
-    number_classes,
-    pack_source,
-)
-from glsd.packing.source import Source
+from glsd.packing.folder import number_classes
+from glsd.packing.source import FileReader, Source
+from glsd.packing.write import PackSummary, pack_sources
 from glsd.shards.store import CLASSES_FILE
 
 
-class _Set(NamedTuple):
-    """Where a torchvision class keeps what we need."""
+class _Layout(NamedTuple):
+    """The attributes of a torchvision class that hold what is packed."""
 
-    make: Any
-    files: str = ""  # attribute with the paths, or with tuples that begin with one; empty = pixels only
-    labels: str = ""  # attribute with the labels; empty = the second of those tuples
+    files: str = ""  # paths, or tuples that begin with one; empty = the set has only pixels
+    labels: str = ""  # labels; empty = the second item of those tuples
 
 
-# Sets of images with one class number each. Not those that are a plain folder once they are unpacked (pack.py FOLDER), nor
-# those whose class has to read a file that could hold a program before its checksum is known.
+# Sets of images with one class number each. Sets that unpack to a plain folder are packed as a folder. Sets whose class
+# reads a pickle before it knows the checksum are left out.
 TORCHVISION_SETS = {
-    "CIFAR10": _Set(library.CIFAR10, labels="targets"),
-    "CIFAR100": _Set(library.CIFAR100, labels="targets"),
-    "Country211": _Set(library.Country211, "samples"),
-    "DTD": _Set(library.DTD, "_image_files", "_labels"),
-    "EuroSAT": _Set(library.EuroSAT, "samples"),
-    "FGVCAircraft": _Set(library.FGVCAircraft, "_image_files", "_labels"),
-    "FashionMNIST": _Set(library.FashionMNIST, labels="targets"),
-    "Flowers102": _Set(library.Flowers102, "_image_files", "_labels"),
-    "Food101": _Set(library.Food101, "_image_files", "_labels"),
-    "GTSRB": _Set(library.GTSRB, "_samples"),
-    "Imagenette": _Set(library.Imagenette, "_samples"),
-    "KMNIST": _Set(library.KMNIST, labels="targets"),
-    "MNIST": _Set(library.MNIST, labels="targets"),
-    "OxfordIIITPet": _Set(library.OxfordIIITPet, "_images", "_labels"),
-    "RenderedSST2": _Set(library.RenderedSST2, "_samples"),
-    "STL10": _Set(library.STL10, labels="labels"),
-    "SUN397": _Set(library.SUN397, "_image_files", "_labels"),
-    "SVHN": _Set(library.SVHN, labels="labels"),
-    "USPS": _Set(library.USPS, labels="targets"),
+    "CIFAR10": _Layout(labels="targets"),
+    "CIFAR100": _Layout(labels="targets"),
+    "Country211": _Layout("samples"),
+    "DTD": _Layout("_image_files", "_labels"),
+    "EuroSAT": _Layout("samples"),
+    "FGVCAircraft": _Layout("_image_files", "_labels"),
+    "FashionMNIST": _Layout(labels="targets"),
+    "Flowers102": _Layout("_image_files", "_labels"),
+    "Food101": _Layout("_image_files", "_labels"),
+    "GTSRB": _Layout("_samples"),
+    "Imagenette": _Layout("_samples"),
+    "KMNIST": _Layout(labels="targets"),
+    "MNIST": _Layout(labels="targets"),
+    "OxfordIIITPet": _Layout("_images", "_labels"),
+    "RenderedSST2": _Layout("_samples"),
+    "STL10": _Layout(labels="labels"),
+    "SUN397": _Layout("_image_files", "_labels"),
+    "SVHN": _Layout(labels="labels"),
+    "USPS": _Layout(labels="targets"),
 }
 LIBRARY_ERRORS = (RuntimeError, OSError, ValueError, LookupError, EOFError, ImportError, zipfile.BadZipFile)
 
@@ -67,17 +61,20 @@ def pack_torchvision(
     classes: str | Path | None = None,
     **settings: Any,
 ) -> PackSummary:
-    """Pack one of TORCHVISION_SETS from ``root``, where torchvision keeps it; ``settings`` as pack_source.
+    """Pack one of TORCHVISION_SETS from ``root``, where torchvision keeps it; ``settings`` as pack_sources.
 
-    Where the set consists of image files they are packed as they are, otherwise (CIFAR, MNIST, ...) the pixels become PNG
-    files. Class names are kept, where the set has some; labels are the set's own. ``split``: as torchvision calls it
-    (default: its first choice, mostly train; a set without splits is all), also the default of ``prefix``. Raises
-    UserError for a name or split that is unknown, for a set that is not in ``root`` or cannot be read, and as pack_source.
+    Image files are packed as they are; pixels (CIFAR, MNIST, ...) become PNG files. Labels and class names are the set's
+    own, or the names are numbered as in pack_folder. split: as torchvision calls it, by default its first choice, mostly
+    train, or all for a set without splits; it is also the default ``prefix``.
+    Raises UserError for an unknown name or split and for a set that cannot be opened, and as pack_sources does.
     """
     layout = pick(TORCHVISION_SETS, name, "torchvision data set")
-    split, choice = _split(name, layout, split)
+    from torchvision import datasets
+
+    make = getattr(datasets, name)
+    split, choice = _split(name, make, split)
     try:
-        data = layout.make(root=os.fspath(root), download=download, **choice)
+        data = make(root=os.fspath(root), download=download, **choice)
         count = len(data)
     except LIBRARY_ERRORS as error:
         hint = "" if download else "; check the folder, or add --download"
@@ -89,7 +86,7 @@ def pack_torchvision(
     names = _class_names(data)
     if len(labels) != count or len(paths) not in (0, count) or (names and max(labels) >= len(names)):
         raise UserError(
-            f"this torchvision lays out {name} in another way than expected: write a list and use pack.py list"
+            f"this version of torchvision lays out {name} differently: write a list and use glsd pack list"
         )
     labels, names = _numbered(labels, names, Path(dst), f"{name} ({split})", classes)
     source = Source(
@@ -99,12 +96,13 @@ def pack_torchvision(
         labels=labels if max(labels) >= 0 else None,
         classes=tuple(names),
     )
-    return pack_source(source, dst, prefix=prefix or split, **settings)
+    prefix = prefix or split
+    return pack_sources({prefix: source}, dst, **settings)[prefix]
 
 
-def _split(name: str, layout: _Set, split: str | None) -> tuple[str, dict[str, Any]]:
-    """The split to take and how to say so to the class, which calls it split, train = yes or no, or has none."""
-    accepted = inspect.signature(layout.make).parameters
+def _split(name: str, make: Any, split: str | None) -> tuple[str, dict[str, Any]]:
+    """Return the split and the class's argument for it: split=..., train=True or False, or none."""
+    accepted = inspect.signature(make).parameters
     if "split" in accepted:
         split = split or str(accepted["split"].default)
         return split, {"split": split}
@@ -114,12 +112,12 @@ def _split(name: str, layout: _Set, split: str | None) -> tuple[str, dict[str, A
             raise UserError(f"split {split!r} of {name}: expected train or test")
         return split, {"train": split == "train"}
     if split not in (None, "all"):
-        raise UserError(f"split {split!r} of {name}: it has no splits; leave --split away")
+        raise UserError(f"split {split!r} of {name}: it has no splits; leave out --split")
     return "all", {}
 
 
 def _class_names(data: Any) -> list[str]:
-    """The names of the classes in the order of the set's labels; none if it has none, or one twice."""
+    """Return the class names in label order; none if the set has none, or one twice."""
     names = [
         ", ".join(row) if isinstance(row, tuple) else str(row) for row in getattr(data, "classes", None) or ()
     ]
@@ -129,19 +127,19 @@ def _class_names(data: Any) -> list[str]:
 def _numbered(
     labels: list[int], names: list[str], dst: Path, title: str, classes: str | Path | None
 ) -> tuple[list[int], list[str]]:
-    """Labels and names as the set has them, or as an earlier packing numbered the names."""
+    """Return labels and class names: the set's own, or as ``classes`` or an earlier packing numbers the names."""
     if not names:
         if classes is not None:
             raise UserError(f"--classes {classes}: {title} has no class names, only numbers")
         return labels, names
     if classes is None and not (dst / CLASSES_FILE).is_file():
         return labels, names
-    numbers = number_classes(set(names), dst, Path(title), classes)
+    numbers = number_classes(set(names), dst, title, classes)
     return [numbers[names[label]] if label >= 0 else -1 for label in labels], list(numbers)
 
 
 class PixelReader:
-    """Gives the images of a set that keeps pixels as PNG files, which lose nothing."""
+    """Reads the images of a set that keeps pixels, as PNG files."""
 
     def __init__(self, data: Any):
         self._data = data
@@ -149,7 +147,7 @@ class PixelReader:
     def __call__(self, number: int) -> bytes:
         image = self._data[number][0]
         if not isinstance(image, Image.Image):
-            raise BrokenImage(f"torchvision gives no image but a {type(image).__name__}")
+            raise BrokenImage(f"torchvision returned a {type(image).__name__}, no image")
         file = io.BytesIO()
         image.save(file, "PNG")
         return file.getvalue()

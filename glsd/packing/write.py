@@ -1,98 +1,261 @@
-"""Tar shards as they are written: the samples in their order, an index beside each shard, nothing visible until all is done."""
+"""The one writer of tar shards: every packing command ends here, and resumes here after a kill.
 
-import glob
-import json
+Beside the shards lie an index of each, ``classes.json`` (class names in label order) and ``{prefix}-files.tsv`` (the source
+file of each key).
+"""
+
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import chain
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from webdataset import TarWriter
+from tqdm import tqdm
 
-from glsd.errors import UserError, one_line
-from glsd.files import flush, locked, sync
-from glsd.shards.find import SOURCES_SUFFIX
-from glsd.shards.index import (
-    BLOCK,
-    build_index,
-    index_path,
-    write_index,
-)
-from glsd.shards.store import CLASSES_FILE
+from glsd.errors import UserError
+from glsd.files import flush
+from glsd.packing import SHARD_MEGABYTES
+from glsd.packing.source import Loaded, Source, load_images, reading_order, source_digest
+from glsd.packing.staging import Progress, Staging, append, staged
+from glsd.shards.addresses import is_remote
+from glsd.shards.find import SOURCES_SUFFIX, find_shards, index_remote
+from glsd.shards.index import BLOCK, build_index, index_path, write_index
+from glsd.shards.store import CLASSES_FILE, read_classes
 
 SAMPLE_OVERHEAD = 4 * BLOCK  # image header, padding of the image, label header, label
-LOCK_FILE = ".packing.lock"
-JOURNAL_FILE = "journal.jsonl"  # in the hidden folder of a packing that can go on after it was interrupted
 
 Sample = tuple[bytes, str, int | None]  # bytes of the image file, its extension, its label
 
 
-def fill_shards(
-    samples: Iterable[Sample],
-    folder: Path,
-    prefix: str,
-    shard_megabytes: int,
-    *,
-    first_shard: int = 0,
-    first_key: int = 0,
-) -> Iterator[tuple[str, int]]:
-    """Write the samples into ``{prefix}-{000000}.tar``; yield the name and the size of each shard once it is safe on disk.
+@dataclass(frozen=True, kw_only=True)
+class PackSummary:
+    """What was packed into the shards of one prefix, and what was left out."""
 
-    A shard ends before the sample that would make it larger than ``shard_megabytes``, which has been taken from
-    ``samples`` by then. Raises UserError for a shard size below 1; OSError is for ``staging`` to name.
+    num_images: int
+    shards: tuple[Path, ...]
+    num_classes: int = 0  # different labels
+    classes: tuple[str, ...] = ()  # class names in label order; empty = labels have no names
+    unreadable: tuple[tuple[str, str], ...] = ()  # source file and reason of each image that was left out
+    num_resized: int = 0  # images whose short side was longer than short_side
+    num_resumed: int = 0  # shards that an interrupted packing had finished
+    skipped: dict[str, int] = field(default_factory=dict)  # files that are no images, by extension
+    stray: str = ""  # first of a few images outside the subfolders, which cost the others their labels
+
+
+def pack_sources(
+    sources: Mapping[str, Source],
+    dst: str | Path,
+    *,
+    shard_megabytes: int = SHARD_MEGABYTES,
+    shuffle_seed: int = 0,
+    full_check: bool = False,
+    short_side: int | None = None,
+    workers: int = 0,
+    unreadable_hint: str | None = None,
+) -> dict[str, PackSummary]:
+    """Pack the images of each source, shuffled, into ``dst/{prefix}-{000000}.tar``, with an index beside each shard.
+
+    Image files are packed bit for bit, except for images whose short side is longer than ``short_side`` pixels, which are
+    resized (resize.py). An image without a readable header is left out and listed; ``full_check`` decodes every image.
+    With ``unreadable_hint`` such an image is an error instead, which ends with the hint. The number of ``workers``
+    (processes; 0: this one) does not change the result. After a kill, the same call resumes after the finished shards and
+    ends with the same files. All sources have the same classes.
+    Raises UserError if a source has no usable image, labels contradict the classes or an earlier packing into ``dst``, and
+    what staged and in_workers raise.
     """
+    dst = Path(dst)
+    if short_side is not None and short_side < 1:
+        raise UserError(f"short_side is {short_side}: expected a number of pixels of at least 1, such as 512")
+    classes = tuple(next(iter(sources.values())).classes)
+    _check_classes(sources.values(), classes, dst)
+    settings = {
+        "prefixes": list(sources),
+        "shard_megabytes": shard_megabytes,
+        "shuffle_seed": shuffle_seed,
+        "full_check": full_check,
+        "short_side": short_side,
+        "source": ", ".join(source.title for source in sources.values()),
+        "images": [source_digest(source) for source in sources.values()],
+    }
+    with staged(dst, list(sources), settings=settings, classes=classes) as staging:
+        num_resumed = {prefix: len(done.shards) for prefix, done in staging.progress.items()}
+        for prefix, source in sources.items():
+            done = staging.progress[prefix]
+            if unreadable_hint is not None:
+                _refuse_unreadable(source, done.unreadable, unreadable_hint)
+            if done.is_complete:
+                continue
+            order = reading_order(source, shuffle_seed)
+            images: Iterable[Loaded] = load_images(
+                source,
+                order[done.next_place :],
+                full_check=full_check,
+                short_side=short_side,
+                workers=workers,
+            )
+            if unreadable_hint is not None:
+                images = _all_readable(source, images, unreadable_hint)
+            title = f"packing {source.title}"
+            with tqdm(
+                images, title, len(order), initial=done.next_place, unit=" images", disable=None
+            ) as bar:
+                _write_shards(staging, prefix, iter(bar), shard_megabytes, source, short_side is not None)
+    return {
+        prefix: _summary(source, staging.progress[prefix], dst, num_resumed[prefix])
+        for prefix, source in sources.items()
+    }
+
+
+def pack_samples(
+    samples: Iterable[Sample],
+    dst: str | Path,
+    *,
+    prefix: str = "train",
+    shard_megabytes: int = SHARD_MEGABYTES,
+    classes: Sequence[str] = (),
+) -> PackSummary:
+    """Pack (image bytes, extension, label or None) in the given order, unchecked, without a table of source files.
+
+    An interrupted call keeps nothing. Raises UserError if there is no sample, and what staged raises.
+    """
+    images = (
+        Loaded(number, raw, extension, -1 if label is None else label)
+        for number, (raw, extension, label) in enumerate(samples)
+    )
+    with staged(Path(dst), [prefix], settings=None, classes=classes) as staging:
+        _write_shards(staging, prefix, images, shard_megabytes, source=None, has_sizes=False)
+    done = staging.progress[prefix]
+    shards = tuple(Path(dst, name) for name in done.shards)
+    return PackSummary(num_images=done.num_images, shards=shards, classes=tuple(classes))
+
+
+def index_shards(patterns: str | Sequence[str], *, upload: bool = False) -> int:
+    """Write the index beside each shard anew and return their number of samples.
+
+    The index of a remote shard is kept on this machine; with ``upload`` it is written beside the shard. Raises UserError
+    as find_shards and build_index do.
+    """
+    total = 0
+    for path in tqdm(find_shards(patterns), "indexing shards", disable=None):
+        if is_remote(path):
+            total += index_remote(path, upload=upload)
+            continue
+        index = build_index(path)
+        write_index(index, index_path(path), shard_name=os.path.basename(path))
+        total += len(index)
+    return total
+
+
+def _check_classes(sources: Iterable[Source], classes: Sequence[str], dst: Path) -> None:
+    """Raise UserError unless a label means the same class everywhere, also in an earlier packing into ``dst``."""
+    name, count = next(iter(Counter(classes).most_common(1)), ("", 0))
+    if count > 1:
+        raise UserError(f"two classes have the name {name!r}: expected each name once")
+    for source in sources:
+        if source.labels is None:
+            continue
+        if classes and (largest := max(source.labels, default=-1)) >= len(classes):
+            raise UserError(
+                f"{source.title}: label {largest} has no name: only {len(classes)} classes are named"
+            )
+        earlier = dst / CLASSES_FILE
+        if os.path.isfile(earlier) and read_classes(earlier) != list(classes):
+            raise UserError(
+                f"{earlier} of an earlier packing numbers other classes: pack into another folder"
+            )
+
+
+def _all_readable(source: Source, images: Iterable[Loaded], hint: str) -> Iterator[Loaded]:
+    for image in images:
+        if image.reason:
+            _refuse_unreadable(source, [(image.number, image.reason)], hint)
+        yield image
+
+
+def _refuse_unreadable(source: Source, unreadable: Sequence[tuple[int, str]], hint: str) -> None:
+    for number, reason in unreadable:
+        raise UserError(f"{source.names[number]} cannot be read ({reason}): {hint}")
+
+
+def _write_shards(
+    staging: Staging,
+    prefix: str,
+    images: Iterable[Loaded],
+    shard_megabytes: int,
+    source: Source | None,
+    has_sizes: bool,
+) -> None:
+    """Write the rest of the shards of a prefix from ``images``, which start at its ``next_place``.
+
+    A shard ends before the image that would make it larger than ``shard_megabytes``. source: names the files in the table,
+    None = no table. has_sizes: the table has a column with the original sizes of resized images.
+    """
+    from webdataset import TarWriter
+
     if shard_megabytes < 1:
         raise UserError(f"shard_megabytes is {shard_megabytes}: expected at least 1")
-    limit, number, key = shard_megabytes * 2**20, first_shard, first_key
-    rows = iter(samples)
-    sample = next(rows, None)
-    while sample is not None:
-        path = folder / shard_name(prefix, number)
-        before, size = key, 0
+    done = staging.progress[prefix]
+    left_out: list[tuple[int, int, str]] = []  # place, number, reason; of images behind the last shard
+
+    def readable() -> Iterator[tuple[int, Loaded]]:
+        for place, image in enumerate(images, done.next_place):
+            if image.reason:
+                left_out.append((place, image.number, image.reason))
+            else:
+                yield place, image
+
+    rows = readable()
+    row = next(rows, None)
+    while row is not None:
+        path = staging.folder / f"{prefix}-{len(done.shards):06d}.tar"
+        shard: list[tuple[int, Loaded]] = []
+        size = 0
         with open(path, "wb") as file:
             with TarWriter(file, encoder=False, mtime=0) as tar:
-                while sample is not None and (not size or size + len(sample[0]) <= limit):
-                    raw, extension, label = sample
-                    members = {extension: raw} if label is None else {extension: raw, "cls": b"%d" % label}
-                    tar.write({"__key__": sample_key(key), **members})
-                    size += len(raw) + SAMPLE_OVERHEAD
-                    key += 1
-                    sample = next(rows, None)
+                while row is not None and (not size or size + len(row[1].raw) <= shard_megabytes * 2**20):
+                    tar.write(_members(done.num_images + len(shard), row[1]))
+                    size += len(row[1].raw) + SAMPLE_OVERHEAD
+                    shard.append((row[0], row[1]._replace(raw=b"")))
+                    row = next(rows, None)
             flush(file)
-        # It also makes the shard's name in the folder durable.
+        # It also makes the names of both files in the folder durable.
         write_index(build_index(path), index_path(path), shard_name=path.name)
-        yield path.name, key - before
-        number += 1
+        following = shard[-1][0] + 1
+        staging.note(
+            prefix,
+            shard=path.name,
+            images=len(shard),
+            next=following,
+            table_bytes=_append_table(staging, prefix, [image for _, image in shard], source, has_sizes),
+            resized=sum(bool(image.original_size) for _, image in shard),
+            unreadable=[gone[1:] for gone in left_out if gone[0] < following],
+        )
+        left_out[:] = [gone for gone in left_out if gone[0] >= following]
+    if not done.shards:
+        first = f"; {source.names[left_out[0][1]]}: {left_out[0][2]}" if source and left_out else ""
+        raise UserError(f"no usable image in {source.title if source else 'the samples'}{first}")
+    staging.note(prefix, unreadable=[gone[1:] for gone in left_out])
 
 
-def write_shards(
-    samples: Iterable[Sample],
-    work: Path,
-    prefix: str,
-    shard_megabytes: int,
-    *,
-    source: str,
-    sources: Sequence[str] = (),
-) -> tuple[list[str], int]:
-    """Write shards, their indices and the table of ``sources``; return the shards' names and the number of samples.
-
-    ``sources`` is read at the end, so that ``samples`` may fill it. Raises UserError if there is no sample, naming
-    ``source``; OSError is for ``staging`` to name.
-    """
-    shards = list(fill_shards(samples, work, prefix, shard_megabytes))
-    if not shards:
-        raise UserError(f"no usable image in {source}: nothing was packed")
-    if sources:
-        rows = (table_row(sample_key(number), path) for number, path in enumerate(sources))
-        (work / f"{prefix}{SOURCES_SUFFIX}").write_bytes(b"".join(chain([table_row("key", "file")], rows)))
-    return [name for name, _ in shards], sum(count for _, count in shards)
+def _members(number: int, image: Loaded) -> dict[str, str | bytes]:
+    label = {} if image.label < 0 else {"cls": b"%d" % image.label}
+    return {"__key__": sample_key(number), image.extension: image.raw, **label}
 
 
-def shard_name(prefix: str, number: int) -> str:
-    """Return the file name of a shard."""
-    return f"{prefix}-{number:06d}.tar"
+def _append_table(
+    staging: Staging, prefix: str, images: Sequence[Loaded], source: Source | None, has_sizes: bool
+) -> int:
+    """Append the images of one shard to the table of source files and return its length in bytes."""
+    if source is None:
+        return 0
+    done = staging.progress[prefix]
+    rows = [] if done.shards else [("key", "file", "resized_from")]
+    rows += [
+        (sample_key(key), source.names[image.number], image.original_size)
+        for key, image in enumerate(images, done.num_images)
+    ]
+    data = b"".join(table_row(*row[: 3 if has_sizes else 2]) for row in rows)
+    return append(staging.folder / f"{prefix}{SOURCES_SUFFIX}", data)
 
 
 def sample_key(number: int) -> str:
@@ -101,7 +264,7 @@ def sample_key(number: int) -> str:
 
 
 def table_row(*cells: str) -> bytes:
-    r"""Return a line of a table of sources: tabs between the cells; a tab, line end or backslash inside one as \t, \n, \r, \\."""
+    r"""Return a tab-separated line; a tab, line end or backslash inside a cell becomes \t, \n, \r or \\."""
     return ("\t".join(map(_escaped, cells)) + "\n").encode("utf-8", "surrogateescape")
 
 
@@ -111,80 +274,15 @@ def _escaped(cell: str) -> str:
     return cell
 
 
-def write_classes(work: Path, classes: Sequence[str]) -> None:
-    """Write classes.json, unless there are none."""
-    if classes:
-        (work / CLASSES_FILE).write_text(json.dumps(list(classes), indent=1) + "\n")
-
-
-@contextmanager
-def staging(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
-    """Give a hidden folder inside ``dst`` whose files are moved up at the end: half a packing never looks whole.
-
-    What an interrupted packing of the same kind left there is removed first. Raises UserError if ``dst`` cannot be
-    written, has shards of one of the prefixes or an unfinished packing that can go on, or another process packs there.
-    """
-    with work_folder(dst, prefixes) as work:
-        if (work / JOURNAL_FILE).exists():
-            raise UserError(
-                f"{work} holds an unfinished packing: finish it with the command that began it, or delete the folder"
-            )
-        shutil.rmtree(work, ignore_errors=True)
-        refuse_shards(dst, prefixes)
-        work.mkdir()
-        try:
-            yield work
-            publish(work, dst)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def work_folder(dst: Path, prefixes: Sequence[str]) -> Iterator[Path]:
-    """Make ``dst`` and hold it against other processes; give the path of the hidden folder for ``prefixes``, not yet made.
-
-    An OSError inside becomes a UserError that names ``dst``.
-    """
-    for prefix in prefixes:
-        if not prefix or "/" in prefix or prefix.startswith("."):
-            raise UserError(f"prefix {prefix!r}: expected the beginning of a file name, such as train")
-    try:
-        dst.mkdir(parents=True, exist_ok=True)
-        with _alone(dst):
-            yield dst / f".{prefixes[0]}.packing"
-    except OSError as error:
-        reason = "it is not a folder" if os.path.exists(dst) and not os.path.isdir(dst) else one_line(error)
-        raise UserError(f"cannot write to {dst}: {reason}") from error
-
-
-@contextmanager
-def _alone(dst: Path) -> Iterator[None]:
-    """Hold the folder's lock within the block; UserError if another process holds it."""
-    path = dst / LOCK_FILE
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(path, timeout=0.0))
-        except TimeoutError as error:
-            raise UserError(
-                f"another process is packing into {dst}: wait for it, or choose another folder"
-            ) from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # while it is held: the next process makes another file
-
-
-def refuse_shards(dst: Path, prefixes: Sequence[str], *, ours: Sequence[str] = ()) -> None:
-    """Raise UserError if ``dst`` has shards of one of the prefixes, other than ``ours``."""
-    for prefix in prefixes:
-        old = {path.name for path in dst.glob(f"{glob.escape(prefix)}-[0-9]*.tar")} - set(ours)
-        if old:
-            raise UserError(f"{dst} already has {min(old)}: choose another prefix or an empty folder")
-
-
-def publish(work: Path, dst: Path) -> None:
-    """Move the files of the hidden folder up, indices first: a shard is there only when its index is."""
-    files = [path for path in work.iterdir() if path.name != JOURNAL_FILE]
-    for path in sorted(files, key=lambda path: (path.suffix == ".tar", path.name)):
-        os.replace(path, dst / path.name)
-    sync(dst)
+def _summary(source: Source, done: Progress, dst: Path, num_resumed: int) -> PackSummary:
+    gone = dict(done.unreadable)
+    labels = source.labels if source.labels is not None else ()
+    return PackSummary(
+        num_images=done.num_images,
+        shards=tuple(dst / name for name in done.shards),
+        num_classes=len({label for number, label in enumerate(labels) if label >= 0 and number not in gone}),
+        classes=tuple(source.classes),
+        unreadable=tuple((source.names[number], reason) for number, reason in done.unreadable),
+        num_resized=done.num_resized,
+        num_resumed=num_resumed,
+    )

@@ -22,7 +22,7 @@ from glsd.data.crops import CropSpec, crop_sample
 from glsd.data.decode import decode
 from glsd.data.pretrain_loader import pretrain_loader
 from glsd.errors import UserError
-from glsd.packing.folder import pack_samples
+from glsd.packing.write import pack_samples
 from glsd.pretrain.plan import crop_spec
 from glsd.pretrain.train import augment
 from glsd.runtime.memory import grown_since, mark_memory

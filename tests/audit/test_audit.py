@@ -24,7 +24,7 @@ from glsd.audit.report import Examination, examine
 from glsd.cli import door as _door
 from glsd.cli import pack as pack_command
 from glsd.errors import UserError
-from glsd.packing.folder import pack_samples
+from glsd.packing.write import pack_samples
 from glsd.shards.index import index_path
 from glsd.shards.store import open_shards
 from tests.helpers.small_shards import noise_image

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from glsd.errors import UserError
 from glsd.losses.distill import global_loss, local_loss
-from glsd.packing.folder import pack_samples
+from glsd.packing.write import pack_samples
 from launch.benchmark import floor as benchmark_floor
 from launch.benchmark import loss as benchmark_loss
 from launch.benchmark import main as benchmark

@@ -16,7 +16,7 @@ from glsd.data.crops import crop_sample
 from glsd.data.order import EpochOrder
 from glsd.data.pretrain_loader import PretrainDataset, collate, pretrain_loader
 from glsd.errors import UserError
-from glsd.packing.folder import pack_samples
+from glsd.packing.write import pack_samples
 from glsd.shards.find import find_shards
 from glsd.shards.store import open_shards
 from tests.helpers.small_shards import noise_image, pack_noise

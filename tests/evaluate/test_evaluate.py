@@ -28,7 +28,7 @@ from glsd.errors import UserError
 from glsd.evaluate.run import evaluate
 from glsd.evaluate.sets import choose_sizes
 from glsd.models.backbone import build_backbone
-from glsd.packing.folder import pack_samples
+from glsd.packing.write import pack_samples
 from glsd.runtime import checkpoint
 from tests.helpers.warm_python import warm_python
 

@@ -380,7 +380,7 @@ def test_a_resume_with_other_settings_is_refused_and_changes_nothing(tiny_finetu
 
 
 def test_a_class_with_one_image_and_missing_labels(tiny_finetune, class_shards, tmp_path):
-    from glsd.packing.folder import pack_samples
+    from glsd.packing.write import pack_samples
     from glsd.shards.store import open_shards
 
     train_set = open_shards(f"{class_shards}/train-*.tar")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from glsd.packing.folder import Sample, pack_samples
+from glsd.packing.write import Sample, pack_samples
 
 
 @functools.cache

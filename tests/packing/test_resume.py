@@ -1,4 +1,4 @@
-"""A packing killed at every moment at which something becomes safe on disk, and gone on with: the same files to the byte."""
+"""A packing killed at every moment at which something becomes safe on disk, and resumed: the same files to the byte."""
 
 import io
 import json
@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,12 @@ import pytest
 from PIL import Image
 
 from glsd.errors import UserError
-from glsd.packing.folder import PackSummary, pack_folder, pack_samples
+from glsd.packing.folder import pack_folder
 from glsd.packing.lists import pack_list
+from glsd.packing.retrieval_sets import pack_retrieval_set
+from glsd.packing.split import assign_roles, split_shards
+from glsd.packing.write import PackSummary, pack_samples
+from tests.helpers.retrieval_trees import cub_tree
 from tests.helpers.small_shards import noise_image
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
@@ -37,10 +43,7 @@ def large(number: int) -> bytes:
 @pytest.fixture(scope="module")
 def photos_folder(tmp_path_factory) -> Path:
     src = tmp_path_factory.mktemp("photos")
-    for number in range(NUM_IMAGES):
-        folder = src / ("cat" if number % 3 else "dog")
-        folder.mkdir(exist_ok=True)
-        (folder / f"{number}.jpg").write_bytes(large(number) if number % 9 else b"no image")
+    folder_command(src)
     return src
 
 
@@ -61,12 +64,14 @@ def content(path: Path) -> bytes:
     return json.dumps(json.loads(raw[8:end]), sort_keys=True).encode() + raw[end:]
 
 
-def facts(summary: PackSummary) -> tuple:
-    names = [path.name for path in summary.shards]
-    return summary.num_images, names, summary.classes, summary.unreadable, summary.resized
+def facts(*summaries: PackSummary) -> list[PackSummary]:
+    """What does not depend on the folder of the shards, and on whether a packing was interrupted."""
+    return [
+        replace(one, shards=tuple(Path(path.name) for path in one.shards), num_resumed=0) for one in summaries
+    ]
 
 
-def killed(fatal: int, src: Path, dst: Path) -> bool:
+def killed(fatal: int, packing: Callable[[], object]) -> bool:
     """Pack in a process that kills itself before its ``fatal``-th call that makes something lasting; tell if it did."""
 
     def child():
@@ -84,7 +89,7 @@ def killed(fatal: int, src: Path, dst: Path) -> bool:
 
         for name in ("fsync", "replace", "truncate", "unlink", "rmdir"):
             setattr(os, name, deadly(getattr(os, name)))
-        pack(src, dst)
+        packing()
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -95,48 +100,93 @@ def killed(fatal: int, src: Path, dst: Path) -> bool:
 
 def complete(dst: Path) -> bool:
     """Tell whether a packing has nothing left to do but to tidy up."""
-    return (dst / "train-000000.tar").exists() and not (dst / ".train.packing" / "journal.jsonl").exists()
+    return any(dst.glob("*.tar")) and not any(dst.glob(".*.packing/journal.jsonl"))
 
 
 @pytest.fixture(scope="module")
-def whole(photos_folder, tmp_path_factory) -> tuple[dict[str, bytes], tuple]:
+def whole(photos_folder, tmp_path_factory) -> tuple[dict[str, bytes], list[PackSummary]]:
     dst = tmp_path_factory.mktemp("whole")
     summary = pack(photos_folder, dst)
     assert len(summary.shards) > 3
     assert len(summary.unreadable) == 3
-    assert summary.resumed == 0
+    assert summary.num_resumed == 0
     return files(dst), facts(summary)
 
 
+def folder_command(src: Path) -> Callable[[Path], list[PackSummary]]:
+    for number in range(NUM_IMAGES):
+        folder = src / ("cat" if number % 3 else "dog")
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(large(number) if number % 9 else b"no image")
+    return lambda dst: [pack(src, dst)]
+
+
+def labeled_shards(src: Path) -> str:
+    """Twenty samples of four classes; two of them are no images."""
+    samples = [(b"text" if n in (4, 11) else large(4 * n), "jpg", n % 4) for n in range(20)]
+    pack_samples(samples, src, prefix="all", classes=["a", "b", "c", "d"])
+    return f"{src}/all-*.tar"
+
+
+def split_command(src: Path) -> Callable[[Path], list[PackSummary]]:
+    shards = labeled_shards(src)
+    return lambda dst: list(split_shards(shards, dst, shard_megabytes=1).values())
+
+
+def roles_command(src: Path) -> Callable[[Path], list[PackSummary]]:
+    shards, table = labeled_shards(src), src / "table.tsv"
+    rows = [f"{number:08d}\t{'test' if number % 3 else 'train'}\n" for number in range(20)]
+    table.write_text("key\tsplit\n" + "".join(rows))
+    roles = {"gallery": ["train"], "query": ["test"]}
+    return lambda dst: list(
+        assign_roles(shards, dst, table=table, field="split", roles=roles, shard_megabytes=1).values()
+    )
+
+
+def retrieval_command(src: Path) -> Callable[[Path], list[PackSummary]]:
+    cub_tree(src)
+    for number, path in enumerate(sorted(src.rglob("*.jpg"))):
+        path.write_bytes(noise_image(number) + np.random.default_rng(number).bytes(500_000))
+    return lambda dst: list(
+        pack_retrieval_set("cub200", src, dst, shard_megabytes=1, allow_incomplete=True).values()
+    )
+
+
 @pytest.mark.slow
-def test_killed_at_every_moment(photos_folder, tmp_path, whole):
+@pytest.mark.parametrize("command", [folder_command, split_command, roles_command, retrieval_command])
+def test_killed_at_every_moment(command, tmp_path):
+    (tmp_path / "src").mkdir()
+    packing = command(tmp_path / "src")
+    summaries = facts(*packing(tmp_path / "whole"))
+    whole = files(tmp_path / "whole")
+    num_shards = sum(len(one.shards) for one in summaries)
     resumed, fatal = [], 0
     while True:
         fatal += 1
         dst = tmp_path / str(fatal)
-        if not killed(fatal, photos_folder, dst):
+        if not killed(fatal, lambda dst=dst: packing(dst)):
             break
         if complete(dst):  # the very last moments
-            with pytest.raises(UserError, match=r"already has train-000000\.tar"):
-                pack(photos_folder, dst)
-            assert files(dst) == whole[0]
-            assert not (dst / ".train.packing").exists()
+            with pytest.raises(UserError, match=r"already has .*-000000\.tar"):
+                packing(dst)
+            assert files(dst) == whole
+            assert not any(path.is_dir() for path in dst.iterdir())
             continue
-        summary = pack(photos_folder, dst)
-        assert (files(dst), facts(summary)) == whole, f"killed before call {fatal}"
-        resumed.append(summary.resumed)
-    assert fatal > 40
+        found = packing(dst)
+        assert (files(dst), facts(*found)) == (whole, summaries), f"killed before call {fatal}"
+        resumed.append(sum(one.num_resumed for one in found))
+    assert fatal > 8 * num_shards
+    assert num_shards > 3
     assert resumed == sorted(resumed)
-    assert set(resumed) == set(range(len(whole[1][1]) + 1))
+    assert set(resumed) == set(range(num_shards + 1))
 
 
 def test_killed_again_and_again(photos_folder, tmp_path, whole):
-    rounds = 0
-    while not complete(tmp_path):
-        assert killed(12, photos_folder, tmp_path)
+    rounds = 1
+    while killed(12, lambda: pack(photos_folder, tmp_path)):
         rounds += 1
         assert rounds < 20
-    assert rounds >= 3
+    assert rounds > 3
     assert {name: raw for name, raw in files(tmp_path).items() if name[0] != "."} == whole[0]
 
 
@@ -148,13 +198,13 @@ def test_workers_change_nothing(photos_folder, tmp_path, whole, workers):
 
 
 def test_resumed_by_other_workers(photos_folder, tmp_path, whole):
-    assert killed(22, photos_folder, tmp_path)
-    assert pack(photos_folder, tmp_path, workers=2).resumed > 0
+    assert killed(22, lambda: pack(photos_folder, tmp_path))
+    assert pack(photos_folder, tmp_path, workers=2).num_resumed > 0
     assert files(tmp_path) == whole[0]
 
 
 def test_another_packing_does_not_go_on(photos_folder, tmp_path, whole):
-    assert killed(22, photos_folder, tmp_path)
+    assert killed(22, lambda: pack(photos_folder, tmp_path))
     before = files(tmp_path / ".train.packing")
     with pytest.raises(
         UserError, match=r"unfinished packing with shard_megabytes 1, now 2: .*delete that folder"
@@ -163,7 +213,7 @@ def test_another_packing_does_not_go_on(photos_folder, tmp_path, whole):
     extra = photos_folder / "dog" / "extra.jpg"
     extra.write_bytes(noise_image(50))
     try:
-        with pytest.raises(UserError, match="unfinished packing whose images, labels or classes were others"):
+        with pytest.raises(UserError, match="unfinished packing of other images, labels or classes"):
             pack(photos_folder, tmp_path)
     finally:
         extra.unlink()
@@ -176,7 +226,7 @@ def test_another_packing_does_not_go_on(photos_folder, tmp_path, whole):
 
 
 def test_a_damaged_journal(photos_folder, tmp_path):
-    assert killed(22, photos_folder, tmp_path)
+    assert killed(22, lambda: pack(photos_folder, tmp_path))
     journal = tmp_path / ".train.packing" / "journal.jsonl"
     good = journal.read_bytes()
     for bad in (b"[1]\n", good + b"{}\n", good + b"[" * 10_000 + b"\n", b"\xff\n"):
@@ -202,7 +252,7 @@ def test_ctrl_c_keeps_what_is_finished(photos_folder, tmp_path, monkeypatch, who
 
     monkeypatch.setattr(Path, "read_bytes", stopped)
     with pytest.raises(
-        KeyboardInterrupt, match="stopped; 2 finished shards are kept: the same command goes on"
+        KeyboardInterrupt, match="stopped; finished shards kept: 2; the same command resumes after them"
     ):
         pack(photos_folder, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".train.packing"]
@@ -210,29 +260,30 @@ def test_ctrl_c_keeps_what_is_finished(photos_folder, tmp_path, monkeypatch, who
     assert names == {
         *(f"train-00000{n}.tar{end}" for n in range(2) for end in ("", ".index")),
         "train-files.tsv",
+        "classes.json",
         "journal.jsonl",
     }
-    assert pack(photos_folder, tmp_path).resumed == 2
+    assert pack(photos_folder, tmp_path).num_resumed == 2
     assert files(tmp_path) == whole[0]
 
 
-def test_a_full_disk_keeps_what_is_finished(photos_folder, tmp_path, monkeypatch, whole):
+@pytest.mark.parametrize("moment", [8, 11, 12, 13, 14, 15, 16, 17])
+def test_a_full_disk_keeps_what_is_finished(moment, photos_folder, tmp_path, monkeypatch, whole):
+    """The disk is full at one moment: for a tar, an index, a folder, the table or the journal."""
     sync, count = os.fsync, 0
 
     def full(handle):
         nonlocal count
         count += 1
-        if count == 16:
+        if count == moment:
             raise OSError(28, "No space left on device")
         sync(handle)
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(
-            UserError, match=r"cannot write to .*: No space left .*\(2 finished shards are kept"
-        ):
+        with pytest.raises(UserError, match=r"cannot write .*: No space left .*\(finished shards kept: \d;"):
             pack(photos_folder, tmp_path)
-    assert pack(photos_folder, tmp_path).resumed == 2
+    assert pack(photos_folder, tmp_path).num_resumed > 0
     assert files(tmp_path) == whole[0]
 
 
@@ -259,7 +310,7 @@ def test_two_at_once_are_refused(photos_folder, tmp_path):
 
 
 def test_no_shard_is_overwritten_by_going_on(photos_folder, tmp_path):
-    assert killed(22, photos_folder, tmp_path)
+    assert killed(22, lambda: pack(photos_folder, tmp_path))
     (tmp_path / "train-000000.tar").write_bytes(b"somebody else's")
     with pytest.raises(UserError, match=r"already has train-000000\.tar"):
         pack(photos_folder, tmp_path)
@@ -281,7 +332,7 @@ def test_a_dead_worker_is_one_line(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "read_bytes", deadly)
-        with pytest.raises(UserError, match="a worker process died, perhaps for want of memory"):
+        with pytest.raises(UserError, match="a worker process died, perhaps because memory ran out"):
             pack_list(tmp_path / "list.csv", tmp_path / "out", prefix="x", workers=2)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -315,7 +366,7 @@ def test_the_command_killed_and_given_again(photos_folder, tmp_path, whole):
         assert (done.returncode, "already has train-000000.tar" in done.stderr) == (2, True)
     else:
         assert done.returncode == 0, done.stderr
-        assert "went on after" in done.stdout
+        assert "resumed after" in done.stdout
     assert files(tmp_path / "out") == whole[0]
 
 
@@ -327,7 +378,7 @@ def test_the_table_tells_what_was_resized(photos_folder, tmp_path, whole):
         range(1, NUM_IMAGES, 4)
     ) - {9}
     assert set(was.values()) == {"80x60", ""}
-    assert whole[1][-1] == 6
+    assert whole[1][0].num_resized == 6
     pack(photos_folder, tmp_path, short_side=60)
     head, *rows = (tmp_path / "train-files.tsv").read_text().splitlines()
     assert {row.split("\t")[2] for row in rows} == {""}

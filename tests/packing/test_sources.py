@@ -63,7 +63,7 @@ def test_a_list_with_numbers(photos_folder, tmp_path, kind):
         rows = [f'"a{sign}b"{sign}{label}{sign}{path}' for label, path in zip(LABELS, paths, strict=True)]
         file.write_text("\ufeffmore" + f"{sign}label{sign}path\n" + "\n\n".join(rows))
     summary = pack_list(file, tmp_path / "out", prefix="train")
-    assert (summary.num_images, summary.classes, summary.labeled) == (6, (), True)
+    assert (summary.num_images, summary.classes, summary.num_classes) == (6, (), 3)
     assert packed(tmp_path / "out") == {noise_image(number): LABELS[number] for number in range(6)}
     assert not (tmp_path / "out" / "classes.json").exists()
     assert sources(tmp_path / "out") == paths
@@ -107,7 +107,7 @@ def test_rows_that_cannot_be_packed_are_listed(photos_folder, tmp_path):
     assert "no regular file" in reasons["pipe.jpg"]
     summary = pack_list(photos_folder / "list.csv", tmp_path / "plain", label_column="", prefix="train")
     assert set(packed(tmp_path / "plain").values()) == {-1}
-    assert (summary.num_images, summary.labeled) == (4, False)
+    assert (summary.num_images, summary.num_classes) == (4, 0)
 
 
 BAD_LISTS = {
@@ -118,7 +118,7 @@ BAD_LISTS = {
     "path,label\n,3": r"line 2: empty path",
     "path,label\nx/0.jpg,": "no row has a label; without labels: --label_column ''",
     "path,label\nx/0.jpg,-7": "label -7: expected whole numbers from 0",
-    "path,label\nx/90.jpg,1": r"no usable image in .*list\.csv: nothing was packed \(x/90\.jpg: .*No such file",
+    "path,label\nx/90.jpg,1": r"no usable image in .*list\.csv; x/90\.jpg: .*No such file",
     'path,label\n"x/0.jpg,1': r"list\.csv, line 2: unexpected end of data",
     "path,label\n" + "x" * 2**20 + "y,1": "field larger than field limit",
 }
@@ -359,7 +359,7 @@ def test_short_side_leaves_the_rest_to_the_bit(tmp_path):
     (src / "large.webp").write_bytes(saved(photo(640, 480), "WEBP"))
     (src / "cut.jpg").write_bytes(large[:-2000])
     summary = pack_folder(src, tmp_path / "out", short_side=64)
-    assert (summary.num_images, summary.resized) == (2, 1)
+    assert (summary.num_images, summary.num_resized) == (2, 1)
     assert [(path, "truncated" in reason) for path, reason in summary.unreadable] == [("cut.jpg", True)]
     shards = open_shards(str(tmp_path / "out" / "*.tar"))
     sizes = {tuple(decode(shards.read(i)).shape[1:]) for i in range(2)}
@@ -378,15 +378,15 @@ def test_command_line(photos_folder, tmp_path, capsys, monkeypatch):
     argv = ["list", str(photos_folder / "list.csv"), str(tmp_path / "out"), "--workers=0"]
     main([*argv, "--short_side=20", "--prefix=p"])
     assert capsys.readouterr().out.splitlines()[:-1] == [
-        f"packed 6 images, labels without names, into 1 shards: {tmp_path}/out/p-000000.tar .. p-000000.tar",
-        "resized 6 of them; the table of sources says which",
-        "left out 1 unreadable images:",
+        f"packed 6 images of 2 classes (without names) into 1 shard: {tmp_path}/out/p-000000.tar",
+        "resized 6 images; the table of source files says which",
+        "left out 1 unreadable image:",
     ]
     for split in ("train", "t10k"):
         write_idx(tmp_path / "MNIST" / "raw", split, np.zeros((3, 28, 28), np.uint8), np.zeros(3, np.uint8))
     main(["torchvision", "MNIST", str(tmp_path), str(tmp_path / "mnist"), "--workers=0"])
     assert capsys.readouterr().out.startswith(
-        f"packed 3 images, 10 classes, into 1 shards: {tmp_path}/mnist/train-0"
+        f"packed 3 images of 1 class into 1 shard: {tmp_path}/mnist/train-0"
     )
 
     def stop(path):

@@ -8,8 +8,8 @@ import pytest
 
 from glsd.cli import pack
 from glsd.errors import UserError
-from glsd.packing.folder import pack_samples
 from glsd.packing.split import assign_roles, parse_roles, split_shards
+from glsd.packing.write import pack_samples
 from glsd.shards.store import open_shards
 from tests.helpers.small_shards import noise_image
 
@@ -99,7 +99,7 @@ def test_class_names_from_a_file(shards, tmp_path):
     split_shards(shards, tmp_path / "b", classes_file=tmp_path / "names.json")
     assert json.loads((tmp_path / "b" / "classes.json").read_text()) == NAMES[::-1]
     for text, match in (
-        ("a\nb\n", r"label 9 has no name: 2 class names were given"),
+        ("a\nb\n", r"role train: label 4 has no name: only 2 classes are named"),
         ("a\n\nb\n", r"names\.txt, line 2 is empty"),
         ("a\n" * 10, r"two classes have the name 'a'"),
     ):
@@ -141,7 +141,7 @@ def test_folders_must_agree_on_the_classes(shards, tmp_path):
     assert made["train"].num_images + made["test"].num_images == 11
     for other in ("more1", "more2"):
         with pytest.raises(
-            UserError, match=r"all/classes\.json and .*more\d/classes\.json do not say the same"
+            UserError, match=r"all/classes\.json and .*more\d/classes\.json name different classes"
         ):
             split_shards([shards, str(tmp_path / other / "*.tar")], tmp_path / "out2")
 
@@ -314,8 +314,8 @@ def test_roles_that_contradict(shards, tmp_path):
 def test_command_line(main, shards, tmp_path, capsys):
     main(["split", shards, str(tmp_path / "s"), "--test_share", "0.4"])
     assert capsys.readouterr().out.splitlines() == [
-        f"train: packed 6 images of 3 classes into 1 shards: {tmp_path}/s/train-000000.tar .. train-000000.tar",
-        f"test: packed 4 images of 2 classes into 1 shards: {tmp_path}/s/test-000000.tar .. test-000000.tar",
+        f"packed 6 images of 3 classes into 1 shard: {tmp_path}/s/train-000000.tar",
+        f"packed 4 images of 2 classes into 1 shard: {tmp_path}/s/test-000000.tar",
     ]
     (tmp_path / "names.txt").write_text("\n".join(NAMES[::-1]))
     main(
@@ -344,8 +344,8 @@ def test_command_line(main, shards, tmp_path, capsys):
     ]
     main(["roles", shards, str(tmp_path / "r"), *options])
     assert capsys.readouterr().out.splitlines() == [
-        f"query: packed 4 images of 2 classes into 1 shards: {tmp_path}/r/query-000000.tar .. query-000000.tar",
-        f"gallery: packed 6 images of 3 classes into 1 shards: {tmp_path}/r/gallery-000000.tar .. gallery-000000.tar",
+        f"packed 4 images of 2 classes into 1 shard: {tmp_path}/r/query-000000.tar",
+        f"packed 6 images of 3 classes into 1 shard: {tmp_path}/r/gallery-000000.tar",
     ]
     with pytest.raises(UserError, match=r"already has query-000000\.tar"):
         main(["roles", shards, str(tmp_path / "r"), *options])
@@ -358,6 +358,6 @@ def test_no_command_is_still_a_folder(main, capsys):
         main(["--help"])
     printed = capsys.readouterr().out
     assert "--full_check" in printed
-    assert "pack.py split" in printed
+    assert "glsd pack split" in printed
     with pytest.raises(SystemExit):
         main([])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from glsd.errors import UserError
-from glsd.packing.folder import pack_samples
+from glsd.packing.write import pack_samples
 from glsd.shards import remote
 from glsd.shards.addresses import beside, identity, shown
 from glsd.shards.cache import (

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from glsd.audit.report import examine
-from glsd.packing.folder import pack_samples
+from glsd.packing.write import pack_samples
 from tests.remote.faulty import FaultyServer
 
 

@@ -14,7 +14,7 @@ import pytest
 from webdataset import TarWriter
 
 from glsd.errors import BrokenImage, UserError
-from glsd.packing.folder import pack_samples
+from glsd.packing.write import pack_samples
 from glsd.shards import store as shards_module
 from glsd.shards.find import find_shards
 from glsd.shards.index import (
