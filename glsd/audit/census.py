@@ -1,4 +1,4 @@
-"""Every image of some shards read and decoded once, by worker processes: its size, what identifies it, or why it is broken."""
+"""One pass over every image of some shards, by worker processes: sizes, digests, a perceptual hash, or why it is broken."""
 
 import hashlib
 import os
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import cv2
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8, UInt64
+from jaxtyping import Bool, Float32, Int64, UInt8, UInt64
 from tqdm import tqdm
 
-from glsd.audit.near_duplicates import THUMB_SIDE, fingerprint
 from glsd.data.decode import decode
 from glsd.errors import BrokenImage, UserError
 from glsd.packing.source import in_workers
@@ -19,14 +19,20 @@ from glsd.shards.addresses import shown
 from glsd.shards.find import find_shards
 from glsd.shards.store import ShardSet, open_shards
 
-IMAGES_AT_ONCE = 16
-DIGEST_BYTES = 16  # of SHA-256: two other files with the same are not to be expected among 10^12
+IMAGES_AT_ONCE = 16  # images in a worker's batch
+DIGEST_BYTES = 16  # of SHA-256: no two of 10^12 different files are expected to share one
+HASH_SIDE = 32  # gray pixels per side of the picture that is hashed
+HASH_BITS = 64
+THUMB_SIDE = 12  # color pixels per side of the thumbnail
+THUMBS_AT_ONCE = 1 << 15  # bounds the memory for their standard deviations
 SPLIT = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)
 NO_DIGEST = bytes(DIGEST_BYTES)
-UNNAMED = "shards"
+UNNAMED = "shards"  # the split of shards without a name
 
 
 class _Examined(NamedTuple):
+    """One image as it was examined; the fields of Census."""
+
     width: int = 0
     height: int = 0
     size: int = 0
@@ -35,49 +41,49 @@ class _Examined(NamedTuple):
     code: int = 0
     thumb: np.ndarray | None = None
     reason: str = ""
-    shard_fault: bool = False  # the reason is one of the shard, not of the image
+    is_shard_fault: bool = False  # the reason is about the shard, not the image
 
 
 @dataclass(kw_only=True)
 class Census:
-    """What is known of all images of all splits, one after the other."""
+    """All images of all splits, one after the other."""
 
     splits: tuple[str, ...]
     shards: tuple[str, ...]  # paths
-    faults: list[tuple[str, str, str]]  # split, path and reason of the shards that cannot be used
+    faults: list[tuple[str, str, str]]  # split, path and reason of each unusable shard
     keys: list[str]
     split: Int64[np.ndarray, " n"]
     shard: Int64[np.ndarray, " n"]
     label: Int64[np.ndarray, " n"]  # -1 = none
-    width: Int64[np.ndarray, " n"]  # pixels; 0 where it could not be read, and in all of a faulty shard
+    width: Int64[np.ndarray, " n"]  # pixels; 0 = unreadable, or in a faulty shard
     height: Int64[np.ndarray, " n"]
-    size: Int64[np.ndarray, " n"]  # bytes of the image file; 0 where there is none
-    file_digest: np.ndarray  # n times DIGEST_BYTES
+    size: Int64[np.ndarray, " n"]  # bytes of the image file; 0 = there is none
+    file_digest: np.ndarray  # n items of DIGEST_BYTES
     pixel_digest: np.ndarray
-    code: UInt64[np.ndarray, " n"]
+    code: UInt64[np.ndarray, " n"]  # hash of the coarse structure
     thumb: UInt8[np.ndarray, "n t"]
-    reasons: dict[int, str] = field(default_factory=dict)  # of what cannot be read, but in faulty shards
+    reasons: dict[int, str] = field(default_factory=dict)  # of unreadable images outside faulty shards
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def readable(self) -> Bool[np.ndarray, " n"]:
-        """Tell which images could be read."""
+        """Return which images could be read."""
         return self.width > 0
 
-    def of(self, split: str) -> Int64[np.ndarray, " m"]:
-        """Return the numbers of a split's images."""
+    def rows(self, split: str) -> Int64[np.ndarray, " m"]:
+        """Return the numbers of the images of a split."""
         return np.flatnonzero(self.split == self.splits.index(split))
 
     def place(self, number: int | np.integer) -> str:
-        """Return where an image is: its shard and key."""
+        """Return the shard and key of an image."""
         return f"{os.path.basename(shown(self.shards[self.shard[number]]))} {self.keys[number]}"
 
 
 def parse_splits(given: Sequence[str]) -> dict[str, list[str]]:
-    """Return the patterns of each split from texts ``NAME=PATTERN``; those without name are one split of their own.
+    """Return the patterns of each split from texts ``NAME=PATTERN``; all texts without name are one split.
 
-    A path with such a beginning is written ``./NAME=...``.
+    A path that begins like a name is written ``./NAME=...``.
     """
     splits: dict[str, list[str]] = {}
     for text in given:
@@ -88,13 +94,11 @@ def parse_splits(given: Sequence[str]) -> dict[str, list[str]]:
 
 
 def take_census(splits: Mapping[str, Sequence[str]], *, workers: int) -> Census:
-    """Read all images of the splits' shards; UserError if a pattern names none.
+    """Read all images of the shards of each split. Raises UserError if a pattern matches no shard, and as in_workers does.
 
-    A shard that is damaged, or not what its index says, is a fault of the census and is left out; of one that fails while
-    it is read, only keys and labels are kept.
+    A shard that is damaged, or does not fit its index, is a fault and is left out. Of a shard that fails while it is read,
+    only keys and labels are kept.
     """
-    if workers < 0:
-        raise UserError(f"workers is {workers}: expected 0 (read in this process) or more")
     faults: list[tuple[str, str, str]] = []
     sets: list[tuple[str, ShardSet]] = []
     found = {name: find_shards(patterns) for name, patterns in splits.items()}
@@ -149,7 +153,7 @@ def _read(census: Census, start: int, name: str, shards: ShardSet, workers: int,
     results = in_workers(_Examiner(shards), np.arange(len(shards)), workers=workers, at_once=IMAGES_AT_ONCE)
     for number, one in enumerate(results, start):
         bar.update()
-        if one.shard_fault:
+        if one.is_shard_fault:
             faulty.setdefault(int(census.shard[number]), one.reason)
             continue
         census.size[number] = one.size
@@ -167,7 +171,7 @@ def _read(census: Census, start: int, name: str, shards: ShardSet, workers: int,
 
 
 def _forget(census: Census, shard: int) -> None:
-    """Leave out what could be read of a faulty shard, which depends on who read first."""
+    """Forget the images of a faulty shard: how many were read before it failed depends on the workers."""
     rows = np.flatnonzero(census.shard == shard)
     census.width[rows] = census.height[rows] = census.size[rows] = 0
     for number in rows.tolist():
@@ -175,7 +179,7 @@ def _forget(census: Census, shard: int) -> None:
 
 
 class _Examiner:
-    """Examines images by number; a shard that failed is not tried again, for that may take as long as a server's silence."""
+    """Examines images by number. A shard that failed is not read again: it may take a server's time-out each time."""
 
     def __init__(self, shards: ShardSet):
         self._shards = shards
@@ -191,7 +195,7 @@ class _Examiner:
         except BrokenImage as error:
             return _Examined(reason=str(error))
         except UserError as error:
-            self._faults[shard] = _Examined(reason=str(error), shard_fault=True)
+            self._faults[shard] = _Examined(reason=str(error), is_shard_fault=True)
             return self._faults[shard]
         broken = _Examined(size=len(raw), file_digest=hashlib.sha256(raw).digest()[:DIGEST_BYTES])
         try:
@@ -205,3 +209,33 @@ class _Examiner:
         return broken._replace(
             width=width, height=height, pixel_digest=digest.digest()[:DIGEST_BYTES], code=code, thumb=thumb
         )
+
+
+def _frequencies() -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows and columns of the 64 lowest frequencies, without the mean."""
+    rows, columns = np.divmod(np.arange(HASH_SIDE**2), HASH_SIDE)
+    order = np.lexsort((rows, rows + columns))[1 : HASH_BITS + 1]
+    return rows[order], columns[order]
+
+
+ROWS, COLUMNS = _frequencies()
+
+
+def fingerprint(rgb: UInt8[np.ndarray, "h w 3"]) -> tuple[int, UInt8[np.ndarray, " t"]]:
+    """Return the perceptual hash of a picture and its thumbnail.
+
+    Each bit of the hash tells whether one cosine coefficient of low frequency is above their median.
+    """
+    rgb = np.ascontiguousarray(rgb)
+    gray = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(gray, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA)
+    low = cv2.dct(small.astype(np.float32))[ROWS, COLUMNS]
+    bits = np.packbits(low > np.median(low)).view(">u8")
+    thumb = cv2.resize(rgb, (THUMB_SIDE, THUMB_SIDE), interpolation=cv2.INTER_AREA)
+    return int(bits[0]), thumb.reshape(-1)
+
+
+def contrast(thumbs: UInt8[np.ndarray, "n t"]) -> Float32[np.ndarray, " n"]:
+    """Return the standard deviation of each thumbnail, in gray levels of 255."""
+    parts = [thumbs[start : start + THUMBS_AT_ONCE] for start in range(0, len(thumbs), THUMBS_AT_ONCE)]
+    return np.concatenate([np.empty(0, np.float32), *(part.std(1, dtype=np.float32) for part in parts)])

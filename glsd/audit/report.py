@@ -1,4 +1,4 @@
-"""What is wrong with shards, before a training run finds out: a line a topic, each ok, a note, or to be fixed."""
+"""What is wrong with shards, one finding a topic: ok, a note, or to be fixed before training."""
 
 import os
 from collections import Counter
@@ -8,15 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from glsd.audit.census import UNNAMED, Census, take_census
-from glsd.audit.duplicates import contents_of, exact_duplicates, near_duplicates
-from glsd.audit.finding import Finding, some
-from glsd.audit.near_duplicates import (
-    BITS,
-    FLAT,
-    MAX_BITS,
-    contrast,
-)
+from glsd.audit import NEAR_BITS, Finding, counted, have
+from glsd.audit.census import HASH_BITS, UNNAMED, Census, contrast, take_census
+from glsd.audit.duplicates import FLAT, contents_of, exact_duplicates, near_duplicates
 from glsd.errors import UserError
 from glsd.shards.addresses import is_remote, shown
 from glsd.shards.index import index_path
@@ -24,10 +18,10 @@ from glsd.shards.store import CLASSES_FILE, read_classes
 
 TINY = 32  # pixels of the short side: little is left to crop
 HUGE = 50e6  # pixels: decoding takes a second and hundreds of megabytes
-LONG = 5.0  # long side by short side
-LARGE_SHORT_SIDE = 800  # pixels: as a median, decoding is most of the work of training
-UNEVEN_SHARDS = 2.0  # largest by median
-UNEVEN_CLASSES = 10.0  # largest by smallest
+LONG = 5.0  # long side / short side
+LARGE_SHORT_SIDE = 800  # pixels: with such a median, decoding is most of the work of training
+UNEVEN_SHARDS = 2.0  # largest / median
+UNEVEN_CLASSES = 10.0  # largest / smallest
 PERCENTILES = (0, 5, 50, 95, 100)
 
 
@@ -37,36 +31,36 @@ class SplitSummary:
 
     name: str
     shards: int
-    images: int  # with those that cannot be read
-    labels: int  # different ones
+    images: int  # with unreadable ones
+    labels: int  # different labels
     total_bytes: int  # of the image files
     percentiles: dict[str, tuple[float, ...]]  # of width, height and kilobytes, at PERCENTILES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examination:
-    """What was found."""
+    """The result of an audit."""
 
     splits: tuple[SplitSummary, ...]
     findings: tuple[Finding, ...]
 
     @property
-    def sick(self) -> bool:
-        """Tell whether something must be fixed."""
+    def has_problems(self) -> bool:
+        """Whether something must be fixed."""
         return any(finding.level == "FIX" for finding in self.findings)
 
 
 def examine(
-    splits: Mapping[str, Sequence[str]], *, max_bits: int = MAX_BITS, workers: int = 0
+    splits: Mapping[str, Sequence[str]], *, near_bits: int = NEAR_BITS, workers: int = 0
 ) -> Examination:
     """Read and decode every image of some splits, each given by its patterns of shards.
 
-    To be fixed: shards that are damaged or not what their index says, images that cannot be read, labels that only a part
-    of a split has or that classes.json does not name, pictures in two splits, the same (``max_bits``: of the 64 bits of
-    two hashes that may differ for two images to be compared) or nearly. Raises UserError for a pattern without match.
+    To be fixed: shards that are damaged or do not fit their index, unreadable images, labels that only some images of a
+    split have or that classes.json does not name, duplicates and near-duplicates between splits. near_bits: how many of
+    the 64 bits of two hashes may differ for two images to be compared. Raises UserError for a pattern without match.
     """
-    if not 0 <= max_bits <= BITS // 4:
-        raise UserError(f"near_bits is {max_bits}: expected 0 (only equal hashes) to {BITS // 4}")
+    if not 0 <= near_bits <= HASH_BITS // 4:
+        raise UserError(f"near_bits is {near_bits}: expected 0 (only equal hashes) to {HASH_BITS // 4}")
     census = take_census(splits, workers=workers)
     contents = contents_of(census)
     findings = [
@@ -77,7 +71,7 @@ def examine(
         *_balance(census),
         *_keys(census),
         *exact_duplicates(census, contents),
-        *near_duplicates(census, contents, max_bits=max_bits),
+        *near_duplicates(census, contents, max_bits=near_bits),
     ]
     return Examination(
         splits=tuple(_summary(census, name) for name in census.splits), findings=tuple(findings)
@@ -85,7 +79,7 @@ def examine(
 
 
 def _summary(census: Census, name: str) -> SplitSummary:
-    mine = census.of(name)
+    mine = census.rows(name)
     seen = mine[census.readable()[mine]]
     columns = {"width": census.width[seen], "height": census.height[seen], "KB": census.size[seen] / 1000}
     return SplitSummary(
@@ -105,34 +99,38 @@ def _shards(census: Census) -> Iterator[Finding]:
     count = len({*census.shards, *(path for _, path, _ in census.faults)})
     if census.faults:
         items = tuple((shown(path), reason) for _, path, reason in census.faults)
-        yield Finding("FIX", "shards", f"{len(items):,} of {some(count, 'shard')} cannot be used", items)
+        yield Finding("FIX", "shards", f"{len(items):,} of {counted(count, 'shard')} cannot be used", items)
     bare = [path for path in census.shards if not is_remote(path) and not index_path(path).exists()]
     if bare:
         yield Finding(
             "note",
             "index",
-            f"{len(bare):,} of {some(count, 'shard')} have no index beside them, so that every machine scans them once: "
-            "python launch/pack.py index SHARDS",
+            f"{len(bare):,} of {counted(count, 'shard')} have no index beside them, so that every machine scans them once: "
+            "glsd pack index SHARDS",
         )
     elif not census.faults:
-        yield Finding("ok", "shards", f"{some(count, 'shard')}, each with its index")
+        yield Finding("ok", "shards", f"all {have(count, 'shard')} an index")
     names = {os.path.basename(shown(path)).rpartition("-")[0] for path in census.shards} - {""}
     if census.splits == (UNNAMED,) and len(names) > 1:
         example = " ".join(f"{name}='.../{name}-*.tar'" for name in sorted(names)[:2])
         yield Finding(
             "note",
             "splits",
-            f"the shards' names tell of several splits; to look for leakage, name them: doctor {example}",
+            f"the names of the shards suggest several splits: to look for leakage, name them: glsd audit {example}",
         )
 
 
 def _unreadable(census: Census) -> Iterator[Finding]:
-    seen = int(census.readable().sum()) + len(census.reasons)  # those of faulty shards are told of as shards
+    seen = int(census.readable().sum()) + len(
+        census.reasons
+    )  # images of faulty shards are reported as shards
     if census.reasons:
         items = tuple((census.place(number), reason) for number, reason in sorted(census.reasons.items()))
-        yield Finding("FIX", "unreadable", f"{len(items):,} of {some(seen, 'image')} cannot be read", items)
+        yield Finding(
+            "FIX", "unreadable", f"{len(items):,} of {counted(seen, 'image')} cannot be read", items
+        )
     elif seen:
-        yield Finding("ok", "unreadable", f"all {some(seen, 'image')} can be read")
+        yield Finding("ok", "unreadable", f"all {counted(seen, 'image')} can be read")
 
 
 def _sizes(census: Census) -> Iterator[Finding]:
@@ -141,61 +139,61 @@ def _sizes(census: Census) -> Iterator[Finding]:
     short, long = np.minimum(width, height), np.maximum(width, height)
     flat = contrast(census.thumb[rows]) < FLAT
     odd = (
-        ("tiny", short < TINY, f"short side below {TINY} pixels"),
+        ("tiny", short < TINY, f"a short side below {TINY} pixels"),
         (
             "huge",
             width * height > HUGE,
             f"more than {HUGE / 1e6:.0f} megapixels: pack them with --short_side",
         ),
-        ("long", long > LONG * short, f"one side more than {LONG:.0f} times the other"),
-        ("blank", flat, "of nearly one color"),
+        ("long", long > LONG * short, f"one side more than {LONG:.0f} times as long as the other"),
+        ("blank", flat, "nearly one color"),
     )
     for topic, those, what in odd:
         found = rows[those]
         items = tuple((census.place(n), f"{census.width[n]} x {census.height[n]}") for n in found)
         if items:
-            yield Finding("note", topic, f"{some(len(items), 'image')}: {what}", items)
+            yield Finding("note", topic, f"{have(len(items), 'image')} {what}", items)
     if len(rows) and np.median(short) > LARGE_SHORT_SIDE:
         yield Finding(
             "note",
             "large",
-            f"the median short side is {np.median(short):.0f} pixels: crops of 224 need less; packed with --short_side 512 "
-            "they are read several times as fast",
+            f"the median short side is {np.median(short):.0f} pixels, more than crops of 224 need: images packed with "
+            "--short_side 512 are read several times as fast",
         )
     elif len(rows) and not any(those.any() for _, those, _ in odd):
-        yield Finding("ok", "sizes", "none tiny, huge, long or blank")
+        yield Finding("ok", "sizes", "no image is tiny, huge, long or blank")
 
 
 def _labels(census: Census) -> Iterator[Finding]:
     for name in census.splits:
-        mine = census.of(name)
+        mine = census.rows(name)
         if not len(mine):
             continue
         labels = census.label[mine]
         without = mine[labels < 0]
         if len(without) == len(mine):
-            yield Finding("ok", "labels", f"{name}: none, as pretraining needs none")
+            yield Finding("ok", "labels", f"{name}: no image has a label, and pretraining needs none")
             continue
         if len(without):
             items = tuple((census.place(number), "no label") for number in without)
             yield Finding(
                 "FIX",
                 "labels",
-                f"{name}: {some(len(without), 'image')} of {len(mine):,} have no label, the others have",
+                f"{name}: {len(without):,} of {len(mine):,} images have no label, the others have one",
                 items,
             )
         yield from _unnamed(census, name, mine)
         counts = Counter(labels[labels >= 0].tolist())
         most, least = max(counts.values()), min(counts.values())
         single = sum(count == 1 for count in counts.values())
-        text = f"{name}: {some(len(counts), 'class', 'classes')} of {least:,} to {most:,} images"
+        text = f"{name}: {have(len(counts), 'class', 'classes')} {least:,} to {most:,} images"
         if single:
-            text += f"; {single:,} of a single one, which retrieval and class-balanced batches cannot use"
+            text += f"; {have(single, 'class', 'classes')} one image, of no use to retrieval and class-balanced batches"
         yield Finding("note" if single or most > UNEVEN_CLASSES * least else "ok", "classes", text)
 
 
 def _unnamed(census: Census, name: str, mine: np.ndarray) -> Iterator[Finding]:
-    """Labels that the classes.json beside the shards does not name."""
+    """Find labels that the classes.json beside the shards does not name."""
     for folder in sorted({os.path.dirname(census.shards[shard]) for shard in np.unique(census.shard[mine])}):
         file = Path(folder, CLASSES_FILE)
         if is_remote(folder) or not file.is_file():
@@ -209,30 +207,30 @@ def _unnamed(census: Census, name: str, mine: np.ndarray) -> Iterator[Finding]:
         beyond = mine[np.array(here) & (census.label[mine] >= known)]
         if len(beyond):
             items = tuple((census.place(number), f"label {census.label[number]}") for number in beyond)
-            text = f"{name}: {some(len(beyond), 'image')} with a label that {file} has no name for"
+            text = f"{name}: {have(len(beyond), 'image')} a label that {file} does not name"
             yield Finding("FIX", "labels", text, items)
 
 
 def _balance(census: Census) -> Iterator[Finding]:
     for name in census.splits:
-        shards = census.shard[census.of(name)]
+        shards = census.shard[census.rows(name)]
         numbers, samples = np.unique(shards, return_counts=True)
         if len(numbers) < 2:
             continue
-        weights = np.bincount(shards, census.size[census.of(name)])[numbers]
+        weights = np.bincount(shards, census.size[census.rows(name)])[numbers]
         uneven = max(samples.max() / np.median(samples), weights.max() / max(1, np.median(weights)))
         text = (
-            f"{name}: {samples.min():,} to {samples.max():,} images, {weights.min() / 1e6:.1f} to {weights.max() / 1e6:.1f} MB"
-            " a shard"
+            f"{name}: a shard holds {samples.min():,} to {samples.max():,} images, {weights.min() / 1e6:.1f} to "
+            f"{weights.max() / 1e6:.1f} MB"
         )
         if uneven > UNEVEN_SHARDS:
-            text += ": the window of the shuffle holds whole shards, so even ones mix better"
+            text += "; the shuffle window holds whole shards, so even ones mix better"
         yield Finding("note" if uneven > UNEVEN_SHARDS else "ok", "balance", text)
 
 
 def _keys(census: Census) -> Iterator[Finding]:
     for name in census.splits:
-        mine = census.of(name)
+        mine = census.rows(name)
         counts = Counter(census.keys[number] for number in mine)
         twice = [number for number in mine if counts[census.keys[number]] > 1]
         if twice:
@@ -240,9 +238,9 @@ def _keys(census: Census) -> Iterator[Finding]:
             yield Finding(
                 "note",
                 "keys",
-                f"{name}: {some(len({census.keys[n] for n in twice}), 'key')} in several shards: a table of keys cannot tell "
-                "them apart",
+                f"{name}: {counted(len({census.keys[n] for n in twice}), 'key')} come more than once, so a table of keys "
+                "cannot tell the images apart",
                 items,
             )
         elif len(mine):
-            yield Finding("ok", "keys", f"{name}: each only once")
+            yield Finding("ok", "keys", f"{name}: every key is unique")

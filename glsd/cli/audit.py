@@ -1,16 +1,17 @@
-"""glsd audit: examine shards, print what was found."""
+"""glsd audit: read every image of some shards and say what is wrong."""
 
 import argparse
 import json
-import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from glsd.audit.census import parse_splits
-from glsd.audit.finding import Finding
-from glsd.audit.near_duplicates import MAX_BITS
-from glsd.audit.report import Examination, SplitSummary, examine
+from glsd.audit import NEAR_BITS, Finding, counted
 from glsd.cli.door import printable
+from glsd.cli.pack import add_workers
 from glsd.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from glsd.audit.report import Examination, SplitSummary
 
 SHOWN = 3
 
@@ -18,44 +19,40 @@ SHOWN = 3
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="glsd audit",
-        description="Read every image of some shards and say what is wrong. Ends with code 1 if something must be fixed: a "
-        "damaged shard, an image that cannot be read, labels in part of a split only, a picture that is in two splits.",
+        description="Read every image of some shards and say what is wrong. The exit code is 1 if something must be fixed:\n"
+        "a damaged shard, an unreadable image, labels for only a part of a split, a picture in two splits.\n\n"
+        "example: glsd audit train='shards/train-*.tar' val='shards/val-*.tar'",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "shards",
         nargs="+",
         metavar="[NAME=]SHARDS",
-        help="brace patterns or globs of .tar files; a name makes them a split: train='a-*.tar' test='b-*.tar'",
+        help="brace patterns or globs of .tar files; a name makes them a split",
     )
     parser.add_argument(
         "--near_bits",
         type=int,
-        default=MAX_BITS,
-        help="differing bits, of 64, of the hashes of near duplicates (%(default)s)",
+        default=NEAR_BITS,
+        help="how many of 64 bits differ at most in the hashes of near-duplicates (%(default)s)",
     )
     parser.add_argument("--list", metavar="FILE", help="write every image that was found to a .tsv")
-    parser.add_argument("--json", action="store_true", help="print one last line for machines")
+    parser.add_argument("--json", action="store_true", help="print the result as a last line of JSON, too")
     add_workers(parser)
     args = parser.parse_args(argv)
-    found = examine(parse_splits(args.shards), max_bits=args.near_bits, workers=args.workers)
+    from glsd.audit.census import parse_splits
+    from glsd.audit.report import examine
+
+    found = examine(parse_splits(args.shards), near_bits=args.near_bits, workers=args.workers)
     report(found)
     if args.list:
         write_list(found, Path(args.list))
     if args.json:
         print(as_json(found))
-    return int(found.sick)
+    return int(found.has_problems)
 
 
-def add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        help="processes that read images; they do not change the result (%(default)s)",
-    )
-
-
-def report(found: Examination) -> None:
+def report(found: "Examination") -> None:
     for split in found.splits:
         print_split(split)
     width = max(len(finding.topic) for finding in found.findings)
@@ -67,13 +64,14 @@ def report(found: Examination) -> None:
         if len(finding.items) > SHOWN:
             print(f"      {'':{width}}  - and {len(finding.items) - SHOWN:,} more (--list FILE)")
     fixes, notes = (sum(f.level == level for f in found.findings) for level in ("FIX", "note"))
-    print(f"{fixes} to fix, {notes} to know")
+    print(f"{counted(fixes, 'problem')} to fix, {counted(notes, 'note')}")
 
 
-def print_split(split: SplitSummary) -> None:
-    labels = f"{split.labels:,} classes" if split.labels else "no labels"
+def print_split(split: "SplitSummary") -> None:
+    labels = f"of {counted(split.labels, 'class', 'classes')}" if split.labels else "without labels"
     print(
-        f"{split.name}: {split.images:,} images in {split.shards:,} shards, {split.total_bytes / 1e6:,.1f} MB, {labels}"
+        f"{split.name}: {counted(split.images, 'image')} {labels} in {counted(split.shards, 'shard')}, "
+        f"{split.total_bytes / 1e6:,.1f} MB"
     )
     if not all(split.percentiles.values()):
         return
@@ -84,7 +82,7 @@ def print_split(split: SplitSummary) -> None:
     print()
 
 
-def write_list(found: Examination, file: Path) -> None:
+def write_list(found: "Examination", file: Path) -> None:
     rows = [
         "\t".join(map(printable, (finding.level, finding.topic, where, what)))
         for finding in found.findings
@@ -96,7 +94,7 @@ def write_list(found: Examination, file: Path) -> None:
         raise UserError(f"cannot write {file}: {one_line(error)}") from error
 
 
-def as_json(found: Examination) -> str:
+def as_json(found: "Examination") -> str:
     def line(finding: Finding) -> dict:
         return {
             "level": finding.level,
@@ -115,4 +113,6 @@ def as_json(found: Examination) -> str:
         }
         for split in found.splits
     }
-    return json.dumps({"sick": found.sick, "splits": splits, "findings": [line(f) for f in found.findings]})
+    return json.dumps(
+        {"sick": found.has_problems, "splits": splits, "findings": [line(f) for f in found.findings]}
+    )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glsd.audit import counted
 from glsd.cli.door import printable
 from glsd.packing import SHARD_MEGABYTES
 
@@ -251,10 +252,6 @@ def report_left_out(skipped: Mapping[str, int], unreadable: tuple[tuple[str, str
 
 def shown_range(shards: tuple[Path, ...]) -> str:
     return printable(shards[0]) + (f" .. {printable(shards[-1].name)}" if len(shards) > 1 else "")
-
-
-def counted(count: int, noun: str, plural: str = "") -> str:
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

@@ -13,13 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from glsd.audit.census import parse_splits
-from glsd.audit.near_duplicates import (
-    MAX_DIFFERENCE,
-    MIN_CORRELATION,
-    find_near_duplicates,
-    fingerprint,
-)
+from glsd.audit import NEAR_BITS
+from glsd.audit.census import fingerprint, parse_splits
+from glsd.audit.duplicates import MAX_DIFFERENCE, MIN_CORRELATION, find_near_duplicates
 from glsd.audit.report import Examination, examine
 from glsd.cli import door as _door
 from glsd.cli import pack as pack_command
@@ -85,7 +81,7 @@ def test_healthy_shards(tmp_path):
     train, test = (pack(tmp_path, name, scenes(100 * n, 20)) for n, name in enumerate(("train", "test")))
     found = examine({"train": [train], "test": [test]})
     assert set(levels(found).values()) == {"ok"}
-    assert not found.sick
+    assert not found.has_problems
     one = found.splits[0]
     assert (one.name, one.shards, one.images, one.labels) == ("train", 1, 20, 2)
     assert one.percentiles["width"] == (96,) * 5
@@ -98,7 +94,7 @@ def test_unreadable_images(tmp_path):
     shards = pack(tmp_path, "a", [broken.get(n, raw) for n, raw in enumerate(scenes(0, 12))])
     for workers in (0, 2):
         found = examine({"a": [shards]}, workers=workers)
-        assert found.sick
+        assert found.has_problems
         lines = items(found, "unreadable")
         assert [line.split()[:2] for line in lines] == [["a-000000.tar", f"{n:08d}"] for n in broken]
         assert "empty image member" in lines[0]
@@ -110,13 +106,13 @@ def test_copies_inside_a_split_are_a_note(tmp_path):
     bitmap = file_of(Image.open(io.BytesIO(scenes(2, 1)[0])), "PNG")  # the same pixels, other bytes
     shards = pack(tmp_path, "a", [*scenes(0, 10), *scenes(4, 1), bitmap], [0] * 11 + [5])
     found = examine({"a": [shards]})
-    assert not found.sick
+    assert not found.has_problems
     assert items(found, "duplicates") == [
         "a-000000.tar 00000011 = a-000000.tar 00000002",
         "a-000000.tar 00000010 = a-000000.tar 00000004",
     ]
     (text,) = (finding.text for finding in found.findings if finding.topic == "duplicates")
-    assert text == "a: 2 images of 12 are copies of another (1 to the byte), 1 of them with another label"
+    assert text == "a: 2 of 12 images are copies of another (1 bit for bit), 1 with another label"
     assert levels(found)["near duplicates"] == "ok"
 
 
@@ -125,14 +121,14 @@ def test_leakage_is_to_be_fixed(tmp_path):
     again = file_of(scene(3).resize((61, 40)), quality=60)
     test = pack(tmp_path, "test", [*scenes(50, 5), scenes(8, 1)[0], again])
     found = examine({"train": [train], "test": [test]})
-    assert found.sick
+    assert found.has_problems
     assert items(found, "leakage") == ["test: test-000000.tar 00000005 = train: train-000000.tar 00000008"]
     assert items(found, "near leakage") == [
         "train: train-000000.tar 00000003 ~ test: test-000000.tar 00000006",
         "test: test-000000.tar 00000006 ~ train: train-000000.tar 00000003",
     ]
     inside = examine({"all": [train, test]})
-    assert not inside.sick
+    assert not inside.has_problems
     assert items(inside, "near duplicates") == ["test-000000.tar 00000006 ~ train-000000.tar 00000003"]
     three = examine({"train": [train], "query": [pack(tmp_path, "query", scenes(80, 3))], "test": [test]})
     assert items(three, "near leakage") == items(found, "near leakage")
@@ -143,15 +139,15 @@ def test_labels(tmp_path):
     none = pack(tmp_path, "none", scenes(10, 6), [None] * 6)
     uneven = pack(tmp_path, "uneven", scenes(20, 14), [0] * 11 + [1, 2, 2])
     found = examine({"some": [some]})
-    assert found.sick
+    assert found.has_problems
     assert items(found, "labels") == [f"some-000000.tar 0000000{n} no label" for n in (2, 4)]
-    assert not examine({"none": [none]}).sick
+    assert not examine({"none": [none]}).has_problems
     (text,) = (f.text for f in examine({"uneven": [uneven]}).findings if f.topic == "classes")
-    assert text.startswith("uneven: 3 classes of 1 to 11 images; 1 of a single one")
+    assert text.startswith("uneven: 3 classes have 1 to 11 images; 1 class has one image, ")
     assert levels(examine({"uneven": [uneven]}))["classes"] == "note"
     (tmp_path / "classes.json").write_text('["cat", "dog"]')
     found = examine({"uneven": [uneven]})
-    assert found.sick
+    assert found.has_problems
     assert items(found, "labels") == [f"uneven-000000.tar 000000{n} label 2" for n in (12, 13)]
 
 
@@ -163,7 +159,7 @@ def test_sizes(tmp_path):
         ["a-000000.tar 00000006 400 x 50"],
         ["a-000000.tar 00000007 64 x 64"],
     ]
-    assert not found.sick
+    assert not found.has_problems
     big = examine({"b": [pack(tmp_path, "b", [file_of(scene(n, 1400, 1000)) for n in range(3)])]})
     assert levels(big)["large"] == "note"
 
@@ -174,7 +170,7 @@ def test_uneven_shards_and_keys_twice(tmp_path):
     assert levels(found)["balance"] == levels(found)["keys"] == "note"
     assert len(items(found, "keys")) == 12
     assert {line.split()[1] for line in items(found, "keys")} == {f"{n:08d}" for n in range(4)}
-    assert not found.sick
+    assert not found.has_problems
 
 
 def test_damaged_shards(tmp_path):
@@ -190,7 +186,7 @@ def test_damaged_shards(tmp_path):
         else:
             index_path(shard).write_bytes(b"no index")
         found = examine({"a": [good, str(shard)]})
-        assert found.sick
+        assert found.has_problems
         assert items(found, "shards")[0].startswith(f"{shard} ")
         assert found.splits[0].images in (5, 10)
         (alone,) = examine({"a": [str(shard)]}).splits
@@ -198,7 +194,7 @@ def test_damaged_shards(tmp_path):
     index_path(good.replace("*", "000000")).unlink()
     found = examine({"a": [good]})
     assert levels(found)["index"] == "note"
-    assert not found.sick
+    assert not found.has_problems
 
 
 def test_names_that_no_terminal_shows(tmp_path, monkeypatch):
@@ -227,7 +223,7 @@ def test_unnamed_splits_are_told(tmp_path):
         pack(tmp_path, name, scenes(0, 3))
     found = examine(parse_splits([f"{tmp_path}/*.tar"]))
     (text,) = (finding.text for finding in found.findings if finding.topic == "splits")
-    assert text.endswith("name them: doctor test='.../test-*.tar' train='.../train-*.tar'")
+    assert text.endswith("name them: glsd audit test='.../test-*.tar' train='.../train-*.tar'")
     assert parse_splits(["train=a", "b", "test=x=y", "train=c", "./t=1/d"]) == {
         "train": ["a", "c"],
         "shards": ["b", "./t=1/d"],
@@ -240,7 +236,7 @@ def test_mistakes(tmp_path):
         examine({"a": [str(tmp_path / "nothing-*.tar")]})
     shards = pack(tmp_path, "a", scenes(0, 3))
     with pytest.raises(UserError, match="near_bits is 99"):
-        examine({"a": [shards]}, max_bits=99)
+        examine({"a": [shards]}, near_bits=99)
     with pytest.raises(UserError, match="workers is -1"):
         examine({"a": [shards]}, workers=-1)
 
@@ -255,7 +251,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert main(["doctor", f"train={train}", f"test={test}", "--workers=0", "--list", str(table)]) == 1
     printed = capsys.readouterr().out
     assert "FIX   leakage" in printed
-    assert printed.splitlines()[-1] == "1 to fix, 0 to know"
+    assert printed.splitlines()[-1] == "1 problem to fix, 0 notes"
     assert table.read_text().splitlines() == [
         "level\ttopic\twhere\twhat",
         "FIX\tleakage\ttest: test-000000.tar 00000000\t= train: train-000000.tar 00000005",
@@ -282,7 +278,9 @@ def prints(images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
 def test_what_is_nearly_the_same(change):
     others = [scene(seed, 320, 240) for seed in range(2, 40)]
     codes, thumbs = prints([scene(1, 320, 240), *others, changed()[change]])
-    found = find_near_duplicates(codes, thumbs, np.zeros(len(codes), int), np.arange(len(codes)))
+    found = find_near_duplicates(
+        codes, thumbs, np.zeros(len(codes), int), np.arange(len(codes)), max_bits=NEAR_BITS
+    )
     assert found.group.tolist() == [*range(len(codes) - 1), 0]
     assert (found.partner == -1).all()
 
@@ -293,15 +291,15 @@ def test_color_and_day_and_night_are_told_apart():
     night = ImageEnhance.Brightness(whole).enhance(0.4)
     gray = Image.fromarray(np.asarray(whole.convert("L"))).convert("RGB")
     codes, thumbs = prints([whole, Image.merge("RGB", (blue, green, red)), night, gray])
-    found = find_near_duplicates(codes, thumbs, np.arange(4), np.arange(4))
+    found = find_near_duplicates(codes, thumbs, np.arange(4), np.arange(4), max_bits=NEAR_BITS)
     assert found.partner.tolist() == [-1] * 4
 
 
 @pytest.mark.parametrize("max_bits", [0, 3, 6])
 def test_pairs_as_the_slow_twin_finds_them(max_bits, monkeypatch):
     """Hashes near one another, thumbnails that agree or not, tiles that cut through the buckets."""
-    monkeypatch.setattr("glsd.audit.near_duplicates.TILE", 7)
-    monkeypatch.setattr("glsd.audit.near_duplicates.PAIRS_AT_ONCE", 5)
+    monkeypatch.setattr("glsd.audit.duplicates.TILE", 7)
+    monkeypatch.setattr("glsd.audit.duplicates.PAIRS_AT_ONCE", 5)
     rng = np.random.default_rng(max_bits)
     made: list[tuple[int, np.ndarray]] = []
     for _ in range(25):
@@ -343,7 +341,7 @@ def test_a_hundred_thousand_are_compared_in_seconds():
     codes[n // 2 : n // 2 + 50] = codes[:50] ^ np.uint64(0b1010001)
     thumbs[n // 2 : n // 2 + 50] = thumbs[:50]
     codes[-2000:], thumbs[-2000:] = codes[-1], thumbs[-1]  # frames of a camera that saw nothing
-    found = find_near_duplicates(codes, thumbs, np.zeros(n, int), np.arange(n))
+    found = find_near_duplicates(codes, thumbs, np.zeros(n, int), np.arange(n), max_bits=NEAR_BITS)
     assert (found.group[n // 2 : n // 2 + 50] == np.arange(50)).all()
     assert (found.group != np.arange(n)).sum() == 50 + 1999
 
@@ -359,7 +357,7 @@ def test_photographs_coded_again_and_halved(photos):
     ]
     again = [Image.open(io.BytesIO(file_of(image, quality=40))) for image in again]
     codes, thumbs = prints(images + again)
-    found = find_near_duplicates(codes, thumbs, np.repeat([0, 1], 400), np.arange(800))
+    found = find_near_duplicates(codes, thumbs, np.repeat([0, 1], 400), np.arange(800), max_bits=NEAR_BITS)
     assert (found.partner[:400] >= 400).all()
     assert (found.group[400:] == found.group[:400]).all()
     assert len(set(found.group)) >= 398
@@ -367,7 +365,11 @@ def test_photographs_coded_again_and_halved(photos):
 
 def test_nothing_and_one_image():
     empty = find_near_duplicates(
-        np.zeros(0, np.uint64), np.zeros((0, 432), np.uint8), np.zeros(0, int), np.zeros(0, int)
+        np.zeros(0, np.uint64),
+        np.zeros((0, 432), np.uint8),
+        np.zeros(0, int),
+        np.zeros(0, int),
+        max_bits=NEAR_BITS,
     )
     assert empty.group.tolist() == []
     raw = np.asarray(Image.open(io.BytesIO(noise_image(0))))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_killed_at_every_moment(command, tmp_path):
     while True:
         fatal += 1
         dst = tmp_path / str(fatal)
-        if not killed(fatal, lambda dst=dst: packing(dst)):
+        if not killed(fatal, partial(packing, dst)):
             break
         if complete(dst):  # the very last moments
             with pytest.raises(UserError, match=r"already has .*-000000\.tar"):
