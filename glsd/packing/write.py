@@ -83,23 +83,16 @@ def pack_sources(
             done = staging.progress[prefix]
             if unreadable_hint is not None:
                 _refuse_unreadable(source, done.unreadable, unreadable_hint)
-            if done.is_complete:
-                continue
-            order = reading_order(source, shuffle_seed)
-            images: Iterable[Loaded] = load_images(
-                source,
-                order[done.next_place :],
-                full_check=full_check,
-                short_side=short_side,
-                workers=workers,
-            )
-            if unreadable_hint is not None:
-                images = _all_readable(source, images, unreadable_hint)
-            title = f"packing {source.title}"
-            with tqdm(
-                images, title, len(order), initial=done.next_place, unit=" images", disable=None
-            ) as bar:
-                _write_shards(staging, prefix, iter(bar), shard_megabytes, source, short_side is not None)
+            if not done.is_complete:
+                images = load_images(
+                    source,
+                    reading_order(source, shuffle_seed)[done.next_place :],
+                    full_check=full_check,
+                    short_side=short_side,
+                    workers=workers,
+                )
+                images = _watched(images, source, done.next_place, unreadable_hint)
+                _write_shards(staging, prefix, images, shard_megabytes, source, short_side is not None)
     return {
         prefix: _summary(source, staging.progress[prefix], dst, num_resumed[prefix])
         for prefix, source in sources.items()
@@ -165,11 +158,14 @@ def _check_classes(sources: Iterable[Source], classes: Sequence[str], dst: Path)
             )
 
 
-def _all_readable(source: Source, images: Iterable[Loaded], hint: str) -> Iterator[Loaded]:
-    for image in images:
-        if image.reason:
-            _refuse_unreadable(source, [(image.number, image.reason)], hint)
-        yield image
+def _watched(images: Iterator[Loaded], source: Source, first: int, hint: str | None) -> Iterator[Loaded]:
+    """Yield the images under a progress bar; with a hint, UserError for one that cannot be read."""
+    title = f"packing {source.title}"
+    with tqdm(images, title, len(source.names), initial=first, unit=" images", disable=None) as bar:
+        for image in bar:
+            if image.reason and hint is not None:
+                _refuse_unreadable(source, [(image.number, image.reason)], hint)
+            yield image
 
 
 def _refuse_unreadable(source: Source, unreadable: Sequence[tuple[int, str]], hint: str) -> None:
