@@ -15,8 +15,8 @@ from tqdm import tqdm
 from glsd.data.decode import decode
 from glsd.errors import BrokenImage, UserError
 from glsd.packing.source import in_workers
-from glsd.shards.addresses import shown
 from glsd.shards.find import find_shards
+from glsd.shards.remote import shown
 from glsd.shards.store import ShardSet, open_shards
 
 IMAGES_AT_ONCE = 16  # images in a worker's batch

@@ -12,8 +12,8 @@ from glsd.audit import NEAR_BITS, Finding, counted, have
 from glsd.audit.census import HASH_BITS, UNNAMED, Census, contrast, take_census
 from glsd.audit.duplicates import FLAT, contents_of, exact_duplicates, near_duplicates
 from glsd.errors import UserError
-from glsd.shards.addresses import is_remote, shown
 from glsd.shards.index import index_path
+from glsd.shards.remote import is_remote, shown
 from glsd.shards.store import CLASSES_FILE, read_classes
 
 TINY = 32  # pixels of the short side: little is left to crop

@@ -8,8 +8,7 @@ from typing import Any
 from glsd.doctor.line import Line, who
 from glsd.doctor.panel import Panel
 from glsd.errors import BrokenImage
-from glsd.shards.addresses import is_remote
-from glsd.shards.remote import TIMEOUT_VARIABLE
+from glsd.shards.remote import TIMEOUT_VARIABLE, is_remote
 from glsd.shards.store import open_shards
 
 SECONDS = 150.0

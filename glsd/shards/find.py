@@ -13,13 +13,6 @@ from tqdm import tqdm
 
 from glsd.errors import UserError, one_line
 from glsd.files import replacing, try_lock
-from glsd.shards.addresses import (
-    beside,
-    check_scheme,
-    identity,
-    is_remote,
-    shown,
-)
 from glsd.shards.cache import (
     FOLDER_VARIABLE,
     PART,
@@ -42,9 +35,14 @@ from glsd.shards.index import (
 from glsd.shards.remote import (
     MAX_CONNECTIONS,
     RemoteFile,
+    beside,
+    check_scheme,
     copy_to,
     glob_remote,
+    identity,
+    is_remote,
     look_up,
+    shown,
     write_all,
 )
 

@@ -22,8 +22,7 @@ from safetensors.numpy import save
 
 from glsd.errors import UserError, one_line
 from glsd.files import replacing
-from glsd.shards.tar import BLOCK, TarError
-from glsd.shards.tar_samples import IMAGE_EXTENSIONS, scan_samples
+from glsd.shards.tar import BLOCK, IMAGE_EXTENSIONS, TarError, scan_samples
 
 VERSION = 3
 SUFFIX = ".index"

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from glsd.errors import BrokenImage, UserError, one_line
-from glsd.shards.addresses import identity, is_remote, shown
 from glsd.shards.cache import ShardCache, check_digest
 from glsd.shards.find import (
     HIDDEN,
@@ -27,7 +26,7 @@ from glsd.shards.index import (
     map_index,
 )
 from glsd.shards.prefetch import Prefetcher
-from glsd.shards.remote import look_up, read_all
+from glsd.shards.remote import identity, is_remote, look_up, read_all, shown
 
 CLASSES_FILE = "classes.json"  # beside labeled shards: the class names, in the order of their labels
 CHECKED_AT_START = 1000  # shards whose content is looked at when they are opened: some 0.1 ms each

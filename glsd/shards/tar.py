@@ -1,35 +1,45 @@
-"""The member headers of an uncompressed tar file, read one after the other in bounded memory.
+"""The samples of a tar shard: member headers read in bounded memory, members grouped by key.
 
 Python's tarfile ends silently at a damaged header, takes extended headers of any size into memory, recurses once for
-each of them and reads numbers such as "1_0"; a shard from elsewhere must end in one clear line instead.
+each of them and reads numbers such as "1_0". A shard from elsewhere must end in one clear line instead.
 Formats: V7, ustar, pax (POSIX.1-2024, pax) and GNU (the GNU tar manual, "Basic Tar Format").
+Consecutive members with one key are one sample, as in webdataset.
 """
 
 import os
 import re
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
-BLOCK = 512  # a tar file is a sequence of blocks of this many bytes, the last two of them zero
+from glsd.errors import UserError
+
+BLOCK = 512  # bytes; a tar file is a sequence of blocks, the last two of them zero
 MAX_EXTENDED = 1 << 20  # bytes of one extended header: names of a few thousand bytes, access lists of 64 KiB
-MAX_TAIL = (
-    1 << 16
-)  # what is looked at behind the last member; writers pad with zeros, usually to 10,240 bytes
+# Bytes read behind the last member; writers pad with zeros, usually to 10,240 bytes.
+MAX_TAIL = 1 << 16
 
 NAME, SIZE, CHECKSUM, KIND = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)
 MAGIC, PREFIX = slice(257, 265), slice(345, 500)
 GNU_MAGIC = b"ustar  \0"  # then times and sparse maps stand where others have the prefix of the name
-SPARSE_GOES_ON, MAP_GOES_ON = 482, 504  # a byte of the header, and of every block of the map behind it
+SPARSE_CONTINUES, MAP_CONTINUES = 482, 504  # a byte of the header, and of every block of the map behind it
 OCTAL = re.compile(rb" *([0-7]+) *(?:\0.*)?", re.DOTALL)
-REGULAR, NO_DATA = (
-    b"0\0" + b"7",
-    b"123456",
-)  # second: links, devices, folders and pipes, whatever their size says
+REGULAR = b"0\0" + b"7"
+NO_DATA = b"123456"  # links, devices, folders and pipes, whatever their size field says
 PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,6}) ")
+
+IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif"))
+MAX_LABEL_BYTES = 32
+MAX_NAME_SHOWN = 100  # characters of a name in an error: it may be a megabyte long
+# The key ends at the first dot of the last path component, the rest names the member's kind.
+MEMBER_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
+SPECIAL = re.compile(r"__.*__", re.DOTALL)  # __meta__.json and the like
+LABEL = re.compile(rb"\s*(-1|[0-9]{1,18})\s*")
 
 
 class TarError(ValueError):
-    """The file is no uncompressed tar, damaged or cut; the message says where and why, in a few words."""
+    """A file that is not an uncompressed tar, is damaged or truncated; the message says where and why."""
 
 
 class Member(NamedTuple):
@@ -38,22 +48,23 @@ class Member(NamedTuple):
     name: str  # UTF-8; other bytes as surrogates
     offset: int  # of its data, bytes
     size: int  # bytes
-    regular: bool  # a file whose data stand here, whole: no folder, link, device or sparse file
+    regular: bool  # a file whose whole data stand here: not a folder, link, device or sparse file
     folder: bool
 
 
 def read_members(file: BinaryIO) -> Iterator[Member]:
-    """Yield the members of an uncompressed tar file in their order; their data are not read.
+    """Yield the members of an uncompressed tar file in order, without reading their data.
 
-    One extended header of at most MAX_EXTENDED bytes is held at a time. Raises TarError if the file is no tar, a header
-    is damaged, a member reaches beyond the end, or anything but zeros follows the last one (another tar, for example).
+    One extended header of at most MAX_EXTENDED bytes is in memory at a time. Raises TarError if the file is not a tar, a
+    header is damaged, a member reaches beyond the end, or something other than zeros (such as another tar) follows the
+    last member.
     """
     end = file.seek(0, os.SEEK_END)
     place = 0
-    extended: dict[str, bytes] = {}  # what stands before a header and is meant for it
+    extended: dict[str, bytes] = {}  # of the header that follows
     while any(header := _read(file, place, min(BLOCK, end - place), "header")):
         if len(header) < BLOCK:
-            raise TarError(f"header cut at byte {end}")
+            raise TarError(f"header truncated at byte {end}")
         _check(header, place)
         kind = header[KIND]
         size = _number(header[SIZE], place)
@@ -65,7 +76,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
             continue
         if kind == b"g":
             if _extended(file, kind, start, size, end).keys() & {"path", "size"}:
-                raise TarError(f"one name or size for all members at byte {place}")
+                raise TarError(f"a global header gives all members one name or size at byte {place}")
             place = start + _padded(size)
             continue
         if kind == b"S":
@@ -83,15 +94,15 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         name = extended.get("GNU.sparse.name", raw_name).decode(errors="surrogateescape")
         extended.clear()
         yield Member(name, start, size, regular, folder)
-    _check_end(file, place, end, started=bool(extended))
-
-
-def _check_end(file: BinaryIO, place: int, end: int, *, started: bool) -> None:
-    if started:
+    if extended:
         raise TarError(f"no member after the extended header before byte {place}")
+    _check_end(file, place, end)
+
+
+def _check_end(file: BinaryIO, place: int, end: int) -> None:
     tail = _read(file, place, min(MAX_TAIL, max(0, end - place)), "end")
     if len(tail) < 2 * BLOCK:
-        raise TarError(f"cut at byte {end}: no end mark")
+        raise TarError(f"truncated at byte {end}: no end mark")
     if any(tail):
         raise TarError(f"joined from several tar files at byte {place} of {end}, or damaged there")
 
@@ -102,26 +113,22 @@ def _read(file: BinaryIO, place: int, size: int, what: str) -> bytes:
     file.seek(place)
     raw = file.read(size)
     if len(raw) < size:
-        raise TarError(f"{what} cut at byte {place + len(raw)}")
+        raise TarError(f"{what} truncated at byte {place + len(raw)}")
     return raw
 
 
 def _check(header: bytes, place: int) -> None:
     rest = header[: CHECKSUM.start] + b" " * 8 + header[CHECKSUM.stop :]
     given = OCTAL.fullmatch(header[CHECKSUM])
-    if given is not None:
-        total = int(given[1], 8)
-        if total == sum(rest) or total == sum(
-            memoryview(rest).cast("b")
-        ):  # some old writers summed signed bytes
-            return
-    raise TarError(f"damaged header at byte {place}" if place else "its first bytes are no tar header")
+    # Some old writers summed signed bytes.
+    if given is None or int(given[1], 8) not in (sum(rest), sum(memoryview(rest).cast("b"))):
+        raise TarError(f"damaged header at byte {place}" if place else "its first bytes are not a tar header")
 
 
 def _number(field: bytes, place: int) -> int:
     if not field.split(b"\0")[0].strip(b" "):
         return 0
-    if field[0] == 0x80:  # beyond 8 GiB: binary, the largest byte first
+    if field[0] == 0x80:  # beyond 8 GiB: binary, big-endian
         return int.from_bytes(field[1:])
     digits = OCTAL.fullmatch(field)
     if digits is None:
@@ -148,9 +155,9 @@ def _extended(file: BinaryIO, kind: bytes, start: int, size: int, end: int) -> d
     if size > MAX_EXTENDED:
         raise TarError(f"an extended header of {size} bytes at byte {start}: at most {MAX_EXTENDED} are read")
     if start + size > end:
-        raise TarError(f"extended header cut at byte {end}")
+        raise TarError(f"extended header truncated at byte {end}")
     raw = _read(file, start, size, "extended header")
-    if kind == b"K":  # the name that a link points to: never followed
+    if kind == b"K":  # the target of a link: never followed
         return {}
     if kind == b"L":
         return {"path": raw.split(b"\0")[0]}
@@ -158,7 +165,7 @@ def _extended(file: BinaryIO, kind: bytes, start: int, size: int, end: int) -> d
 
 
 def _pax_records(raw: bytes, start: int) -> dict[str, bytes]:
-    """Return what records "LENGTH KEY=VALUE\\n" say of names, sizes and sparse files; the length counts the whole record."""
+    """Return the names, sizes and sparse fields in records "LENGTH KEY=VALUE\\n"; the length counts the whole record."""
     wanted = {}
     place = 0
     while place < len(raw) and raw[place]:  # some writers pad with zeros
@@ -175,10 +182,100 @@ def _pax_records(raw: bytes, start: int) -> dict[str, bytes]:
 
 
 def _behind_sparse_map(file: BinaryIO, header: bytes, start: int, end: int) -> int:
-    goes_on = header[SPARSE_GOES_ON]
-    while goes_on:
+    continues = header[SPARSE_CONTINUES]
+    while continues:
         if start + BLOCK > end:
-            raise TarError(f"map of a sparse member cut at byte {end}")
-        goes_on = _read(file, start, BLOCK, "map of a sparse member")[MAP_GOES_ON]
+            raise TarError(f"map of a sparse member truncated at byte {end}")
+        continues = _read(file, start, BLOCK, "map of a sparse member")[MAP_CONTINUES]
         start += BLOCK
     return start
+
+
+def _numbers() -> "array[int]":
+    return array("q")
+
+
+@dataclass(kw_only=True, slots=True)
+class Samples:
+    """One row per sample, as plain numbers: a file may hold a member for every 512 bytes."""
+
+    offset: "array[int]" = field(default_factory=_numbers)  # of the image in the file, -1 = no image member
+    size: "array[int]" = field(default_factory=_numbers)
+    label: "array[int]" = field(default_factory=_numbers)  # -1 = none
+    key_end: "array[int]" = field(default_factory=_numbers)  # where each key ends in keys
+    keys: bytearray = field(default_factory=bytearray)  # one after the other, UTF-8
+
+    def key(self, row: int) -> bytes:
+        return bytes(self.keys[self.key_end[row - 1] if row else 0 : self.key_end[row]])
+
+
+def scan_samples(file: BinaryIO, shard: str) -> Samples:
+    """Return the samples of an uncompressed tar file in order, reading only headers and labels.
+
+    A sample without an image member is kept: reading it reports it. Links and sparse files are no images. Raises
+    TarError for a damaged tar, and UserError naming ``shard`` for a member that appears twice in its sample, a label
+    (``.cls``) that is neither an integer >= 0 nor -1 (none), and a sample whose members are not consecutive.
+    """
+    samples = Samples()
+    current, kinds = None, set[str]()
+    for member in read_members(file):
+        parts = MEMBER_NAME.fullmatch(member.name)
+        if parts is None or SPECIAL.fullmatch(parts[1]) or member.folder:
+            continue
+        key, kind = parts[1], parts[2].lower()
+        if key != current:
+            current, kinds = key, set()
+            _start(samples, key)
+        if kind in kinds:
+            raise UserError(
+                f"shard {shard}: member {_quoted(member.name)} appears twice in its sample: pack the shard again"
+            )
+        kinds.add(kind)
+        if not member.regular:
+            continue
+        if kind in IMAGE_EXTENSIONS and samples.offset[-1] < 0:
+            samples.offset[-1], samples.size[-1] = member.offset, member.size
+        elif kind == "cls":
+            samples.label[-1] = _read_label(file, member, shard)
+    _check_together(samples, shard)
+    return samples
+
+
+def _start(samples: Samples, key: str) -> None:
+    samples.keys += key.encode(errors="surrogateescape")
+    samples.offset.append(-1)
+    samples.size.append(0)
+    samples.label.append(-1)
+    samples.key_end.append(len(samples.keys))
+
+
+def _read_label(file: BinaryIO, member: Member, shard: str) -> int:
+    file.seek(member.offset)
+    raw = file.read(min(member.size, MAX_LABEL_BYTES + 1))
+    match = LABEL.fullmatch(raw)
+    if match is None or len(raw) > MAX_LABEL_BYTES:
+        raise UserError(
+            f"shard {shard}: label member {_quoted(member.name)} holds {raw!r}: expected an integer >= 0"
+        )
+    return int(match[1])
+
+
+def _check_together(samples: Samples, shard: str) -> None:
+    """Raise UserError for a tar of unsorted files, where labels would be lost and samples have no image.
+
+    A key that appears again with an image is another sample, as in joined data sets.
+    """
+    lacking = {samples.key(row) for row, offset in enumerate(samples.offset) if offset < 0}
+    if not lacking:
+        return
+    for row, offset in enumerate(samples.offset):
+        if offset >= 0 and samples.key(row) in lacking:
+            key = samples.key(row).decode(errors="surrogateescape")
+            raise UserError(
+                f"shard {shard}: the members of sample {_quoted(key)} are not consecutive: sort the files "
+                "(tar --sort=name) and pack the shard again"
+            )
+
+
+def _quoted(name: str) -> str:
+    return repr(name if len(name) <= MAX_NAME_SHOWN else f"{name[:MAX_NAME_SHOWN]}...")

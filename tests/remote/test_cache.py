@@ -12,7 +12,6 @@ import pytest
 from glsd.errors import UserError
 from glsd.packing.write import pack_samples
 from glsd.shards import remote
-from glsd.shards.addresses import beside, identity, shown
 from glsd.shards.cache import (
     PART,
     WHOLE,
@@ -23,10 +22,13 @@ from glsd.shards.cache import (
 from glsd.shards.find import find_shards, index_remote, shard_headers
 from glsd.shards.prefetch import Prefetcher
 from glsd.shards.remote import (
+    beside,
     copy_to,
+    identity,
     look_up,
     patience,
     read_all,
+    shown,
 )
 from glsd.shards.store import open_shards
 from tests.remote.faulty import FaultyServer

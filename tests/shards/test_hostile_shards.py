@@ -195,22 +195,22 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "half an end": (tar(IMAGE, end=bytes(BLOCK)), "no end mark"),
     "garbage behind the end": (tar(IMAGE, end=bytes(2 * BLOCK) + b"x"), "joined"),
     "a second tar behind it": (tar(IMAGE) + tar(member(b"b.jpg", TWO)), "joined"),
-    "half a header": (tar(IMAGE, end=header(b"b.jpg", 0)[:200]), "header cut"),
-    "compressed": (gzip.compress(tar(IMAGE)), "no tar header"),
-    "an image": (ONE, "no tar header"),
+    "half a header": (tar(IMAGE, end=header(b"b.jpg", 0)[:200]), "header truncated"),
+    "compressed": (gzip.compress(tar(IMAGE)), "not a tar header"),
+    "an image": (ONE, "not a tar header"),
     "zeros": (bytes(5120), "holds no image"),
     "nothing": (b"", "no end mark"),
     "links only": (tar(member(b"a.jpg", kind=b"2", link=b"b.jpg")), "holds no image"),
-    "one member twice": (tar(IMAGE, IMAGE), "'a.jpg' comes twice"),
+    "one member twice": (tar(IMAGE, IMAGE), "'a.jpg' appears twice"),
     "long name twice": (
         tar(pax({"path": b"n" * 9000 + b".jpg"}), IMAGE, pax({"path": b"n" * 9000 + b".jpg"}), IMAGE),
-        "n[.]{3}' comes twice",
+        "n[.]{3}' appears twice",
     ),
     "labels behind all images": (
         tar(
             *(member(b"%d.jpg" % n, ONE) for n in range(3)), *(member(b"%d.cls" % n, b"1") for n in range(3))
         ),
-        "the members of sample '0' stand apart",
+        "the members of sample '0' are not consecutive",
     ),
     "a pickle as label": (tar(IMAGE, member(b"a.cls", b"cos\nsystem\n")), "'a.cls' holds"),
     "a label of a gigabyte": (tar(IMAGE, member(b"a.cls", b"1" * (1 << 20))), "'a.cls' holds"),

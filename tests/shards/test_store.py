@@ -198,7 +198,7 @@ def test_tar_without_images_and_doubled_members(tmp_path):
         open_shards(str(write_tar(tmp_path / "a.tar", [("photo.of.cat.jpg", b"x"), ("b.txt", b"")])))
     with pytest.raises(UserError, match="holds no image"):
         open_shards(str(write_tar(tmp_path / "b.tar", [])))
-    with pytest.raises(UserError, match=r"'0\.jpg' comes twice"):
+    with pytest.raises(UserError, match=r"'0\.jpg' appears twice"):
         open_shards(str(write_tar(tmp_path / "c.tar", [("0.jpg", b"x"), ("0.jpg", b"y")])))
 
 
