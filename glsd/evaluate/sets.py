@@ -14,7 +14,7 @@ from glsd.cluster import dist
 from glsd.config.evaluate import EvalDataConfig
 from glsd.config.finetune import FinetuneDataConfig
 from glsd.data.eval_loader import eval_loader
-from glsd.errors import UserError
+from glsd.errors import UserError, config_keys
 from glsd.shards.store import (
     ShardSet,
     check_disjoint,
@@ -46,12 +46,8 @@ def open_labeled(patterns: str | list[str], key: str) -> ShardSet:
     shards = open_shards(patterns)
     if not len(shards):
         raise UserError(f"{key} {patterns!r}: no images in these shards")
-    unlabeled = int((shards.labels() < 0).sum())
-    if unlabeled:
-        raise UserError(
-            f"{key}: {unlabeled} of {len(shards)} images have no label:"
-            " pack a folder that has one subfolder per class"
-        )
+    with config_keys({"shards": key}):
+        shards.check_labeled()
     return shards
 
 

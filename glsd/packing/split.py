@@ -133,14 +133,8 @@ def _role_of(roles: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
 
 def _labels(shards: ShardSet) -> list[int]:
-    labels = shards.labels().tolist()
-    if -1 in labels:
-        number = labels.index(-1)
-        raise UserError(
-            f"{labels.count(-1)} of {len(labels)} images have no label, first {shards.key(number)} in "
-            f"{shards.shard_of(number)}: expected a .cls member beside every image"
-        )
-    return labels
+    shards.check_labeled()
+    return shards.labels().tolist()
 
 
 def _sources(

@@ -10,7 +10,7 @@ from glsd.batches import CropBatch
 from glsd.cluster import dist
 from glsd.config.parse import differences
 from glsd.config.pretrain import PretrainConfig
-from glsd.errors import UserError
+from glsd.errors import UserError, config_keys
 from glsd.evaluate.sets import choose_sizes, embed_set
 from glsd.metrics.knn import knn_accuracy
 from glsd.models.blocks import run_uncompiled
@@ -111,12 +111,8 @@ def open_probe(cfg: PretrainConfig) -> tuple[ShardSet, ShardSet] | None:
                 f"watch.{key} is not set: name labeled shards, or turn the probe off with --watch.probe_every 0"
             )
         sets[key] = open_shards(patterns)
-        unlabeled = (sets[key].labels() < 0).nonzero()[0]
-        if len(unlabeled):
-            shard = sets[key].shard_of(int(unlabeled[0]))
-            raise UserError(
-                f"watch.{key}: {shard} holds images without a label; pack them from labeled folders"
-            )
+        with config_keys({"shards": f"watch.{key}"}):
+            sets[key].check_labeled()
     train, val = sets["probe_train_shards"], sets["probe_val_shards"]
     check_disjoint(train, val, names=("watch.probe_train_shards", "watch.probe_val_shards"))
     check_same_classes(train, val)

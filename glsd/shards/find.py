@@ -1,4 +1,4 @@
-"""From patterns to shards and their indices: what is there, here or on a server, and that its size is the one expected."""
+"""Find the shards that patterns name, local or remote, and the index of each."""
 
 import glob
 import hashlib
@@ -22,7 +22,6 @@ from glsd.shards.cache import (
     check_size,
 )
 from glsd.shards.index import (
-    REBUILD,
     SUFFIX,
     VERSION,
     IndexHeader,
@@ -46,20 +45,20 @@ from glsd.shards.remote import (
     write_all,
 )
 
-HIDDEN = frozenset((403, 404))  # what a store that may not be listed says of a file that is not there
-SOURCES_SUFFIX = "-files.tsv"  # beside packed shards: which file a key comes from
+HIDDEN = frozenset((403, 404))  # a store that forbids listing answers 403 for a missing file
+SOURCES_SUFFIX = "-files.tsv"  # beside packed shards: the source file of each key
 
 
 def find_shards(patterns: str | Sequence[str]) -> list[str]:
-    """Return the files that brace patterns and globs name, of local paths and of addresses (globs sorted).
+    """Return the local paths and addresses that brace patterns and globs name (globs sorted).
 
-    Raises UserError for a pattern without match, a folder, a pipe, and a shard named twice.
+    Raises UserError for a pattern without match, a folder, a pipe, and a shard that is named twice.
     """
     return [path for paths in find_sources(patterns) for path in paths]
 
 
 def find_sources(patterns: str | Sequence[str]) -> list[list[str]]:
-    """Return find_shards of each pattern apart."""
+    """Return ``find_shards`` of each pattern separately."""
     given = [patterns] if isinstance(patterns, str) else list(patterns)
     if not any(given):
         raise UserError("no shards given: expected a pattern such as 'shards/train-{000000..000146}.tar'")
@@ -90,7 +89,9 @@ def _stat(path: str) -> os.stat_result:
 
 def _expand(pattern: str) -> list[str]:
     if pattern.startswith("pipe:"):
-        raise UserError(f"shards {pattern!r}: programs are not run: write their output to a file first")
+        raise UserError(
+            f"shards {pattern!r}: pipes are not supported: write the program's output to a file first"
+        )
     if is_remote(pattern):
         check_scheme(pattern)
     else:
@@ -114,20 +115,21 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _matches(name: str) -> list[str]:
-    if is_remote(name):  # whether an address without wildcard exists is seen when all are looked up together
+    if is_remote(name):
+        # An address without wildcard is looked up later, together with all others.
         return glob_remote(name) if any(sign in name.split("?")[0] for sign in "*[") else [name]
     return [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
 
 
-def shard_headers(paths: Sequence[str], cache_dir: Path | None = None) -> list[IndexHeader]:
-    """Return the header of each shard's index, made if there is none beside a local one.
+def shard_headers(paths: Sequence[str]) -> list[IndexHeader]:
+    """Return the header of each shard's index, made in ``$GLSD_CACHE/index`` for a local shard without one.
 
-    ``cache_dir``: where indices lie that are not beside their shards (default ``$GLSD_CACHE/index``). Raises UserError for
-    a shard that is missing, damaged, or of another size than its index says, and for a remote one without index.
+    Raises UserError for a shard that is missing, damaged, or of another size than in its index, and for a remote one
+    without index.
     """
-    folder = cache_dir if cache_dir is not None else cache_folder("index")
-    far = [path for path in paths if is_remote(path)]
-    headers = dict(zip(far, _remote_headers(far, folder), strict=True))
+    folder = cache_folder("index")
+    addresses = [path for path in paths if is_remote(path)]
+    headers = dict(zip(addresses, _remote_headers(addresses, folder), strict=True))
     for path in tqdm(paths, "indexing shards", delay=2, disable=None):
         if path not in headers:
             headers[path] = _local_header(path, folder)
@@ -142,16 +144,12 @@ def _local_header(path: str, folder: Path) -> IndexHeader:
         if not sidecar.exists():
             write_index(build_index(path), sidecar, shard_name=os.path.basename(path))
     header = read_header(sidecar)
-    if header.shard_bytes != status.st_size:
-        raise UserError(
-            f"shard {path} has {status.st_size} bytes but {header.shard_bytes} by its index {header.path}: it is "
-            f"truncated or was replaced; restore it, or {REBUILD}"
-        )
+    check_size(path, status.st_size, header)
     return header
 
 
 def _cached(folder: Path, where: str, size: int, version: str) -> Path:
-    """Return where the index of one state of a shard is kept that does not lie beside it."""
+    """Return where the index of one version of a shard is kept if it is not beside the shard."""
     identity = f"{VERSION}\0{where}\0{size}\0{version}"
     return folder / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]}{SUFFIX}"
 
@@ -180,21 +178,23 @@ def _remote_headers(addresses: Sequence[str], folder: Path) -> list[IndexHeader]
 def _index_here(
     address: str, sidecar: str, shard: RemoteFile, index: RemoteFile | None, folder: Path
 ) -> IndexHeader:
-    """Return the header of a remote shard's index: of the file beside it, copied first, or of one that was made here."""
+    """Return the header of a remote shard's index: of a copy of the file beside it, or of one made on this machine."""
     if index is None:
         made = _cached(folder, identity(address), shard.size, shard.version)
         if not made.exists():
             raise UserError(
-                f"shard {shown(address)} has no index beside it that can be read ({shown(sidecar)}): make it once with "
+                f"shard {shown(address)} has no readable index beside it ({shown(sidecar)}): make it once with "
                 f"'python launch/pack.py index {shown(address)}' and upload it"
             )
         return read_header(made)
     local = _cached(folder, identity(sidecar), index.size, index.version)
-    if local.exists() and index.version:  # without a version another one of the same size looks the same
+    if (
+        local.exists() and index.version
+    ):  # without a version, a replaced index of the same size looks the same
         try:
             return read_header(local)
         except UserError:
-            local.unlink(missing_ok=True)  # our copy is damaged, which says nothing of theirs
+            local.unlink(missing_ok=True)  # the copy is damaged, not necessarily the file on the server
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(local) as file:
@@ -212,9 +212,10 @@ def _index_here(
 
 
 def index_remote(address: str, *, upload: bool) -> int:
-    """Make the index of one remote shard, which is downloaded for it, and return its number of samples.
+    """Download a remote shard, make its index and return its number of samples.
 
-    It is kept in ``$GLSD_CACHE/index``, where runs on this machine find it, or with ``upload`` written beside the shard.
+    The index is kept in ``$GLSD_CACHE/index``, where runs on this machine find it. ``upload`` also writes it beside the
+    shard.
     """
     (shard,) = look_up([address])
     if shard is None:
@@ -222,7 +223,7 @@ def index_remote(address: str, *, upload: bool) -> int:
     scratch = cache_folder("shards")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        # Of the cache's own names, and locked: what a kill leaves there goes with the next download.
+        # A locked part file of the cache: the next download removes it after a kill.
         with open(scratch / f"{uuid.uuid4().hex}{PART}", "w+b") as file:
             try_lock(file)
             try:

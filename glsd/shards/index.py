@@ -1,8 +1,8 @@
-"""Where every sample of a tar shard lies: the sidecar that makes an image one ``pread`` away.
+"""The index of a tar shard: key, byte offset, size and label of each sample, in a file beside the tar.
 
-Our own versioned form, a safetensors file: it is safe to open, and its arrays can be mapped into memory, so
-that opening a hundred million samples costs one small read per shard. (The text form of NVIDIA DALI's wds2idx
-holds no labels, cannot hold names with spaces, and has to be parsed whole.)
+The index is a versioned safetensors file. It is safe to open, and its arrays are mapped into memory, so that opening a
+hundred million samples costs one small read per shard. (The text format of NVIDIA DALI's wds2idx has no labels and no names
+with spaces, and must be parsed as a whole.)
 """
 
 import hashlib
@@ -29,11 +29,9 @@ SUFFIX = ".index"
 MAX_HEADER = 1 << 20
 MAX_MARKS = 3
 PIECE = 1 << 20  # bytes read at a time
-MARK_BYTES = (
-    8 * BLOCK
-)  # what is remembered of a shard at each of a few places; an image starts in the middle of it
+MARK_BYTES = 8 * BLOCK  # hashed at each of a few places of a shard; an image starts in the middle of it
 VERSIONS = re.compile("[0-9]{1,9}")
-REBUILD = "write it again with: python launch/pack.py index SHARDS"
+REBUILD = "write the index again with: python launch/pack.py index SHARDS"
 
 DTYPES: dict[str, tuple[str, type]] = {
     "image_offset": ("I64", np.int64),
@@ -49,13 +47,13 @@ class ShardIndex:
     """The samples of one shard in their order in the tar; offsets and sizes in bytes."""
 
     shard_bytes: int  # size of the whole tar file
-    marks: tuple[int, ...]  # where the pieces of the tar begin that tell it from another one of the same size
-    digest: str  # of those pieces
-    image_offset: Int64[np.ndarray, " n"]  # -1 = the sample has no image member
+    marks: tuple[int, ...]  # offsets of the pieces that are hashed to identify the tar
+    digest: str  # hash of those pieces
+    image_offset: Int64[np.ndarray, " n"]  # -1: no image member
     image_size: Int64[np.ndarray, " n"]
-    label: Int64[np.ndarray, " n"]  # -1 = no label
+    label: Int64[np.ndarray, " n"]  # -1: no label
     key_end: Int64[np.ndarray, " n"]  # where each key ends in key_bytes
-    key_bytes: UInt8[np.ndarray, " z"]  # all keys one after the other, UTF-8
+    key_bytes: UInt8[np.ndarray, " z"]  # all keys concatenated, UTF-8
 
     def __len__(self) -> int:
         return len(self.label)
@@ -67,16 +65,15 @@ class ShardIndex:
 
 
 def index_path(shard: str | Path) -> Path:
-    """Return where the sidecar of a shard lies: beside it, ``.index`` added to its name."""
+    """Return the path of a shard's index: its own plus ``.index``."""
     return Path(f"{shard}{SUFFIX}")
 
 
 def build_index(shard: str | Path) -> ShardIndex:
     """Scan the member headers of one uncompressed tar file and return its index; nothing is extracted.
 
-    Samples are consecutive members with the same key (tar_samples.py). Links are not followed. Raises UserError if the
-    file cannot be read, is no uncompressed tar, is truncated or damaged, holds no image, a label (``.cls`` member) that
-    is not an integer of at least 0 (or -1 = none), or a sample whose members stand apart.
+    Links are not followed. Raises UserError if the file cannot be read, is not an uncompressed tar, is truncated or damaged,
+    has no image, a bad label (``.cls`` member), or a sample whose members are not consecutive.
     """
     try:
         shard_bytes = os.stat(shard).st_size
@@ -94,7 +91,7 @@ def build_index(shard: str | Path) -> ShardIndex:
             f"shard {shard} holds no image: expected members such as 00000000.jpg (one dot only; "
             f"{', '.join(sorted(IMAGE_EXTENSIONS))})"
         )
-    # Before an image stand its headers, and its label or that of the sample before: new labels alone are seen, too.
+    # The bytes before an image hold its label or the one of the sample before, so that a change of labels alone is seen.
     chosen = {with_image[0], with_image[len(with_image) // 2], with_image[-1]}
     marks = tuple(sorted(max(0, offset - MARK_BYTES // 2) for offset in chosen))
     return ShardIndex(
@@ -110,9 +107,9 @@ def build_index(shard: str | Path) -> ShardIndex:
 
 
 def marks_digest(shard: str | Path, marks: tuple[int, ...]) -> str:
-    """Return the hash of a shard's bytes at a few places: one small read for each.
+    """Return the hash of a shard's bytes at a few offsets; one small read each.
 
-    It goes with the content, so it survives what a time stamp does not: copies, archives, version control.
+    Unlike a time stamp it survives copies, archives and version control.
     """
     digest = hashlib.sha256()
     try:
@@ -149,7 +146,7 @@ def write_index(index: ShardIndex, path: Path, *, shard_name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexHeader:
-    """What is known of an index without touching its arrays."""
+    """The header of an index file: everything but the arrays."""
 
     path: Path
     count: int
@@ -162,7 +159,7 @@ class IndexHeader:
 
 
 def read_header(path: Path) -> IndexHeader:
-    """Return the checked header of an index file; UserError if it is damaged or of another version."""
+    """Read and check the header of an index file; UserError if it is damaged or of another version."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -175,7 +172,7 @@ def read_header(path: Path) -> IndexHeader:
         if not VERSIONS.fullmatch(version):
             raise ValueError("no version")
         if version != str(VERSION):
-            raise UserError(f"index {path} is of version {version}, expected {VERSION}: {REBUILD}")
+            raise UserError(f"index {path} has version {version}, expected {VERSION}: {REBUILD}")
         spans = {name: _span(header[name], name, count) for name in DTYPES}
         if max(end for _, end in spans.values()) != file_bytes - 8 - length or count < 1:
             raise ValueError("wrong length")
@@ -220,7 +217,7 @@ def _within(mark: object, shard_bytes: int) -> bool:
 
 
 def _checksum(pieces: Mapping[str, Iterable[bytes | memoryview]]) -> int:
-    """Return a checksum of the arrays in their order, which tells damage; who means harm can make it, too."""
+    """Return a checksum of the arrays in order. It detects damage, not malice."""
     total = 0
     for name in DTYPES:
         total = zlib.crc32(name.encode(), total)
@@ -237,9 +234,9 @@ def _pieces(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
 
 
 def map_index(header: IndexHeader) -> ShardIndex:
-    """Return the index behind a header, its arrays mapped: pages are read when used, shared by processes.
+    """Return the index of a header with memory-mapped arrays, whose pages processes share.
 
-    The whole file is read once for its checksum, a piece at a time. Raises UserError if it is damaged or was replaced.
+    The whole file is read once for its checksum, piece by piece. Raises UserError if it is damaged or was replaced.
     """
     size = max(end for _, end in header.spans.values())
     try:

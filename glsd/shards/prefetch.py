@@ -1,4 +1,4 @@
-"""Downloads in the background: what the order will need next is fetched while the present is read."""
+"""Downloads in the background: shards that are needed next are fetched while the current ones are read."""
 
 import os
 import threading
@@ -8,7 +8,10 @@ from glsd.errors import UserError
 
 
 class Prefetcher:
-    """One thread a process that fetches what was wanted last; where it fails, the reader finds out, and says so."""
+    """One thread per process that fetches the numbers of the latest request.
+
+    A failed fetch ends the request without an error: the reader fetches the same shard again and reports it.
+    """
 
     def __init__(self, fetch: Callable[[int], None]):
         self._fetch = fetch
@@ -16,8 +19,8 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
 
     def want(self, numbers: Sequence[int]) -> None:
-        """Fetch these, in this order, instead of what is still left of the list before."""
-        # After a fork there is no thread, and its lock may be locked for ever; an error that is a bug ends it, too.
+        """Fetch these numbers in this order, instead of what is left of the request before."""
+        # A forked process has no thread, and its copy of the lock may be locked. A bug in fetch ends the thread, too.
         if self._process != os.getpid() or self._thread is None or not self._thread.is_alive():
             self._process = os.getpid()
             self._left: list[int] = []
@@ -37,11 +40,11 @@ class Prefetcher:
                 self._fetch(number)
             except UserError:
                 with self._changed:
-                    self._left = []  # the server is in trouble: no more requests than the reader makes
+                    self._left = []  # do not add requests to a server that fails
             except RuntimeError as error:
                 if "shutdown" not in str(error):
                     raise
-                return  # the process is ending, and takes no more work from anybody
+                return  # the process is ending
 
     def __getstate__(self) -> dict:
         return {"_fetch": self._fetch, "_process": -1, "_thread": None}

@@ -1,4 +1,4 @@
-"""Tar shards as one long list of samples: any image is one ``pread`` away, nothing is unpacked."""
+"""Tar shards as one list of samples: each image is one ``pread`` away, and nothing is unpacked."""
 
 import functools
 import hashlib
@@ -29,16 +29,18 @@ from glsd.shards.prefetch import Prefetcher
 from glsd.shards.remote import identity, is_remote, look_up, read_all, shown
 
 CLASSES_FILE = "classes.json"  # beside labeled shards: the class names, in the order of their labels
-CHECKED_AT_START = 1000  # shards whose content is looked at when they are opened: some 0.1 ms each
-MAX_IMAGE_BYTES = 1 << 30  # 16 bits a color of the largest image that decode.py takes, uncompressed
+CHECKED_AT_START = (
+    1000  # up to so many shards are compared with their indices at the start: about 0.1 ms each
+)
+MAX_IMAGE_BYTES = 1 << 30  # the largest image that decode.py accepts, uncompressed with 16 bits per color
 MAX_OPEN_SHARDS = 64  # per process, two files each; a system allows 1,024 open files by default
 
 
 class ShardSet:
     """The samples of all shards in the order given, numbered from 0.
 
-    Opening costs a small read per shard; files are opened where and when they are read, remote ones downloaded, so a set
-    can be handed to worker processes. Not for several threads at once.
+    Opening costs one small read per shard. Each process opens or downloads a shard when it first reads from it, so a set
+    can be passed to worker processes. Not thread-safe.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class ShardSet:
     ):
         self.paths = tuple(paths)
         self.shard_sizes: Int64[np.ndarray, " s"] = np.array([h.count for h in headers], dtype=np.int64)
-        self.shard_weights = weights  # how often an epoch reads each shard; None = once
+        self.shard_weights = weights  # how often an epoch reads each shard; None: once
         self._headers = tuple(headers)
         self._ends = np.cumsum(self.shard_sizes)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -66,8 +68,7 @@ class ShardSet:
     def read(self, index: int) -> bytes:
         """Return the bytes of a sample's image file.
 
-        Raises BrokenImage if the sample has no image or an empty one, UserError if its shard vanished or
-        shrank.
+        Raises BrokenImage if the sample has no image or an empty one, UserError if its shard was removed or truncated.
         """
         shard, row = self._locate(index)
         offset, size = int(shard.index.image_offset[row]), int(shard.index.image_size[row])
@@ -78,7 +79,7 @@ class ShardSet:
         return shard.read(offset, size)
 
     def key(self, index: int) -> str:
-        """Return a sample's name inside its shard."""
+        """Return a sample's name in its shard."""
         shard, row = self._locate(index)
         return shard.index.key(row)
 
@@ -89,18 +90,27 @@ class ShardSet:
 
     def labels(self) -> Int64[np.ndarray, " n"]:
         """Return the labels of all samples, -1 where there is none."""
-        # Copies, so that no more than one file is mapped at a time.
+        # Copies, so that only one file is mapped at a time.
         return np.concatenate([map_index(header).label.copy() for header in self._headers])
 
+    def check_labeled(self) -> None:
+        """Raise UserError if a sample has no label."""
+        missing = np.flatnonzero(self.labels() < 0)
+        if len(missing):
+            first = int(missing[0])
+            raise UserError(
+                f"shards: {len(missing)} of {len(self)} images have no label, first {self.key(first)} in "
+                f"{self.shard_of(first)}: pack a folder that has one subfolder per class, or a list with labels"
+            )
+
     def shard_of(self, index: int) -> str:
-        """Return the path of the shard that holds a sample, as it may be shown."""
+        """Return the path or address of a sample's shard, for a message."""
         return shown(self.paths[self._shard_number(index)])
 
     def fingerprint(self) -> str:
         """Return a hash of the shards' names, sample counts and sizes, in order.
 
-        Equal fingerprints mean that an epoch's order still means the same samples, wherever the folder is
-        now.
+        With equal fingerprints an epoch has the same samples in the same order, also after the shards moved.
         """
         digest = hashlib.sha256()
         for path, header in zip(self.paths, self._headers, strict=True):
@@ -110,24 +120,27 @@ class ShardSet:
         return digest.hexdigest()
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Download these shards in the background, where they are remote, instead of what was asked for before."""
+        """Download the remote ones of these shards in the background; replaces an earlier request."""
         if wanted := [number for number in numbers if number in self._remote]:
             self._prefetcher.want(wanted)
 
     def read_ahead(self, index: int) -> None:
-        """Download the shard after the one of this sample in the background, for those who read from first to last."""
+        """Download the shard after this sample's in the background, for a reader that goes from first to last."""
         number = self._shard_number(index)
         if self._remote and number != self._read_ahead:
             self._read_ahead = number
             self.prefetch(range(number, min(number + 2, len(self.paths))))
 
     def check_room(self, num_shards: int, what: str) -> None:
-        """Raise UserError if any ``num_shards`` shards might not fit into the cache together; ``what`` needs them."""
+        """Raise UserError if the largest ``num_shards`` remote shards do not fit into the cache together.
+
+        what: the reader that needs so many at a time, for the message.
+        """
         sizes = sorted((self._headers[number].shard_bytes for number in self._remote), reverse=True)
         self._cache.check_room(sum(sizes[:num_shards]), what)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}  # open files stay in their process
+        return {**self.__dict__, "_open": OrderedDict()}  # open files are not passed to other processes
 
     def _shard_number(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -155,7 +168,7 @@ def _fetch_one(cache: ShardCache, paths: Sequence[str], headers: Sequence[IndexH
 class _OpenShard:
     """One shard's mapped index and, once it is read from, its open file.
 
-    cache: where it is read from if remote; check: whether the content was not looked at yet.
+    cache: of a remote shard, None for a local one. check: compare the content with the index at the first read.
     """
 
     def __init__(self, path: str, header: IndexHeader, cache: ShardCache | None, *, check: bool):
@@ -182,7 +195,9 @@ class _OpenShard:
         except OSError as error:
             raise UserError(f"cannot read shard {self.path}: {one_line(error)}") from error
         if len(raw) < size:
-            raise UserError(f"shard {self.path} ends before byte {offset + size}: it was cut while in use")
+            raise UserError(
+                f"shard {self.path} ends before byte {offset + size}: it was truncated while in use"
+            )
         return raw
 
     def close(self) -> None:
@@ -195,18 +210,17 @@ class _OpenShard:
             self.close()
 
 
-def open_shards(
-    patterns: str | Sequence[str], *, weights: Sequence[float] = (), cache_dir: Path | None = None
-) -> ShardSet:
+def open_shards(patterns: str | Sequence[str], *, weights: Sequence[float] = ()) -> ShardSet:
     """Open the shards that brace patterns and globs of local paths and addresses name, in that order (globs sorted).
 
-    The index of a shard is its sidecar ``<shard>.index`` if there is one; otherwise a local tar is scanned once
-    and the index is kept in ``cache_dir`` (default ``$GLSD_CACHE/index``, or ``~/.cache/glsd/index``), never
-    beside the user's data. weights: how often an epoch reads the shards of each pattern, none = once; a part of 1 reads as
-    many of their samples. Raises UserError for a pattern without match, a pipe, a shard named twice, one that is missing,
-    damaged, or of another size than its index says, a remote one without index, and a local one of another content than
-    its index says (compared at three places: times of files say nothing about copies; remote ones, and all of a very long
-    list, when they are first read).
+    The index of a shard is the file ``<shard>.index`` beside it. A local tar without one is scanned once; its index is
+    kept in ``$GLSD_CACHE/index`` (``~/.cache/glsd/index`` by default), never beside the user's data. A shard must have the
+    size and the content that its index was made for. Content is compared at three places: at the start for local shards,
+    at the first read for remote ones and very long lists.
+
+    weights: how often an epoch reads the shards of each pattern, once by default; 0.5 reads half of their samples. Raises
+    UserError for a pattern without match, a pipe, and a shard that is named twice, missing, damaged or not that of its
+    index, or is remote and has no index.
     """
     sources = find_sources(patterns)
     per_shard = None
@@ -217,12 +231,12 @@ def open_shards(
             or not any(weights)
         ):
             raise UserError(
-                f"data.weights is {list(weights)}: expected a number of at least 0 for each of the {len(sources)} entries "
-                "of data.shards, and not all 0"
+                f"weights is {list(weights)}: expected one number >= 0 for each of the {len(sources)} shard patterns, and "
+                "not all 0"
             )
         per_shard = np.repeat(np.array(weights, dtype=np.float64), [len(paths) for paths in sources])
     paths = [path for source in sources for path in source]
-    headers = shard_headers(paths, cache_dir)
+    headers = shard_headers(paths)
     if len(paths) <= CHECKED_AT_START:
         for path, header in zip(paths, headers, strict=True):
             if not is_remote(path):
@@ -231,13 +245,13 @@ def open_shards(
 
 
 def check_disjoint(one: ShardSet, other: ShardSet, *, names: tuple[str, str]) -> None:
-    """Raise UserError if a shard is in both sets, also under another name; ``names``: what to call the sets."""
+    """Raise UserError if a shard is in both sets, also under another name; names: of the sets, for the message."""
     real = {_place(path) for path in one.paths}
     shared = [path for path in other.paths if _place(path) in real]
     if shared:
         raise UserError(
-            f"{names[0]} and {names[1]} have {len(shared)} shards in common, as {shown(shared[0])}: an image would be measured "
-            "against itself; name different shards"
+            f"{names[0]} and {names[1]} have {len(shared)} shards in common, such as {shown(shared[0])}: an image would be "
+            "compared with itself; name different shards"
         )
 
 
@@ -246,14 +260,14 @@ def _place(path: str) -> str:
 
 
 def check_same_classes(one: ShardSet, other: ShardSet) -> None:
-    """Raise UserError if classes.json files beside the shards of two sets give labels different meanings."""
+    """Raise UserError if the classes.json files beside the shards of two sets differ."""
     folders = dict.fromkeys(path.rpartition("/")[0] for path in (*one.paths, *other.paths))
     files = [file for folder in folders if _is_file(file := os.path.join(folder, CLASSES_FILE))]
     for file in files[1:]:
         if read_classes(file) != read_classes(files[0]):
             raise UserError(
                 f"{shown(files[0])} and {shown(file)} number different classes: a label would not mean the same in both sets; "
-                f"pack one of them anew with --classes {shown(files[0])}"
+                f"pack one of them again with --classes {shown(files[0])}"
             )
 
 
@@ -262,15 +276,17 @@ def _is_file(path: str) -> bool:
 
 
 def read_classes(file: str | Path) -> list[str]:
-    """Return the class names of a classes.json, in the order of their labels; UserError if it is no such list."""
+    """Return the class names of a classes.json, in the order of their labels; UserError if it is not such a list."""
     try:
         names = json.loads(read_all(str(file)) if is_remote(str(file)) else Path(file).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested deeply
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
         raise UserError(
             f"cannot read {shown(str(file))} ({error}): expected a JSON list of class names"
         ) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{shown(str(file))} is no list of class names: expected JSON such as ["cat", "dog"]')
+        raise UserError(
+            f'{shown(str(file))} is not a list of class names: expected JSON such as ["cat", "dog"]'
+        )
     if len(set(names)) < len(names):
         raise UserError(
             f"{shown(str(file))} names a class twice: expected each name once, in the order of the labels"

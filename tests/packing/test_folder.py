@@ -264,11 +264,12 @@ def test_full_disk_is_one_line(photos_folder, tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_index_for_existing_shards(make_shards, tmp_path):
+def test_index_for_existing_shards(make_shards, tmp_path, monkeypatch):
     pattern, packed = make_shards(3, 2, index=False)
     assert index_shards(pattern) == 5
     assert len(list((tmp_path / "shards").glob("*.tar.index"))) == 2
-    shards = open_shards(pattern, cache_dir=tmp_path / "unused")
+    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "unused"))
+    shards = open_shards(pattern)
     assert shards.read(4) == packed[4][0]
     assert not (tmp_path / "unused").exists()
 

@@ -248,7 +248,7 @@ def test_another_file_than_the_index_says(server, folder, fault):
     size = (folder / "s0-000000.tar").stat().st_size
     options = {"size": size // 2} if fault == "short" else {"instead": b"other"}
     server.plan("s0-000000.tar", fault, **options)
-    message = rf"has {size // 2} bytes but {size} by its index" if fault == "short" else "is not the one that"
+    message = rf"has {size // 2} bytes but {size} in its index" if fault == "short" else "is not the one that"
     with pytest.raises(UserError, match=message):
         shards.read(0)
     server.mend()
@@ -376,7 +376,7 @@ def test_our_copy_of_an_index_that_is_damaged_is_fetched_again(folder, tmp_path)
 def test_an_index_that_may_not_be_asked_for_is_made_here(server):
     address = names(server)[2]
     server.plan("s2-000000.tar.index", "status", status=403)
-    with pytest.raises(UserError, match="has no index beside it that can be read"):
+    with pytest.raises(UserError, match="has no readable index beside it"):
         open_shards(address)
     assert index_remote(address, upload=False) == 1
     assert open_shards(address).label(0) == 2
