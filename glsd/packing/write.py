@@ -17,9 +17,9 @@ from glsd.files import flush
 from glsd.packing import SHARD_MEGABYTES
 from glsd.packing.source import Loaded, Source, load_images, reading_order, source_digest
 from glsd.packing.staging import Progress, Staging, append, staged
-from glsd.shards.addresses import is_remote
 from glsd.shards.find import SOURCES_SUFFIX, find_shards, index_remote
 from glsd.shards.index import BLOCK, build_index, index_path, write_index
+from glsd.shards.remote import is_remote
 from glsd.shards.store import CLASSES_FILE, read_classes
 
 SAMPLE_OVERHEAD = 4 * BLOCK  # image header, padding of the image, label header, label

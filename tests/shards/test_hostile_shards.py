@@ -179,7 +179,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a record of length 0": (tar(member(b"x", b"0 path=x\n", b"x"), IMAGE), "damaged extended header"),
     "a record longer than its header": (tar(member(b"x", b"99 path=x\n", b"x"), IMAGE), "damaged extended"),
     "a megabyte of digits": (tar(member(b"x", b"1" * MAX_EXTENDED, b"x"), IMAGE), "damaged extended"),
-    "one name for all": (tar(pax({"path": b"x.jpg"}, b"g"), IMAGE), "one name or size for all"),
+    "one name for all": (tar(pax({"path": b"x.jpg"}, b"g"), IMAGE), "gives all members one name or size"),
     "an extended header of nothing": (tar(IMAGE, pax({"path": b"b.jpg"})), "no member after"),
     "a sparse map without end": (
         tar(
@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
             b"\1" * 5120,
             end=b"",
         ),
-        "map of a sparse member cut",
+        "map of a sparse member truncated",
     ),
     "a wrong checksum": (tar(IMAGE, member(b"b.jpg", TWO, sum=b"000000")), "damaged header at byte"),
     "no end": (tar(IMAGE, end=b""), "no end mark"),
