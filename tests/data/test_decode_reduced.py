@@ -1,4 +1,4 @@
-"""Decoding large JPEGs at a fraction: pixels that tell their own place prove that boxes and pixels agree."""
+"""Decoding at a reduced size: pixels whose color tells their place show that boxes and pixels agree."""
 
 import io
 import math
@@ -23,7 +23,7 @@ from glsd.errors import BrokenImage
 from tests.helpers.usual_spec import usual_spec
 
 KEY = {"seed": 1, "epoch": 2, "position": 3}
-# Upright picture -> what a camera held that way stores; the inverse of what the tag asks for.
+# Upright picture -> the pixels that a camera held that way stores: the inverse of the orientation.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -120,7 +120,7 @@ def test_a_snapped_box_is_what_is_cut(orientation):
 
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), 0, 9])
-def test_turning_is_pillows(orientation):
+def test_upright_is_pillows(orientation):
     stored = photograph(12, 17)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -294,7 +294,7 @@ def test_other_kinds_are_not_reduced():
         assert torch.equal(pixels, decode(buffer.getvalue()))
 
 
-def test_damage_is_a_reason_here_too(large):
+def test_damage_is_refused_with_a_reason(large):
     with pytest.raises(BrokenImage, match="truncated"):
         crop_sample(large[: len(large) // 2], usual_spec(), **KEY)
     raw = bytearray(large)

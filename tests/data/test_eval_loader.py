@@ -123,7 +123,7 @@ def test_limit_counts_within_the_chosen(make_shards):
 def test_broken_images_are_listed_not_fatal(make_shards, workers):
     pattern, _ = make_shards(9, change={4: b"text", 7: b""})
     loader = eval_loader(open_shards(pattern), **{**SETUP, "num_workers": workers})
-    for _ in range(2):  # and again: nothing adds up
+    for _ in range(2):  # twice: the list starts anew
         indices = torch.cat([batch.indices for batch in loader])
         assert indices.tolist() == [0, 1, 2, 3, -1, 5, 6, -1, 8]
         assert [(b.index, b.key) for b in loader.broken] == [(4, "00000004"), (7, "00000007")]

@@ -1,4 +1,4 @@
-"""Images that someone made to do harm, or that broke on the way: their pixels, or a reason why not; never anything else."""
+"""Malicious and damaged images give pixels or BrokenImage with a reason, never anything else."""
 
 import io
 import json

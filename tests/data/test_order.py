@@ -215,7 +215,7 @@ def test_sizes_that_do_not_fit(change, message):
 
 WEIGHTS = np.array(
     [1.0, 3.0, 0.5, 0.0, 2.25, 0.1]
-)  # of SIZES: whole turns 7 + 3 + 8 samples, parts of 2.5 + 1 + 1.2
+)  # of SIZES: full passes 7 + 3 + 8 samples, parts of 2.5 + 1 + 1.2
 
 
 def weighted(epoch: int, *, seed: int = 3, sizes=SIZES, weights=WEIGHTS, window_shards: int = 2) -> list[int]:
@@ -244,7 +244,7 @@ def test_a_weight_says_how_often_each_sample_comes():
         parts = np.split(times, np.cumsum(SIZES)[:-1])
         assert parts[0].tolist() == [1] * 7
         assert parts[1].tolist() == [3]
-        assert set(parts[2]) <= {0, 1}  # a part of a turn has no sample twice
+        assert set(parts[2]) <= {0, 1}  # a partial pass has no sample twice
         assert parts[3].tolist() == [0] * 9
         assert set(parts[4]) <= {2, 3}
         assert set(parts[5]) <= {0, 1}
@@ -252,7 +252,7 @@ def test_a_weight_says_how_often_each_sample_comes():
 
 
 @pytest.mark.slow
-def test_parts_of_turns_reach_every_sample_equally_often():
+def test_partial_passes_reach_every_sample_equally_often():
     epochs = 1000
     times = np.bincount(np.concatenate([weighted(epoch) for epoch in range(epochs)]), minlength=sum(SIZES))
     expected = np.repeat(WEIGHTS, SIZES) * epochs
@@ -261,7 +261,7 @@ def test_parts_of_turns_reach_every_sample_equally_often():
     assert np.array_equal(times[~fractional], expected[~fractional])
     spread = 5 * np.sqrt(epochs * 0.25)
     assert (abs(times - expected)[fractional] < spread + 0.3 / 3 * epochs).all()
-    for shard in (2, 4, 5):  # within a shard nobody is preferred
+    for shard in (2, 4, 5):  # all samples of a shard are equally likely
         mine = np.split(times, np.cumsum(SIZES)[:-1])[shard]
         assert np.ptp(mine) < 2 * spread
 

@@ -1,4 +1,4 @@
-"""Colors: both arrangements against one crop at a time, torchvision, Pillow, formulas written out, and each other."""
+"""Colors: both implementations against torchvision, Pillow, literal formulas, one crop at a time, and each other."""
 
 import colorsys
 import itertools
@@ -33,8 +33,8 @@ JITTERS = ("brightness", "contrast", "saturation", "hue")
 
 
 @pytest.fixture(params=["opencv", "torch"], autouse=True)
-def arrangement(request, monkeypatch):
-    """Run every test twice: with what the CPU uses, and with what other devices use."""
+def implementation(request, monkeypatch):
+    """Run every test with the implementation of the CPU and with that of other devices."""
     if request.param == "torch":
         monkeypatch.setattr(module, "photometric_cpu", photometric_torch)
 
@@ -203,7 +203,7 @@ def test_drawn_parameters_give_what_one_crop_at_a_time_gives(size):
     crops = pictures(len(parameters), size=size)
     ours, expected = photometric(crops, parameters), one_by_one(crops, parameters).float()
     unsure = ((ours - expected).abs() > 5e-3).float().mean()
-    # Solarise jumps at its threshold: there a rounding error may flip a pixel.
+    # Solarize jumps at its threshold: there a rounding error may flip a pixel.
     assert unsure < 1e-3
     jumping = parameters[:, PHOTOMETRIC_FIELDS.index("solarize")] > 0
     assert torch.allclose(ours[~jumping], expected[~jumping], atol=5e-3)
@@ -217,7 +217,7 @@ def test_neutral_parameters_only_normalize():
     assert torch.allclose(photometric(crops, settings(3)), expected, atol=1e-6)
 
 
-def test_what_a_crop_gets_does_not_depend_on_its_company():
+def test_a_crop_does_not_depend_on_the_batch():
     parameters = drawn(4)
     crops = pictures(len(parameters))
     together = photometric(crops, parameters)
@@ -230,8 +230,8 @@ def test_what_a_crop_gets_does_not_depend_on_its_company():
 @pytest.mark.parametrize(
     ("height", "width"), [(32, 32), (33, 47), (1, 1), (1, 40), (40, 1), (2, 3), (96, 96)]
 )
-def test_the_two_arrangements_agree(height, width):
-    """Normalized values; the largest difference is that of the blur, whose tails the CPU leaves out."""
+def test_the_two_implementations_agree(height, width):
+    """Normalized values; the blur differs most, because the CPU cuts its tails."""
     parameters = drawn(20)
     crops = pictures(len(parameters), size=96)[..., :height, :width]
     ours, theirs = photometric_cpu(crops, parameters), photometric_torch(crops, parameters)
@@ -241,7 +241,7 @@ def test_the_two_arrangements_agree(height, width):
 
 
 @pytest.mark.parametrize("order", range(24))
-def test_the_two_arrangements_agree_beyond_the_usual_strengths(order):
+def test_the_two_implementations_agree_beyond_the_usual_strengths(order):
     """Factors from 0 to 3 and whole turns of the hue: with clamps that act and clamps that do not, before and after each."""
     rng = torch.Generator().manual_seed(order)
     parameters = torch.rand(60, len(PHOTOMETRIC_FIELDS), generator=rng)
@@ -259,7 +259,7 @@ def test_the_two_arrangements_agree_beyond_the_usual_strengths(order):
 
 
 @pytest.mark.usefixtures("_threads_of_before")
-def test_neither_threads_nor_company_change_a_bit_on_the_cpu():
+def test_neither_threads_nor_batch_change_a_bit_on_the_cpu():
     parameters = drawn(4)
     crops = pictures(len(parameters), size=41)
     torch.set_num_threads(1)
