@@ -1,17 +1,14 @@
 """Shared fixtures: one thread per process, the photographs when they are at hand."""
 
-import io
 import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from glsd.packing.write import pack_samples
+from tests.helpers.small_shards import digit_sample, pack_digit_classes
 from tests.helpers.warm_python import warm_python
 
 # Programs that tests start find this checkout, its tests and its laboratory.
@@ -55,18 +52,8 @@ def photos() -> Path:
 def digit_shards(tmp_path_factory) -> Path:
     """Folder with train-a-000000.tar, train-b-000000.tar (48 labeled 40x40 digits) and val-000000.tar (24)."""
     folder = tmp_path_factory.mktemp("digits")
-    digits = load_digits()
-
-    def samples(chosen):
-        for i in chosen:
-            pixels = (digits.images[i] * 15.9375).astype(np.uint8).repeat(5, 0).repeat(5, 1)
-            file = io.BytesIO()
-            Image.fromarray(pixels).convert("RGB").save(file, "PNG")
-            yield file.getvalue(), "png", int(digits.target[i])
-
-    pack_samples(samples(range(24)), folder, prefix="train-a")
-    pack_samples(samples(range(24, 48)), folder, prefix="train-b")
-    pack_samples(samples(range(48, 72)), folder, prefix="val")
+    for prefix, first in (("train-a", 0), ("train-b", 24), ("val", 48)):
+        pack_samples(map(digit_sample, range(first, first + 24)), folder, prefix=prefix)
     return folder
 
 
@@ -97,22 +84,6 @@ def tiny_run(digit_shards, tmp_path):
         return [f"--{key}={value}" for key, value in values.items()]
 
     return argv
-
-
-def pack_digit_classes(folder: Path, *, prefix: str, classes: range, count: int) -> None:
-    """Pack ``count`` 40x40 images of each of some digits, in turn."""
-    digits = load_digits()
-
-    def samples():
-        for number in range(count):
-            for label in classes:
-                pixels = digits.images[np.flatnonzero(digits.target == label)[number]] * 15.9375
-                file = io.BytesIO()
-                large = pixels.astype(np.uint8).repeat(5, 0).repeat(5, 1)
-                Image.fromarray(large).convert("RGB").save(file, "PNG")
-                yield file.getvalue(), "png", label
-
-    pack_samples(samples(), folder, prefix=prefix)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """glsd audit: read every image of some shards and say what is wrong."""
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> int:
         description="Read every image of some shards and say what is wrong. The exit code is 1 if something must be fixed:\n"
         "a damaged shard, an unreadable image, labels for only a part of a split, a picture in two splits.\n\n"
         "example: glsd audit train='shards/train-*.tar' val='shards/val-*.tar'",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=120),
     )
     parser.add_argument(
         "shards",

@@ -163,7 +163,7 @@ def make_parser(command: str, says: str, example: str, more: str = "") -> argpar
         prog=f"glsd pack {command}".strip(),
         description=f"{says}\n\nexample: glsd pack {example}",
         epilog=more,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=120),
     )
 
 

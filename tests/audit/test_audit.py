@@ -23,7 +23,7 @@ from glsd.errors import UserError
 from glsd.packing.write import pack_samples
 from glsd.shards.index import index_path
 from glsd.shards.store import open_shards
-from tests.helpers.small_shards import noise_image
+from tests.helpers.small_shards import encoded, noise_image, scene
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
 
@@ -31,18 +31,6 @@ LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
-
-
-def scene(seed: int, width: int = 96, height: int = 64) -> Image.Image:
-    """A picture with large shapes of many colors, another for every seed."""
-    rough = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def file_of(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def pack(
@@ -55,7 +43,7 @@ def pack(
 
 
 def scenes(start: int, count: int) -> list[bytes]:
-    return [file_of(scene(seed)) for seed in range(start, start + count)]
+    return [encoded(scene(seed)) for seed in range(start, start + count)]
 
 
 def levels(found: Examination) -> dict[str, str]:
@@ -90,7 +78,7 @@ def test_healthy_shards(tmp_path):
 
 
 def test_unreadable_images(tmp_path):
-    broken = {3: b"", 7: file_of(scene(7))[:-200], 11: b"text"}
+    broken = {3: b"", 7: encoded(scene(7))[:-200], 11: b"text"}
     shards = pack(tmp_path, "a", [broken.get(n, raw) for n, raw in enumerate(scenes(0, 12))])
     for workers in (0, 2):
         found = examine({"a": [shards]}, workers=workers)
@@ -103,7 +91,7 @@ def test_unreadable_images(tmp_path):
 
 
 def test_copies_inside_a_split_are_a_note(tmp_path):
-    bitmap = file_of(Image.open(io.BytesIO(scenes(2, 1)[0])), "PNG")  # the same pixels, other bytes
+    bitmap = encoded(Image.open(io.BytesIO(scenes(2, 1)[0])), "PNG")  # the same pixels, other bytes
     shards = pack(tmp_path, "a", [*scenes(0, 10), *scenes(4, 1), bitmap], [0] * 11 + [5])
     found = examine({"a": [shards]})
     assert not found.has_problems
@@ -118,7 +106,7 @@ def test_copies_inside_a_split_are_a_note(tmp_path):
 
 def test_leakage_is_to_be_fixed(tmp_path):
     train = pack(tmp_path, "train", scenes(0, 10))
-    again = file_of(scene(3).resize((61, 40)), quality=60)
+    again = encoded(scene(3).resize((61, 40)), quality=60)
     test = pack(tmp_path, "test", [*scenes(50, 5), scenes(8, 1)[0], again])
     found = examine({"train": [train], "test": [test]})
     assert found.has_problems
@@ -152,7 +140,7 @@ def test_labels(tmp_path):
 
 
 def test_sizes(tmp_path):
-    odd = [file_of(scene(1, 20, 30)), file_of(scene(2, 400, 50)), file_of(Image.new("RGB", (64, 64), "gray"))]
+    odd = [encoded(scene(1, 20, 30)), encoded(scene(2, 400, 50)), encoded(Image.new("RGB", (64, 64), "gray"))]
     found = examine({"a": [pack(tmp_path, "a", [*scenes(10, 5), *odd])]})
     assert [items(found, topic) for topic in ("tiny", "long", "blank")] == [
         ["a-000000.tar 00000005 20 x 30"],
@@ -160,7 +148,7 @@ def test_sizes(tmp_path):
         ["a-000000.tar 00000007 64 x 64"],
     ]
     assert not found.has_problems
-    big = examine({"b": [pack(tmp_path, "b", [file_of(scene(n, 1400, 1000)) for n in range(3)])]})
+    big = examine({"b": [pack(tmp_path, "b", [encoded(scene(n, 1400, 1000)) for n in range(3)])]})
     assert levels(big)["large"] == "note"
 
 
@@ -261,7 +249,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 def changed() -> dict[str, Image.Image]:
     whole = scene(1, 320, 240)
     return {
-        "coded again": Image.open(io.BytesIO(file_of(whole, quality=20))),
+        "coded again": Image.open(io.BytesIO(encoded(whole, quality=20))),
         "halved": whole.resize((160, 120), Image.Resampling.BILINEAR),
         "squeezed": whole.resize((224, 224)),
         "brighter": ImageEnhance.Brightness(whole).enhance(1.15),
@@ -355,7 +343,7 @@ def test_photographs_coded_again_and_halved(photos):
     again = [
         image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC) for image in images
     ]
-    again = [Image.open(io.BytesIO(file_of(image, quality=40))) for image in again]
+    again = [Image.open(io.BytesIO(encoded(image, quality=40))) for image in again]
     codes, thumbs = prints(images + again)
     found = find_near_duplicates(codes, thumbs, np.repeat([0, 1], 400), np.arange(800), max_bits=NEAR_BITS)
     assert (found.partner[:400] >= 400).all()

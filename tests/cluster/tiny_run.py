@@ -1,15 +1,10 @@
 """A tiny pretraining run on a few uneven shards, and how far it has come."""
 
-import io
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from glsd.shards.index import build_index, index_path, write_index
+from tests.helpers import small_shards
 
 SIZES = (31, 5, 47, 1, 22, 13, 38, 9, 27, 50)  # samples a shard: 243, 20 batches of 12 and 3 samples more
 NAMES = "train-{000000..000009}.tar"
@@ -17,27 +12,7 @@ NAMES = "train-{000000..000009}.tar"
 
 def pack_uneven(folder: Path) -> str:
     """Write SIZES[i] small images into ``folder/train-<i>.tar``, with an index each; return the pattern of all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 0
-    for shard, size in enumerate(SIZES):
-        path = folder / f"train-{shard:06d}.tar"
-        with tarfile.open(path, "w") as tar:
-            for _ in range(size):
-                raw = noise(number)
-                member = tarfile.TarInfo(f"{number:04d}.png")
-                member.size = len(raw)
-                tar.addfile(member, io.BytesIO(raw))
-                number += 1
-        write_index(build_index(path), index_path(path), shard_name=path.name)
-    return f"{folder}/{NAMES}"
-
-
-def noise(number: int) -> bytes:
-    """A PNG file of 40 x 40 pixels, another one for each number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return small_shards.pack_uneven(folder, SIZES, side=40)
 
 
 def argv_of(out: Path, shards: str, **changes: object) -> list[str]:

@@ -25,7 +25,7 @@ from glsd.packing.retrieval_sets import pack_retrieval_set
 from glsd.packing.split import assign_roles, split_shards
 from glsd.packing.write import PackSummary, pack_samples
 from tests.helpers.retrieval_trees import cub_tree
-from tests.helpers.small_shards import noise_image
+from tests.helpers.small_shards import encoded, noise_image
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
 NUM_IMAGES = 26
@@ -34,9 +34,7 @@ NUM_IMAGES = 26
 def large(number: int) -> bytes:
     """An image file of some 200 KB, five of which make a shard of a megabyte; every fourth is larger in pixels only."""
     if number % 4 == 1:
-        file = io.BytesIO()
-        Image.open(io.BytesIO(noise_image(number))).resize((80, 60)).save(file, "JPEG")
-        return file.getvalue()
+        return encoded(Image.open(io.BytesIO(noise_image(number))).resize((80, 60)))
     noise = np.random.default_rng(number).bytes(195_000 + 1000 * number)
     return noise_image(number) + noise  # what follows the end of a JPEG is ignored
 

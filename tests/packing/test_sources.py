@@ -23,7 +23,7 @@ from glsd.packing.lists import pack_list
 from glsd.packing.resize import shorten
 from glsd.packing.torchvision_sets import TORCHVISION_SETS, pack_torchvision
 from glsd.shards.store import open_shards
-from tests.helpers.small_shards import noise_image
+from tests.helpers.small_shards import encoded, noise_image
 
 
 @pytest.fixture(autouse=True)
@@ -281,12 +281,6 @@ def photo(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray(np.stack(waves, -1).astype(np.uint8)).convert(mode)
 
 
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def shortened(raw: bytes, short_side: int) -> tuple[bytes, str, str]:
     made = shorten(raw, short_side)
     assert made is not None
@@ -295,7 +289,7 @@ def shortened(raw: bytes, short_side: int) -> tuple[bytes, str, str]:
 
 @pytest.mark.parametrize(("width", "height"), [(1200, 800), (500, 1999), (301, 300)])
 def test_a_large_photograph_is_made_smaller(width, height):
-    raw = saved(photo(width, height), "JPEG", quality=95)
+    raw = encoded(photo(width, height), "JPEG", quality=95)
     small, extension, was = shortened(raw, 200)
     image = Image.open(io.BytesIO(small))
     assert (extension, was, image.format) == ("jpg", f"{width}x{height}", "JPEG")
@@ -312,14 +306,14 @@ def test_a_large_photograph_is_made_smaller(width, height):
 def test_a_checkerboard_becomes_gray():
     """Without antialiasing, one pixel in eight would be picked: black or white."""
     board = (np.indices((640, 640)).sum(0) % 2 * 255).astype(np.uint8)
-    small, _, _ = shortened(saved(Image.fromarray(board).convert("RGB"), "PNG"), 80)
+    small, _, _ = shortened(encoded(Image.fromarray(board).convert("RGB"), "PNG"), 80)
     assert np.abs(np.asarray(Image.open(io.BytesIO(small))).astype(int) - 127).max() <= 2
 
 
 def test_noise_becomes_a_jpeg_too():
     """Pillow gives libjpeg too little room for such a file when it is to optimize its tables."""
     noise = 255 * np.random.default_rng(0).integers(0, 2, (400, 400, 3), dtype=np.uint8)
-    raw = saved(Image.fromarray(noise), "JPEG", quality=100, subsampling=0)
+    raw = encoded(Image.fromarray(noise), "JPEG", quality=100, subsampling=0)
     small, _, _ = shortened(raw, 399)
     assert Image.open(io.BytesIO(small)).size == (399, 399)
 
@@ -328,7 +322,7 @@ def test_what_becomes_of_the_format():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "camera"
-    turned, _, was = shortened(saved(photo(300, 100), "JPEG", exif=exif, icc_profile=profile), 50)
+    turned, _, was = shortened(encoded(photo(300, 100), "JPEG", exif=exif, icc_profile=profile), 50)
     image = Image.open(io.BytesIO(turned))
     assert (was, image.size, image.info["icc_profile"], dict(image.getexif())) == (
         "100x300",
@@ -344,19 +338,19 @@ def test_what_becomes_of_the_format():
         ("JPEG", "CMYK", {"icc_profile": b"x" * 16 + b"CMYK" + b"x" * 200}, ("JPEG", "RGB")),
         ("WEBP", "RGB", {}, ("JPEG", "RGB")),
     ):
-        image = Image.open(io.BytesIO(shortened(saved(photo(90, 80, mode), kind, **options), 40)[0]))
+        image = Image.open(io.BytesIO(shortened(encoded(photo(90, 80, mode), kind, **options), 40)[0]))
         assert (image.format, image.mode) == expected
         assert ("icc_profile" in image.info) is False
     with pytest.raises(BrokenImage):
-        shorten(saved(photo(90, 80), "JPEG")[:-700], 40)
+        shorten(encoded(photo(90, 80), "JPEG")[:-700], 40)
 
 
 def test_short_side_leaves_the_rest_to_the_bit(tmp_path):
     src = tmp_path / "src"
     src.mkdir()
-    small, large = saved(photo(64, 90), "JPEG"), saved(photo(640, 480), "JPEG")
+    small, large = encoded(photo(64, 90), "JPEG"), encoded(photo(640, 480), "JPEG")
     (src / "small.jpeg").write_bytes(small)
-    (src / "large.webp").write_bytes(saved(photo(640, 480), "WEBP"))
+    (src / "large.webp").write_bytes(encoded(photo(640, 480), "WEBP"))
     (src / "cut.jpg").write_bytes(large[:-2000])
     summary = pack_folder(src, tmp_path / "out", short_side=64)
     assert (summary.num_images, summary.num_resized) == (2, 1)

@@ -1,18 +1,12 @@
 """Runs on a few uneven shards, how to kill one at random moments, and what is compared afterwards."""
 
-import io
-import itertools
 import json
-import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from glsd.data.order import EpochOrder, epoch_length
-from glsd.shards.index import build_index, index_path, write_index
 from glsd.shards.store import open_shards
+from tests.helpers import small_shards
 from tests.remote.warm import Started, Warm
 
 SIZES = (5, 13, 2, 9, 17, 1, 7, 3, 11, 4)  # samples a shard: 72, 12 batches of 6, 1.6 MB
@@ -21,27 +15,9 @@ CACHE_BYTES = 1_100_000  # the largest two windows fit, all shards do not
 ROOMY = 100_000_000
 
 
-def noise(number: int) -> bytes:
-    """A PNG file of about 19 KB."""
-    pixels = np.random.default_rng(number).integers(0, 256, (80, 80, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 def pack_uneven(folder: Path) -> None:
-    """Write SIZES[i] images into ``folder/train-<i>.tar``, with an index each; keys are 0000, 0001, ... over all shards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = iter(range(sum(SIZES)))
-    for shard, size in enumerate(SIZES):
-        path = folder / f"train-{shard:06d}.tar"
-        with tarfile.open(path, "w") as tar:
-            for number in itertools.islice(numbers, size):
-                raw = noise(number)
-                member = tarfile.TarInfo(f"{number:04d}.png")
-                member.size = len(raw)
-                tar.addfile(member, io.BytesIO(raw))
-        write_index(build_index(path), index_path(path), shard_name=path.name)
+    """Write SIZES[i] images of about 19 KB into ``folder/train-<i>.tar``, with an index each."""
+    small_shards.pack_uneven(folder, SIZES, side=80)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -1,23 +1,13 @@
 """The doctor before a server in trouble."""
 
-import io
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from glsd.audit.report import examine
 from glsd.packing.write import pack_samples
+from tests.helpers.small_shards import encoded, scene
 from tests.remote.faulty import FaultyServer
-
-
-def scene(seed: int) -> bytes:
-    """A picture with large shapes of many colors."""
-    rough = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(rough).resize((96, 64), Image.Resampling.BICUBIC).save(file, "JPEG")
-    return file.getvalue()
 
 
 def pack(folder: Path, name: str, files: list[bytes]) -> int:
@@ -32,8 +22,8 @@ def test_a_shard_that_its_server_does_not_give_is_asked_for_once(tmp_path, monke
     monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
     monkeypatch.setenv("GLSD_REMOTE_TIMEOUT", "0.5")
     made = tmp_path / "served"
-    readable = pack(made, "a", [*(scene(seed) for seed in range(4)), b""])
-    pack(made, "b", [b"", *(scene(seed) for seed in range(10, 50))])
+    readable = pack(made, "a", [*(encoded(scene(seed)) for seed in range(4)), b""])
+    pack(made, "b", [b"", *(encoded(scene(seed)) for seed in range(10, 50))])
     with FaultyServer(made) as server:
         url = server.url.replace("//", "//user:secret@")
         server.plan("b-000000.tar", "cut", after=100)
