@@ -1,11 +1,12 @@
-"""What the rooms of the house hand to each other: the shape alphabet and the batch types.
+"""The batch types that rooms hand to each other, and the letters of their shapes.
 
 Shape letters in signatures: b images, v views, g global, l local, n patches, d backbone width, k prototypes,
-e bottleneck or embedding width, h w pixels, c channels, m crops. Rows of several views are view-major: row = view * b + image.
+e bottleneck or embedding width, h w pixels, c channels, m crops. Tensors of several views are (views, images, ...).
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
@@ -39,21 +40,53 @@ class BrokenSample(NamedTuple):
     replaced_by: int  # dataset position of the stand-in
 
 
+class NeededRows(NamedTuple):
+    """The student and teacher patches that a match needs, image by image; the other rows cost the loss nothing."""
+
+    rows: Int64[Tensor, " p"]  # of the b * r student patches
+    columns: Int64[Tensor, " q"]  # of the b * g * n teacher patches
+    index: Int64[Tensor, "p m"]  # type: ignore[assignment]  # into the q; shadows tuple.index on purpose
+    row_ends: list[int]  # of each image, in rows
+    column_ends: list[int]  # of each image, in columns
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which patch of each teacher view each student patch answers to, and how much that counts.
+
+    The r student patches of an image are those of all its views, global views first. (A dataclass, because DDP would move
+    the tensors of a tuple to its device.)
+    """
+
+    index: Int64[Tensor, "b r g"]  # teacher view * n + patch, within the image
+    weight: Float[Tensor, "b r g"]  # 0 = rejected, or the view itself
+    needed: NeededRows | None = None  # None = not known to the host
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> "Match":
+        """Return the match with ``move`` applied to each tensor."""
+        if self.needed is None:
+            return Match(move(self.index), move(self.weight))
+        rows, columns, index, row_ends, column_ends = self.needed
+        needed = NeededRows(move(rows), move(columns), move(index), row_ends, column_ends)
+        return Match(move(self.index), move(self.weight), needed)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CropBatch:
-    """One pretraining batch of b images, g global and l local crops each; crop rows are view-major.
+    """One pretraining batch of b images, with g global and l local crops each.
 
     A box is ``x0 y0 x1 y1`` in source pixels at the outer pixel edges (a whole image is ``0 0 w h``); x0 > x1 means the
     crop was mirrored, so a flip is a swapped box. Boxes and ``*_photometric`` stay on the CPU: the work on the device is
     planned from them without waiting for it.
     """
 
-    global_crops: UInt8[Tensor, "gb 3 h w"]
-    local_crops: UInt8[Tensor, "lb 3 hl wl"]  # lb = 0 when there are no local crops
-    global_boxes: Float64[Tensor, "gb 4"]
-    local_boxes: Float64[Tensor, "lb 4"]
-    global_photometric: Float32[Tensor, "gb f"]  # columns: PHOTOMETRIC_FIELDS
-    local_photometric: Float32[Tensor, "lb f"]
+    global_crops: UInt8[Tensor, "g b 3 h w"]
+    local_crops: UInt8[Tensor, "l b 3 hl wl"]  # l may be 0
+    global_boxes: Float64[Tensor, "g b 4"]
+    local_boxes: Float64[Tensor, "l b 4"]
+    global_photometric: Float32[Tensor, "g b f"]  # columns: PHOTOMETRIC_FIELDS
+    local_photometric: Float32[Tensor, "l b f"]
+    match: Match | None  # by place, where the boxes decide it
     indices: Int64[Tensor, " b"]  # dataset positions of the images really used
     keys: tuple[str, ...]
     broken: tuple[BrokenSample, ...] = ()
@@ -63,23 +96,14 @@ class CropBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "CropBatch":
-        """Return the batch with crops and indices on ``device``, copied asynchronously when pinned."""
+        """Return the batch with crops, match and indices on ``device``, copied asynchronously when pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, move) -> "CropBatch":
-        host_only = ("global_photometric", "local_photometric", "global_boxes", "local_boxes")
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self,
-            **{k: move(v) for k, v in tensors.items() if isinstance(v, Tensor) and k not in host_only},
-        )
-
-
-class Match(NamedTuple):
-    """For every student patch: which teacher patch of one teacher view it answers to, and how much that counts."""
-
-    index: Int64[Tensor, "b n"]  # type: ignore[assignment]  # 0 .. n_teacher-1, within the same image
-    weight: Float[Tensor, "b n"]  # 0 = rejected
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "CropBatch":
+        moved: dict[str, Any] = {
+            name: move(getattr(self, name)) for name in ("global_crops", "local_crops", "indices")
+        }
+        return replace(self, **moved, match=self.match and self.match.map(move))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,40 +1,117 @@
-"""From crop boxes to patch centers and cell sizes, in pixels of the source image: closed form, no coordinate maps."""
+"""From crop boxes to patch centers and to the nearest patches of two crops, in pixels of the source image."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from glsd.batches import Match, NeededRows
 from glsd.errors import UserError
 
 
-def patch_centers(boxes: Float[Tensor, "m 4"], crop_size: int, stride: int) -> Float[Tensor, "m n 2"]:
+def patch_centers(boxes: Float[Tensor, "*m 4"], crop_size: int, stride: int) -> Float[Tensor, "*m n 2"]:
     """Return the center (x, y) of every patch of every crop, n = (crop_size // stride)^2, row-major.
 
     boxes: x0 y0 x1 y1 at outer pixel edges of the source image, x0 > x1 for a mirrored crop; crop_size: side of the resized
-    crop in pixels; stride: side of a patch in pixels of the resized crop. What does not fill a patch at the right and bottom
-    of the (already mirrored) crop is dropped, as a convolution of that stride does. Coordinates are pixel indices: the center
-    of the first pixel of the source image is (0, 0), hence the half. Same dtype as boxes.
-    Raises UserError if the crop is smaller than one patch. Source: GLSD (arXiv 2207.14676), closed form of its position maps.
+    crop in pixels; stride: side of a patch in pixels of the resized crop. Coordinates are pixel indices: the center of the
+    first pixel of the source image is (0, 0). Same dtype as boxes. Raises UserError if the crop is smaller than one patch.
+    Source: GLSD (arXiv 2207.14676), closed form of its position maps.
     """
-    grid = grid_side(crop_size, stride)
-    # Pixels of the resized crop at each patch center, then the same share of the box. Multiplying before dividing keeps simple
-    # scales exact, and with them the ties between patches. A mirrored box runs backwards by itself.
-    place = (torch.arange(grid, dtype=boxes.dtype, device=boxes.device) + 0.5) * stride
-    x = boxes[:, 0:1] + place * (boxes[:, 2:3] - boxes[:, 0:1]) / crop_size - 0.5  # (m, grid)
-    y = boxes[:, 1:2] + place * (boxes[:, 3:4] - boxes[:, 1:2]) / crop_size - 0.5
-    centers = torch.stack([x[:, None, :].expand(-1, grid, -1), y[:, :, None].expand(-1, -1, grid)], dim=-1)
-    return centers.flatten(1, 2)
+    x, y = patch_axes(boxes, crop_size, stride)
+    y, x = torch.broadcast_tensors(y[..., :, None], x[..., None, :])
+    return torch.stack([x, y], dim=-1).flatten(-3, -2)
 
 
-def squared_half_diagonals(boxes: Float[Tensor, "m 4"], crop_size: int, stride: int) -> Float[Tensor, " m"]:
+def patch_axes(
+    boxes: Float[Tensor, "*m 4"], crop_size: int, stride: int
+) -> tuple[Float[Tensor, "*m s"], Float[Tensor, "*m s"]]:
+    """Return x of the columns and y of the rows of patch centers; arguments as in patch_centers."""
+    # A remainder at the right and bottom of the crop belongs to no patch, as in a convolution of that stride.
+    place = (
+        torch.arange(grid_side(crop_size, stride), dtype=boxes.dtype, device=boxes.device) + 0.5
+    ) * stride
+    start, end = boxes[..., :2, None], boxes[..., 2:, None]
+    # Multiplying before dividing keeps simple scales exact, and with them the ties between patches. A mirrored box runs
+    # backwards by itself.
+    x, y = (start + place * (end - start) / crop_size - 0.5).unbind(-2)
+    return x, y
+
+
+def squared_half_diagonals(boxes: Float[Tensor, "*m 4"], crop_size: int, stride: int) -> Float[Tensor, "*m"]:
     """Return the squared half diagonal of one patch cell of every crop, in squared source pixels.
 
-    With cell sides dx, dy it is (dx/2)^2 + (dy/2)^2, taken from the box so that a grid of one row works as well.
     Source: GLSD (arXiv 2207.14676), rejection threshold of its geometric matching.
     """
-    cell_w = (boxes[:, 2] - boxes[:, 0]).abs() * stride / crop_size
-    cell_h = (boxes[:, 3] - boxes[:, 1]).abs() * stride / crop_size
-    return (cell_w / 2) ** 2 + (cell_h / 2) ** 2
+    cell = (boxes[..., 2:] - boxes[..., :2]).abs() * stride / crop_size
+    return (cell / 2).square().sum(-1)
+
+
+def geometric_match(
+    boxes: Sequence[Float[Tensor, "_ b 4"]],
+    crop_sizes: Sequence[int],
+    *,
+    stride: int,
+    hinge: bool,
+    hinge_factor: float,
+) -> Match:
+    """Return the patch of every teacher view that is nearest to each student patch in the source image.
+
+    boxes: (views, images, 4) per resolution, global crops (the teacher's) first; a resolution may be empty. With ``hinge`` a
+    match counts if the distance is smaller than hinge_factor times the larger half diagonal of the two cells. Equal
+    distances: the lowest index.
+    Source: GLSD (arXiv 2207.14676), rejection threshold as in its published code; equals losses.match.geometric.
+    """
+    num_teacher = len(boxes[0])
+    teacher_x, teacher_y = patch_axes(boxes[0], crop_sizes[0], stride)
+    teacher_half = squared_half_diagonals(boxes[0], crop_sizes[0], stride)
+    side = teacher_x.shape[-1]
+    first_patch = torch.arange(num_teacher)[:, None, None, None] * side**2
+    indices: list[Tensor] = []
+    weights: list[Tensor] = []
+    resolutions = [pair for pair in zip(boxes, crop_sizes, strict=True) if len(pair[0])]
+    for student, crop_size in resolutions:
+        x, y = patch_axes(student, crop_size, stride)
+        # Patches form a grid, so the nearest column and the nearest row are searched on their own.
+        dx, column = (x[:, None, :, :, None] - teacher_x[:, :, None]).square().min(-1)  # (v, g, b, s)
+        dy, row = (y[:, None, :, :, None] - teacher_y[:, :, None]).square().min(-1)
+        index = first_patch + row[..., :, None] * side + column[..., None, :]  # (v, g, b, s, s)
+        half = torch.maximum(squared_half_diagonals(student, crop_size, stride)[:, None], teacher_half)
+        limit = hinge_factor**2 * half[..., None, None] if hinge else torch.inf
+        accepted = (dx[..., None, :] + dy[..., :, None] < limit).float()
+        if not indices:  # a global crop is not compared with itself
+            accepted[range(num_teacher), range(num_teacher)] = 0
+        indices.append(rearrange(index, "v g b y x -> b (v y x) g"))
+        weights.append(rearrange(accepted, "v g b y x -> b (v y x) g"))
+    index, weight = torch.cat(indices, 1), torch.cat(weights, 1)
+    of_batch = index + torch.arange(len(index))[:, None, None] * num_teacher * side**2
+    needed = needed_rows(
+        of_batch.flatten(0, 1), weight.flatten(0, 1) > 0, len(index) * num_teacher * side**2, len(index)
+    )
+    return Match(index, weight, needed)
+
+
+def needed_rows(
+    index: Int64[Tensor, "r m"], kept: Bool[Tensor, "r m"], num_teacher: int, groups: int
+) -> NeededRows:
+    """Return the rows with a kept entry and the teacher rows that kept entries point to.
+
+    groups: number of equal, successive parts (images) of both sides such that no row points into another part.
+    """
+    rows, pointed = kept.numpy().any(1), np.zeros(num_teacher, dtype=bool)
+    pointed[index.numpy()[kept.numpy()]] = True
+    # An entry that is not kept may point to a row that is gone: let it point to a kept one of its row, its weight is 0.
+    place = torch.from_numpy(np.cumsum(pointed) - 1)[index].masked_fill(~kept, torch.iinfo(torch.int64).max)
+    compact = torch.where(kept, place, place.amin(1, keepdim=True))[torch.from_numpy(rows)]
+    return NeededRows(
+        torch.from_numpy(np.flatnonzero(rows)),
+        torch.from_numpy(np.flatnonzero(pointed)),
+        compact,
+        np.cumsum(rows.reshape(groups, -1).sum(1)).tolist(),
+        np.cumsum(pointed.reshape(groups, -1).sum(1)).tolist(),
+    )
 
 
 def grid_side(crop_size: int, stride: int) -> int:

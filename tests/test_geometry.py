@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from pair_matches import apart
 
 from glsd.errors import UserError
-from glsd.geometry import patch_centers, squared_half_diagonals
+from glsd.geometry import geometric_match, needed_rows, patch_centers, squared_half_diagonals
+from glsd.losses.match import geometric
 
 
 def literal_centers(box, crop_size: int, stride: int) -> np.ndarray:
@@ -63,3 +65,64 @@ def test_half_diagonals_come_from_the_spacing_of_patches():
 def test_a_crop_smaller_than_a_patch_is_the_users_mistake():
     with pytest.raises(UserError, match="crop size 8 is smaller than one patch of 16"):
         patch_centers(torch.zeros(1, 4), 8, 16)
+
+
+def random_boxes(views: int, images: int, seed: int) -> torch.Tensor:
+    """Integer boxes of crops, about half of them mirrored."""
+    rng = torch.Generator().manual_seed(seed)
+    corner = torch.randint(0, 60, (views, images, 2), generator=rng)
+    size = torch.randint(30, 90, (views, images, 2), generator=rng)
+    boxes = torch.cat([corner, corner + size], -1).double()
+    mirrored = torch.rand(views, images, generator=rng) < 0.5
+    boxes[mirrored] = boxes[mirrored][:, [2, 1, 0, 3]]
+    return boxes
+
+
+@pytest.mark.parametrize(("hinge", "factor"), [(True, 1.0), (True, 0.6), (False, 1.0)])
+@pytest.mark.parametrize("num_local", [0, 3])
+def test_a_geometric_match_equals_the_search_among_all_patches(num_local, hinge, factor):
+    boxes, sizes = [random_boxes(2, 5, 1), random_boxes(3, 5, 2)], [56, 30]
+    if not num_local:
+        boxes, sizes = boxes[:1], sizes[:1]
+    match = geometric_match(boxes, sizes, stride=8, hinge=hinge, hinge_factor=factor)
+    centers = [
+        patch_centers(view, size, 8) for group, size in zip(boxes, sizes, strict=True) for view in group
+    ]
+    halves = [
+        squared_half_diagonals(view, size, 8)
+        for group, size in zip(boxes, sizes, strict=True)
+        for view in group
+    ]
+    pairs = apart(match, [view.shape[1] for view in centers])
+    assert len(pairs) == 2 * (len(centers) - 1)
+    for (q, v), (index, weight) in pairs.items():
+        options = {
+            "student_half": halves[v],
+            "teacher_half": halves[q],
+            "hinge": hinge,
+            "hinge_factor": factor,
+        }
+        want_index, want_weight = geometric(centers[v], centers[q], **options)
+        assert torch.equal(index, want_index)
+        assert torch.equal(weight, want_weight)
+    assert match.weight[:, :49, 0].max() == 0  # a view and itself
+    assert match.weight[:, 49:98, 1].max() == 0
+
+
+def test_needed_rows_point_to_what_the_kept_entries_point_to():
+    rng = torch.Generator().manual_seed(0)
+    index = torch.randint(0, 6, (20, 3), generator=rng) + 6 * (torch.arange(20) // 5)[:, None]
+    kept = torch.rand(20, 3, generator=rng) < 0.3
+    needed = needed_rows(index, kept, 24, 4)
+    assert needed.rows.tolist() == [i for i in range(20) if kept[i].any()]
+    assert needed.columns.tolist() == sorted(set(index[kept].tolist()))
+    for place, row in enumerate(needed.rows.tolist()):
+        for j in range(3):
+            compact = int(needed.index[place, j])
+            if kept[row, j]:
+                assert needed.columns[compact] == index[row, j]
+            assert needed.columns[compact] // 6 == row // 5  # of the same image
+    ends = [
+        (sum(r < 5 * g for r in needed.rows), sum(c < 6 * g for c in needed.columns)) for g in (1, 2, 3, 4)
+    ]
+    assert list(zip(needed.row_ends, needed.column_ends, strict=True)) == ends

@@ -13,6 +13,7 @@ DATA = {"shards", "data", "packing", "audit"}
 MAY_IMPORT = {
     "errors": set(),
     **{file: {"errors"} for file in BASE - {"errors"}},
+    "geometry": {"errors", "batches"},
     "cluster": BASE,
     **dict.fromkeys(PARTS, BASE | {"cluster"}),
     "shards": BASE,

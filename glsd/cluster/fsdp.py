@@ -1,20 +1,22 @@
-"""Training state in parts (torch's FSDP2): of every parameter, gradient and moment each rank keeps 1/R of the rows.
+"""Sharded training state (torch's FSDP2): each rank keeps 1/R of the rows of every parameter, gradient and moment.
 
-Forward and backward pass see whole parameters, block by block, gathered just in time. Everything else (clipping, optimizer,
-teacher) works on plain tensors, this rank's rows, by ``own_parameters``. All functions take a plain module as well, of which
-a rank owns everything; what gathers is a collective call for a module in parts: every rank makes it.
+Forward and backward pass see whole parameters, gathered block by block just in time. Everything else (clipping, optimizer,
+teacher) works on plain tensors, this rank's rows: see ``local_parameters``. All functions take a plain module as well, of
+which a rank holds everything. Functions that gather are collective calls for a sharded module: every rank makes them.
 """
 
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from glsd.cluster import dist
 from glsd.cluster.dist import collective
@@ -25,15 +27,30 @@ Module = TypeVar("Module", bound=nn.Module)
 REDUCED: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16}
 
 
-def shard(root: nn.Module, blocks: Iterable[nn.Module], *, grad_compression: str = "no") -> None:
-    """Cut the parameters of ``root`` into one part a rank, in place; not alone, where there is nothing to cut.
+# What torch does not keep of sharded modules: this rank's rows as plain parameters, and a copy without numbers.
+_LOCAL: WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = WeakKeyDictionary()
+_BLUEPRINTS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def shard(
+    root: nn.Module,
+    blocks: Iterable[nn.Module],
+    *,
+    grad_compression: str = "no",
+    copied: Iterable[nn.Module] = (),
+) -> None:
+    """Shard the parameters of ``root`` over all ranks, in place; a single rank keeps everything.
 
     blocks: modules inside root whose parameters are gathered for their own forward and backward passes and given back
     after each; the parameters outside of blocks are gathered by a forward of root and stay until its backward pass has
-    ended, or that of ``without_gradients``. grad_compression: a key of REDUCED. The modules are on the device already.
+    ended, or that of ``without_gradients``. grad_compression: a key of REDUCED. copied: modules inside root of which
+    ``whole_copy`` will be asked. The modules are on the device already.
     """
     if dist.world_size() == 1:
         return
+    for module in copied:
+        without = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
+        _BLUEPRINTS[module] = copy.deepcopy(module, without)
     device = next(root.parameters()).device
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=REDUCED[grad_compression], cast_forward_inputs=False)
@@ -44,37 +61,48 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], *, grad_compression: str
 
 @contextlib.contextmanager
 def without_gradients(root: nn.Module) -> Iterator[None]:
-    """Run forwards of ``root`` without any gradient; its whole parameters, if it was in parts, are let go of at the end."""
-    parted = root if isinstance(root, FSDPModule) else None
-    with torch.no_grad() if parted else torch.inference_mode():  # which cannot gather parts
+    """Run forwards of ``root`` without any gradient; a sharded one lets go of its whole parameters at the end."""
+    if not isinstance(root, FSDPModule):
+        with torch.inference_mode():
+            yield
+        return
+    with torch.no_grad():  # inference mode cannot gather shards
         yield
-    if parted:
-        parted.reshard()  # without a backward pass they would stay, and go stale
+    root.reshard()  # without a backward pass they would stay, and go stale
 
 
-def synchronize_gradients(root: nn.Module, wanted: bool) -> None:
-    """Say whether the next backward passes add up the gradients of all ranks, or keep this rank's whole ones for later."""
-    if isinstance(root, FSDPModule):
-        root.set_requires_gradient_sync(wanted)
+def gradient_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+    """Average the gradients of the backward pass inside over ranks, or only add them up on this rank for later."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+    if wanted or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
 
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what this rank owns of each parameter, by name: the parameter itself, or its rows as a plain one, which may be
-    none (the memory is shared: what changes here is what the next forward sees)."""
-    return {
-        name: nn.Parameter(_rows(parameter), requires_grad=parameter.requires_grad)
-        if isinstance(parameter, DTensor)
-        else parameter
-        for name, parameter in module.named_parameters()
-    }
+def local_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return this rank's part of each parameter, by name: the parameter itself, or its local shard as a plain one.
+
+    A shard may be empty. It shares its memory with the module: what changes here is what the next forward sees.
+    """
+    if not is_sharded(module):
+        return dict(module.named_parameters())
+    if module not in _LOCAL:
+        _LOCAL[module] = {
+            name: nn.Parameter(_rows(parameter), parameter.requires_grad)
+            for name, parameter in module.named_parameters()
+        }
+    return _LOCAL[module]
 
 
-def hand_over_gradients(module: nn.Module, own: Mapping[str, nn.Parameter]) -> None:
-    """Move the gradients of a module in parts to its ``own_parameters``."""
+def collect_gradients(module: nn.Module) -> None:
+    """Move the gradients of a sharded module to its ``local_parameters``."""
+    if not is_sharded(module):
+        return
+    local = local_parameters(module)
     for name, parameter in module.named_parameters():
-        if isinstance(parameter, DTensor):
-            own[name].grad = None if parameter.grad is None else _rows(parameter.grad)
-            parameter.grad = None
+        local[name].grad = None if parameter.grad is None else _rows(parameter.grad)
+        parameter.grad = None
 
 
 def gather_state(module: nn.Module) -> dict[str, Tensor]:
@@ -83,14 +111,14 @@ def gather_state(module: nn.Module) -> dict[str, Tensor]:
     Of a plain module it is its state dict, on every rank.
     """
     state = module.state_dict()
-    if not in_parts(module):
+    if not is_sharded(module):
         return state
     return _of_main({name: _to_main(tensor) for name, tensor in state.items()})
 
 
 def load_state(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """Fill module from a state dict with whole tensors, of which each rank takes its rows; names and shapes must fit."""
-    if not in_parts(module):
+    if not is_sharded(module):
         module.load_state_dict(dict(whole))
         return
     with torch.no_grad():
@@ -105,7 +133,7 @@ def gather_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> dic
     """Return the optimizer's state dict with whole moments, as gather_state does; its groups hold ``names`` of module's
     parameters."""
     packed = optimizer.state_dict()
-    if not in_parts(module):
+    if not is_sharded(module):
         return packed
     state = {}
     for number, (values, parameter) in _moments(packed, module).items():
@@ -120,7 +148,7 @@ def gather_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> dic
 def load_optimizer(optimizer: torch.optim.Optimizer, packed: Mapping[str, Any], module: nn.Module) -> None:
     """Fill the optimizer from a state dict with whole moments, of which each rank takes its rows."""
     state = dict(packed["state"])
-    if in_parts(module):
+    if is_sharded(module):
         for number, (values, parameter) in _moments(packed, module).items():
             state[number] = {
                 key: rows_of(value, parameter).clone() if value.shape == parameter.shape else value
@@ -142,23 +170,18 @@ def _moments(packed: Mapping[str, Any], module: nn.Module) -> dict[int, tuple[di
     }
 
 
-def blueprint(module: Module) -> Module:
-    """Return a copy without the numbers (parameters on the meta device): take it before the module is cut into parts."""
-    without = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in module.parameters()}
-    return copy.deepcopy(module, without)
-
-
-def filled(plan: Module, module: Module) -> Module:
-    """Return a plain copy of a module in parts, made after its ``blueprint``: whole on every rank, for uses that differ
-    between ranks."""
+def whole_copy(module: Module) -> Module:
+    """Return a plain copy of a sharded module, whole on every rank, for uses that differ between ranks; a plain one itself."""
+    if module not in _BLUEPRINTS:
+        return module
     whole = {name: _here(tensor) for name, tensor in module.state_dict().items()}
-    made = copy.deepcopy(plan)
+    made = copy.deepcopy(_BLUEPRINTS[module])
     made.load_state_dict(whole, assign=True)
-    return made
+    return made  # type: ignore[return-value]
 
 
-def in_parts(module: nn.Module) -> bool:
-    """Tell whether ``shard`` has cut this module's parameters."""
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether ``shard`` has sharded this module's parameters."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 

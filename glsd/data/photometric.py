@@ -25,8 +25,8 @@ from glsd.data.photometric_cpu import (
 
 
 def photometric(
-    crops: UInt8[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]
-) -> Float32[Tensor, "m 3 h w"]:
+    crops: UInt8[Tensor, "*m 3 h w"], parameters: Float32[Tensor, "*m f"]
+) -> Float32[Tensor, "*m 3 h w"]:
     """Return the crops with their colors changed, then normalized with MEAN and STD.
 
     crops: on any device; parameters: columns PHOTOMETRIC_FIELDS, on the CPU. Order: the four jitters in the crop's own
@@ -34,7 +34,7 @@ def photometric(
     Source: augmentation of DINO (arXiv 2104.14294).
     """
     implementation = photometric_cpu if crops.device.type == "cpu" else photometric_torch
-    return implementation(crops, parameters)
+    return implementation(crops.flatten(0, -4), parameters.flatten(0, -2)).view(crops.shape)
 
 
 def photometric_torch(

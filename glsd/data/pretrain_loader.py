@@ -4,18 +4,16 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from glsd.batches import BrokenSample, CropBatch
-from glsd.data.crops import (
-    NUM_GLOBAL,
-    CroppedSample,
-    CropSpec,
-    crop_sample,
-)
+from glsd.batches import NUM_GLOBAL, BrokenSample, CropBatch
+from glsd.data.crops import CroppedSample, CropSpec, crop_sample
 from glsd.data.order import (
     EpochOrder,
     epoch_length,
@@ -24,10 +22,19 @@ from glsd.data.order import (
 )
 from glsd.data.workers import make_loader, raised
 from glsd.errors import BrokenImage, UserError
+from glsd.geometry import geometric_match
 from glsd.rng import Stream, random_words
 from glsd.shards.store import ShardSet
 
 MAX_STAND_INS = 20
+
+
+class MatchRule(NamedTuple):
+    """How patches are matched by place: arguments of geometry.geometric_match."""
+
+    stride: int
+    hinge: bool
+    hinge_factor: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,7 @@ def pretrain_loader(
     shards: ShardSet,
     *,
     crop_spec: CropSpec,
+    match_rule: MatchRule | None,
     seed: int,
     window_shards: int,
     consumed: int,
@@ -156,32 +164,44 @@ def pretrain_loader(
         micro_batch=micro_batch,
     )
     return raised(
-        make_loader(dataset, batches, collate=collate, num_workers=num_workers, pin_memory=pin_memory)
+        make_loader(
+            dataset,
+            batches,
+            collate=partial(collate, match_rule=match_rule),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
     )
 
 
-def collate(samples: list[PretrainSample] | UserError) -> CropBatch | UserError:
-    """Return one batch with view-major rows: all first global crops, all second ones, and so on."""
+def collate(samples: list[PretrainSample] | UserError, match_rule: MatchRule | None) -> CropBatch | UserError:
+    """Return one batch, its patches matched by place if there is a rule."""
     if isinstance(samples, UserError):
         return samples
     crops = [sample.crops for sample in samples]
-    global_views, local_views = slice(None, NUM_GLOBAL), slice(NUM_GLOBAL, None)
+    boxes = _views([crop.boxes for crop in crops]).split([NUM_GLOBAL, len(crops[0].boxes) - NUM_GLOBAL])
+    photometric = _views([crop.photometric for crop in crops])
+    global_crops = _views([crop.global_crops for crop in crops])
+    local_crops = _views([crop.local_crops for crop in crops])
+    sizes = global_crops.shape[-1], local_crops.shape[-1]
     return CropBatch(
-        global_crops=_rows([crop.global_crops for crop in crops]),
-        local_crops=_rows([crop.local_crops for crop in crops]),
-        global_boxes=_rows([crop.boxes[global_views] for crop in crops]),
-        local_boxes=_rows([crop.boxes[local_views] for crop in crops]),
-        global_photometric=_rows([crop.photometric[global_views] for crop in crops]),
-        local_photometric=_rows([crop.photometric[local_views] for crop in crops]),
+        global_crops=global_crops,
+        local_crops=local_crops,
+        global_boxes=boxes[0],
+        local_boxes=boxes[1],
+        global_photometric=photometric[:NUM_GLOBAL],
+        local_photometric=photometric[NUM_GLOBAL:],
+        match=match_rule and geometric_match(boxes, sizes, **match_rule._asdict()),
         indices=torch.tensor([sample.index for sample in samples]),
         keys=tuple(sample.key for sample in samples),
         broken=tuple(broken for sample in samples for broken in sample.broken),
     )
 
 
-def _rows(per_image: list[Tensor]) -> Tensor:
-    views = range(len(per_image[0]))
-    if not views:
-        return per_image[0].clone()  # no local crops: keep the shape of the rows
+def _views(per_image: list[Shaped[Tensor, "v ..."]]) -> Shaped[Tensor, "v b ..."]:
+    """Return the views of all images, (views, images, ...)."""
+    v, b = len(per_image[0]), len(per_image)
+    if v == 0:
+        return per_image[0].new_empty((0, b, *per_image[0].shape[1:]))
     # In a worker default_collate writes straight into shared memory, which saves a copy of every batch.
-    return default_collate([image[view] for view in views for image in per_image])
+    return default_collate([image[view] for view in range(v) for image in per_image]).unflatten(0, (v, b))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from glsd.cluster import dist
@@ -30,6 +30,7 @@ from glsd.losses.ranking import RANKING, RankingLoss, build_ranking
 from glsd.models.embedder import Embedder
 from glsd.optim.param_groups import param_groups
 from glsd.runtime.checkpoint import has_checkpoint
+from glsd.runtime.guard import BadGradient
 from glsd.runtime.run import Run
 
 OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -46,8 +47,7 @@ class State:
     levels: nn.Parameter  # of MDR
     mdr_statistics: MdrStatistics
     optimizer: torch.optim.Optimizer
-    bad_step: Tensor  # see glsd.runtime.guard
-    bad_loss: Tensor
+    bad_gradient: BadGradient
     step: int = 0  # optimizer steps done
     num_broken: int = 0  # samples replaced so far, over all ranks
     scores: dict[str, Any] = field(default_factory=dict)  # measurements by epoch
@@ -120,8 +120,7 @@ def build(cfg: FinetuneConfig, source: str, num_classes: int, accelerator: Accel
         levels=levels,
         mdr_statistics=initial_statistics(device),
         optimizer=build_optimizer(cfg, student, ranking, levels),
-        bad_step=torch.tensor(-1, device=device),
-        bad_loss=torch.tensor(False, device=device),
+        bad_gradient=BadGradient(device),
     )
 
 

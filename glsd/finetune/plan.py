@@ -21,7 +21,7 @@ class Plan:
     steps_per_epoch: int
     total_steps: int  # of the schedules
     last_step: int  # where this run ends
-    micro_batch: int  # images of one rank
+    rank_images: int  # images of one rank in a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def make_plan(cfg: FinetuneConfig, num_samples: int, num_classes: int) -> Plan:
         steps_per_epoch=steps,
         total_steps=total,
         last_step=min(total, o.max_steps) if o.max_steps else total,
-        micro_batch=len(slots),
+        rank_images=len(slots),
     )
 
 

@@ -4,7 +4,6 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
-from accelerate import Accelerator
 
 from glsd.cluster import dist
 from glsd.config.finetune import FinetuneConfig
@@ -20,10 +19,9 @@ from glsd.evaluate.sets import (
     open_retrieval,
 )
 from glsd.finetune.networks import State
-from glsd.finetune.plan import Plan
+from glsd.finetune.plan import Plan, rates_at
 from glsd.models.embedder import Embedder
-from glsd.runtime.meters import Meters
-from glsd.runtime.run import Run
+from glsd.runtime.loop import Training
 from glsd.shards.store import ShardSet, check_disjoint, check_same_classes
 
 
@@ -99,13 +97,18 @@ def epoch_of(plan: Plan, step: int) -> float:
     return step / plan.steps_per_epoch
 
 
-def measure(
-    cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, meters: Meters, accelerator: Accelerator
-) -> None:
+def step_numbers(cfg: FinetuneConfig, plan: Plan, step: int) -> dict[str, int | float]:
+    """Return the scheduled quantities of a step for its row of metrics."""
+    rates = rates_at(cfg, plan, step)
+    return {"epoch": rates.epoch, "lr": cfg.optim.lr * rates.scale, "sd_weight": rates.sd_weight}
+
+
+def measure(t: Training[FinetuneConfig, Plan, State], sets: Sets) -> None:
     """Retrieve with the student's embeddings (at the start also with the bare features) and note it in ``state.scores``.
 
     In float32, whatever the training: half precision makes ties. accelerate has put autocast into the student's own forward.
     """
+    cfg, state = t.cfg, t.state
     student = state.student.eval()
     networks: dict[str, Any] = {"": lambda images: Embedder.forward(student, images)}
     if state.step == 0 and student.head is not None:
@@ -123,7 +126,7 @@ def measure(
                     sizes=sizes,
                     batch_size=cfg.watch.batch_size,
                     num_workers=cfg.data.num_workers,
-                    device=accelerator.device,
+                    device=t.accelerator.device,
                     chosen=sets.val if part == "val" else None,
                 )
                 for role, shards in shard_sets.items()
@@ -133,19 +136,20 @@ def measure(
                     embedded,
                     recall_at=cfg.watch.recall_at,
                     distances=cfg.distances,
-                    device=accelerator.device,
+                    device=t.accelerator.device,
                 )
     student.train()
-    epoch = epoch_of(plan, state.step)
+    epoch = epoch_of(t.plan, state.step)
     state.scores[str(state.step)] = found
-    meters.write({"step": state.step, "probe": {"epoch": epoch, **found}})
+    t.meters.write({"step": state.step, "probe": {"epoch": epoch, **found}})
     for what, by_distance in found.items():
         for distance, scores in by_distance.items():
-            meters.say(f"epoch {epoch:<4g} {what:<12} {distance:<9}  {describe_scores(scores)}")
+            t.meters.say(f"epoch {epoch:<4g} {what:<12} {distance:<9}  {describe_scores(scores)}")
 
 
-def summarize(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Run, meters: Meters) -> None:
+def summarize(t: Training[FinetuneConfig, Plan, State], sets: Sets) -> None:
     """Say what was gained since the start, and append it to evals.json."""
+    cfg, plan, state, run = t.cfg, t.plan, t.state, t.run
     steps = sorted(map(int, state.scores))
     first, last = (state.scores[str(step)] for step in (steps[0], steps[-1]))
     part, distance = "test" if "test" in last else "val", cfg.distances[0]
@@ -174,13 +178,13 @@ def summarize(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Ru
         if (cfg.reg, state.step) not in written:  # it is when a finished run is resumed
             append_record(run.folder, record)
     before, after = first[part][distance], last[part][distance]
-    meters.say(describe_search(measured, distance))
+    t.meters.say(describe_search(measured, distance))
     if frozen := first.get(f"frozen {part}"):
-        meters.say(f"frozen    {part} {distance}: {describe_scores(frozen[distance])}")
+        t.meters.say(f"frozen    {part} {distance}: {describe_scores(frozen[distance])}")
     if chosen is not None:
         line = describe_scores(state.scores[str(chosen)]["test"][distance])
         epoch = epoch_of(plan, chosen)
-        meters.say(
+        t.meters.say(
             f"chosen    test {distance} at epoch {epoch:g}{kept}, the best MAP@R of the held-out classes: {line}"
         )
     names = {"recall@1": "Recall@1", "map_at_r": "MAP@R"}
@@ -189,4 +193,4 @@ def summarize(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets, run: Ru
         for key, name in names.items()
         if key in before
     )
-    meters.say(f"final     {part} {distance}, epoch 0 -> {epoch_of(plan, steps[-1]):g}: {gains}")
+    t.meters.say(f"final     {part} {distance}, epoch 0 -> {epoch_of(plan, steps[-1]):g}: {gains}")

@@ -1,12 +1,10 @@
-"""The second story: a backbone learns from labels which images belong together, and is measured on classes it has not seen."""
+"""Fine-tuning: a backbone learns from labels which images belong together, and is measured on classes it has not seen."""
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from glsd.batches import LabeledCrops
 from glsd.cluster import dist, shutdown
@@ -14,48 +12,19 @@ from glsd.cluster.launch import start
 from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import dump
 from glsd.data.balanced_loader import balanced_loader
-from glsd.data.photometric import normalize
-from glsd.errors import StoppedEarly, UserError, config_keys
+from glsd.errors import UserError, config_keys
 from glsd.evaluate.record import cannot_write
 from glsd.finetune.networks import State, build, resolve
-from glsd.finetune.objective import batch_losses
-from glsd.finetune.plan import (
-    Plan,
-    Rates,
-    make_plan,
-    rates_at,
-)
-from glsd.finetune.report import (
-    Sets,
-    describe,
-    is_due,
-    measure,
-    open_sets,
-    summarize,
-)
+from glsd.finetune.plan import Plan, make_plan, rates_at
+from glsd.finetune.report import Sets, describe, is_due, measure, open_sets, step_numbers, summarize
+from glsd.finetune.step import train_step
 from glsd.losses.mdr import MdrStatistics
-from glsd.optim.clip import clip_global
-from glsd.precision import widened
-from glsd.rng import step_seed
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
-from glsd.runtime.guard import (
-    StepReport,
-    check_gradients,
-    check_samples,
-    note_bad_gradient,
-)
-from glsd.runtime.meters import Meters
-from glsd.runtime.run import (
-    Run,
-    StopVote,
-    catch_signals,
-    open_run,
-    rewind,
-)
+from glsd.runtime.loop import Duties, Training, open_training, take_steps
+from glsd.runtime.run import Run
 
 ROLES = ("test", "query", "gallery")
-BATCH_SEED = -1  # in place of a rank: draws that all ranks share
 
 
 def finetune(cfg: FinetuneConfig) -> Path:
@@ -74,56 +43,39 @@ def finetune(cfg: FinetuneConfig) -> Path:
     state = dist.together(lambda: build(cfg, source, plan.num_classes, accelerator))
     saved = restore(cfg, plan, state, run, sets) if cfg.resume == "auto" else None
     batches = make_batches(cfg, plan, sets, state.step)
-    # All is checked: from here on it may write.
-    open_run(run.folder, resolved_config=dump(cfg), resume=cfg.resume == "auto")
-    dist.raise_together(cannot_write(run.folder) if dist.is_main() else None)
-    if saved is not None:
-        rewind(run.folder, saved.step)
-        dist.barrier()  # before anybody appends to what was rewound
-    meters = Meters(run.folder, total_steps=plan.last_step, start_step=state.step, device=accelerator.device)
-    with contextlib.closing(meters), catch_signals() as signal_name:
-        meters.say(describe(cfg, plan, state, sets))
-        if saved is not None:
-            meters.load_state(saved.state["meters"])
-            meters.say(f"resumed from {saved.path} at step {saved.step}")
+    with open_training(
+        cfg,
+        plan,
+        state,
+        run,
+        accelerator,
+        saved=saved,
+        resolved_config=dump(cfg),
+        resume=cfg.resume == "auto",
+        about=describe(cfg, plan, state, sets),
+    ) as t:
+        dist.raise_together(cannot_write(run.folder) if dist.is_main() else None)
         if is_due(cfg, plan, state.step):
-            with meters.aside():
-                measure(cfg, plan, state, sets, meters, accelerator)
-        since_check: list[StepReport] = []
-        stop_vote = StopVote()
-        while state.step < plan.last_step:
-            rates = rates_at(cfg, plan, state.step)
-            since_check.append(train_step(cfg, rates, state, batches, meters, accelerator))
-            state.step += 1
-            meters.advance(state.step, images=plan.micro_batch)
-            ends_epoch = state.step % plan.steps_per_epoch == 0
-            if state.teacher is not None and ends_epoch:
-                state.teacher.load_state_dict(state.student.state_dict())
-            last = state.step == plan.last_step
-            flushing = last or state.step % cfg.watch.log_every == 0
-            stopping = stop_vote(signal_name(), last=last)
-            every = cfg.watch.checkpoint_every
-            saving = last or bool(stopping) or (state.step % every == 0 if every else ends_epoch)
-            error = None
-            if flushing or saving:
-                check_gradients(state, run, since_check)
-                error = check_samples(cfg, plan.num_samples, state, run, since_check)
-                since_check.clear()
-            if flushing:
-                shown = {"epoch": rates.epoch, "lr": cfg.optim.lr * rates.scale, "sd_weight": rates.sd_weight}
-                meters.flush(state.step, num_broken=state.num_broken, **shown)
-            if saving or error:
-                with meters.aside():
-                    save(cfg, state, meters, run, sets)
-            if error:
-                raise error
-            if stopping:
-                raise StoppedEarly(f"stopped by {stopping} after step {state.step}; go on with --resume auto")
-            if is_due(cfg, plan, state.step):
-                with meters.aside():
-                    measure(cfg, plan, state, sets, meters, accelerator)
-        with meters.aside():
-            summarize(cfg, plan, state, sets, run, meters)
+            with t.meters.aside():
+                measure(t, sets)
+        every = cfg.watch.checkpoint_every or plan.steps_per_epoch
+        duties = Duties(
+            step=lambda: train_step(t, rates_at(cfg, plan, state.step), batches),
+            step_numbers=lambda step: step_numbers(cfg, plan, step),
+            flushed=lambda row: None,
+            checked=lambda reports: None,
+            save=lambda: save(t, sets),
+            probe=lambda: measure(t, sets),
+            is_save_due=lambda step: step % every == 0,
+            is_probe_due=lambda step: is_due(cfg, plan, step),
+            log_every=cfg.watch.log_every,
+            batch_size=cfg.optim.batch_size,
+            max_bad_fraction=cfg.data.max_bad_fraction,
+        )
+        with config_keys({"lr": "optim.lr", "max_bad_fraction": "data.max_bad_fraction"}):
+            take_steps(t, duties)
+        with t.meters.aside():
+            summarize(t, sets)
     return run.folder
 
 
@@ -146,55 +98,10 @@ def make_batches(cfg: FinetuneConfig, plan: Plan, sets: Sets, first_step: int) -
     )
 
 
-def train_step(
-    cfg: FinetuneConfig,
-    rates: Rates,
-    state: State,
-    batches: Iterator[LabeledCrops],
-    meters: Meters,
-    accelerator: Accelerator,
-) -> StepReport:
-    """Take one optimizer step on the global batch, without waiting for the device."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * rates.scale
-    torch.manual_seed(step_seed(cfg.seed, state.step, dist.rank()))  # stochastic depth
-    with meters.waiting():
-        batch = next(batches)
-    device_batch = batch.to(accelerator.device)
-    images = normalize(device_batch.images)
-    teacher_embeddings = None
-    with accelerator.autocast():
-        embeddings = state.model(images)
-        if state.teacher is not None and rates.sd_weight > 0:
-            with torch.no_grad():
-                teacher_embeddings = dist.gather_equal(widened(state.teacher(images)))
-    losses = batch_losses(
-        cfg,
-        state,
-        dist.gather_with_grad(widened(embeddings)),
-        dist.gather_equal(device_batch.labels),
-        teacher_embeddings,
-        sd_weight=rates.sd_weight,
-        seed=step_seed(cfg.seed, state.step, BATCH_SEED),
-    )
-    accelerator.backward(losses.loss)
-    for parameter in state.loss_parameters():
-        if parameter.grad is not None:
-            parameter.grad = dist.all_reduce_mean(parameter.grad)
-    norms = clip_global([*state.student.parameters(), *state.loss_parameters()], cfg.optim.clip_grad)
-    values = {"loss": losses.loss, **losses.parts, "grad_norm": torch.linalg.vector_norm(norms)}
-    note_bad_gradient(state, values)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.mdr_statistics = losses.mdr_statistics
-    for name, value in values.items():
-        meters.add(name, value)
-    return StepReport(keys=batch.keys, broken=batch.broken)
-
-
-def save(cfg: FinetuneConfig, state: State, meters: Meters, run: Run, sets: Sets) -> None:
+def save(t: Training[FinetuneConfig, Plan, State], sets: Sets) -> None:
     """Write a checkpoint from which the run goes on as if it had never stopped."""
-    meters.sync()
+    state = t.state
+    t.meters.sync()
     tensors = {
         "student": state.student.state_dict(),
         "losses": {
@@ -206,17 +113,17 @@ def save(cfg: FinetuneConfig, state: State, meters: Meters, run: Run, sets: Sets
     if state.teacher is not None:
         tensors["teacher"] = state.teacher.state_dict()
     checkpoint.save(
-        run.checkpoints,
+        t.run.checkpoints,
         step=state.step,
         tensors=tensors,
         state={
-            "meters": meters.state(),
+            "meters": t.meters.state(),
             "num_broken": state.num_broken,
             "scores": state.scores,
-            "order": order_of(cfg, sets),
+            "order": order_of(t.cfg, sets),
         },
         optimizer=state.optimizer.state_dict(),
-        keep=cfg.watch.keep_checkpoints,
+        keep=t.cfg.watch.keep_checkpoints,
     )
 
 

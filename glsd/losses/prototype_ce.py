@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from glsd.batches import NeededRows
 from glsd.losses.logit_terms import student_terms, teacher_terms
 from glsd.losses.row_plan import RowPlan, plan_rows
 from glsd.precision import add_product, operand, operand_dtype, product, wide_dtype
@@ -58,7 +59,7 @@ def prototype_ce(
     center: Float[Tensor, " k"],
     student_temp: int | float,
     teacher_temp: int | float,
-    kept: Bool[Tensor, "r m"] | None = None,
+    needed: NeededRows | None = None,
     groups: int = 1,
     fuse: bool = False,
 ) -> PrototypeCE:
@@ -69,8 +70,7 @@ def prototype_ce(
     rounded to its dtype; everything else is float32 or better. Gradients are formed in the forward pass. They reach the
     student's vectors and prototypes alone, can be taken once, and cannot be differentiated again.
     index: rows of the teacher, valid also where the weight is 0; weight: 0 or more, 0 leaves an entry out.
-    kept: entries that can have a weight above 0, by default those that have. Rows without any are dropped if index is on
-    the CPU (on a GPU the host does not know their number).
+    needed: the rows in use as the host knows them (geometry.needed_rows), on the device; by default all are worked on.
     groups: number of equal, successive groups (images) of both sides; a row points into its own group only.
     fuse: torch.compile the work on the logits.
     Raises ValueError if the rows do not divide into the groups.
@@ -84,11 +84,10 @@ def prototype_ce(
         plan = plan_rows(
             index,
             weight.detach().to(wide),
-            kept=kept,
+            needed=needed,
             num_teacher=len(teacher),
             groups=groups,
             teacher_rows=budget_rows // 3,
-            device=device,
         )
         settings = Settings(
             student_temp=student_temp,

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-import torch
+from einops import pack, rearrange, unpack
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -11,16 +11,16 @@ from glsd.models.heads import ProjectionHead
 
 
 class Views(NamedTuple):
-    """What a network says of the crops; rows are view-major (row = view * b + image), global views first.
+    """What a network says of the crops: bottleneck vectors of length 1, and the prototypes they meet.
 
-    ``*_patches`` are None without a local head, ``local_*`` without local crops.
+    The lists have one entry per resolution, global views first. ``patches`` is empty without a local head.
     """
 
-    cls: Float[Tensor, "vb e"]  # bottleneck vectors of the global head, length 1
-    global_patches: Float[Tensor, "gb n e"] | None  # bottleneck vectors of the local head, length 1
-    local_patches: Float[Tensor, "lb nl e"] | None
-    global_features: Float[Tensor, "gb n d"]  # backbone patch features: the input of the local head
-    local_features: Float[Tensor, "lb nl d"] | None
+    cls: Float[Tensor, "v b e"]
+    cls_prototypes: Float[Tensor, "k e"]
+    patches: list[Float[Tensor, "_ b _ e"]]
+    patch_prototypes: Float[Tensor, "k e"] | None
+    features: list[Float[Tensor, "_ b _ d"]]  # backbone patch features: the input of the local head
 
 
 class MultiCrop(nn.Module):
@@ -37,41 +37,27 @@ class MultiCrop(nn.Module):
 
     def forward(
         self,
-        global_crops: Float[Tensor, "gb 3 h w"],
-        local_crops: Float[Tensor, "lb 3 hl wl"] | None = None,
-        *,
-        num_images: int,
+        global_crops: Float[Tensor, "g b 3 h w"],
+        local_crops: Float[Tensor, "l b 3 hl wl"] | None = None,
     ) -> Views:
-        """Return the views of g global and l local crops of ``num_images`` = b images each.
+        """Return the views of all crops; local_crops may be None or empty.
 
-        Local crops may be None or empty. Crops of one size go through the backbone together, and a head sees
-        all rows of its kind at once, so that batch normalization has the statistics of all views. Raises
-        ValueError if the rows are not a multiple of b. Source: DINO (arXiv 2104.14294), multi-crop.
+        A head sees all rows of its kind at once, so that batch normalization has the statistics of all views.
+        Source: DINO (arXiv 2104.14294), multi-crop.
         """
-        if local_crops is not None and local_crops.shape[0] == 0:
-            local_crops = None
-        for crops in (global_crops, local_crops):
-            if crops is not None and crops.shape[0] % num_images:
-                raise ValueError(f"{crops.shape[0]} crop rows are not a multiple of {num_images} images")
-        cls_features, patch_features = self._features(global_crops, local_crops)
-        cls = self.global_head(cls_features)
-        patches: list[Tensor | None] = [None, None]
-        if self.local_head is not None:
-            rows = self.local_head(torch.cat([features.flatten(0, 1) for features in patch_features]))
-            counts = [features.shape[0] * features.shape[1] for features in patch_features]
-            for i, (part, features) in enumerate(zip(rows.split(counts), patch_features, strict=True)):
-                patches[i] = part.unflatten(0, features.shape[:2])
-        local_features = patch_features[1] if local_crops is not None else None
-        return Views(cls, patches[0], patches[1], patch_features[0], local_features)
+        resolutions = [crops for crops in (global_crops, local_crops) if crops is not None and len(crops)]
+        cls, features = zip(*map(self._backbone_views, resolutions), strict=True)
+        vectors = rearrange(
+            self.global_head(pack(cls, "* d")[0]), "(v b) e -> v b e", b=global_crops.shape[1]
+        )
+        prototypes = self.global_head.prototypes.weight()
+        if self.local_head is None:
+            return Views(vectors, prototypes, [], None, list(features))
+        rows, shapes = pack(features, "* d")
+        patches = unpack(self.local_head(rows), shapes, "* e")
+        return Views(vectors, prototypes, patches, self.local_head.prototypes.weight(), list(features))
 
-    def _features(self, global_crops: Tensor, local_crops: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Return the class features of all views and the patch features per resolution."""
-        if local_crops is None:
-            cls, patches = self.backbone(global_crops)
-            return cls, [patches]
-        if local_crops.shape[1:] == global_crops.shape[1:]:
-            cls, patches = self.backbone(torch.cat([global_crops, local_crops]))
-            return cls, list(patches.split([global_crops.shape[0], local_crops.shape[0]]))
-        cls, patches = self.backbone(global_crops)
-        local_cls, local_patches = self.backbone(local_crops)
-        return torch.cat([cls, local_cls]), [patches, local_patches]
+    def _backbone_views(self, crops: Float[Tensor, "v b 3 h w"]) -> tuple[Tensor, Tensor]:
+        """Return class features (v b d) and patch features (v b n d) of the crops of one resolution."""
+        cls, patches = self.backbone(crops.flatten(0, 1))
+        return cls.unflatten(0, crops.shape[:2]), patches.unflatten(0, crops.shape[:2])

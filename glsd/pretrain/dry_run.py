@@ -3,15 +3,15 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from glsd.cluster import dist, shutdown
+from glsd.batches import CropBatch
+from glsd.cluster import dist, fsdp, shutdown
 from glsd.cluster.launch import start
 from glsd.config.pretrain import PretrainConfig
 from glsd.data.order import epoch_samples
@@ -19,7 +19,9 @@ from glsd.errors import UserError, config_keys
 from glsd.pretrain.networks import State, build
 from glsd.pretrain.plan import Plan, make_plan, rates_at
 from glsd.pretrain.report import describe, open_probe
-from glsd.pretrain.train import make_batches, restore, train_step
+from glsd.pretrain.step import train_step
+from glsd.pretrain.train import make_batches, restore
+from glsd.runtime.loop import Training
 from glsd.runtime.memory import grown_since, mark_memory, total_memory
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run
@@ -72,16 +74,18 @@ def forecast(cfg: PretrainConfig) -> Forecast:
         restore(cfg, state, Run(Path(cfg.out)), shards)
     open_probe(cfg)
     steps_left = max(0, plan.last_step - state.step)
-    batches = make_batches(cfg, shards, state.step * cfg.optim.batch_size)
+    batches = make_batches(cfg, state, shards)
     restored = size(optimizer_tensors(state))
     mark = mark_memory(accelerator.device)
     with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder))
         meters = Meters(
-            Path(folder), total_steps=plan.last_step, start_step=state.step, device=accelerator.device
+            run.folder, total_steps=plan.last_step, start_step=state.step, device=accelerator.device
         )
         with contextlib.closing(meters):
             meters.say("dry run: a few steps, nothing is kept\n" + describe(cfg, plan, state))
-            timing = measure(cfg, plan, state, batches, meters, accelerator)
+            t = Training(cfg=cfg, plan=plan, state=state, run=run, accelerator=accelerator, meters=meters)
+            timing = measure(t, batches)
     found = Forecast(
         parameters={
             "backbone": count(state.student.backbone.parameters()),
@@ -99,12 +103,11 @@ def forecast(cfg: PretrainConfig) -> Forecast:
     return found
 
 
-def measure(
-    cfg: PretrainConfig, plan: Plan, state: State, batches, meters: Meters, accelerator: Accelerator
-) -> dict[str, float]:
+def measure(t: Training[PretrainConfig, Plan, State], batches: Iterator[CropBatch]) -> dict[str, float]:
     """Return the timing of the meters over some steps after the warm-up; every rank takes as many."""
+    cfg, plan, device = t.cfg, t.plan, t.accelerator.device
     ready = 2 * cfg.data.num_workers // len(plan.micro_batches)  # what the DataLoader fetches ahead
-    least = GPU_WARMUP_STEPS if accelerator.device.type == "cuda" else 1
+    least = GPU_WARMUP_STEPS if device.type == "cuda" else 1
     try:
         for seconds, fewest, most in (
             (WARMUP_SECONDS, least, least + ready),
@@ -112,20 +115,19 @@ def measure(
         ):
             begin, done = time.perf_counter(), 0
             while done < fewest or (done < most and go_on(begin, seconds)):
-                rates = rates_at(cfg, plan, min(state.step, plan.last_step - 1))
+                rates = rates_at(cfg, plan, min(t.state.step, plan.last_step - 1))
                 # As in all but the first epochs: frozen prototypes have no moments yet.
-                rates = replace(rates, freeze_prototypes=False)
-                train_step(cfg, plan, rates, state, batches, meters, accelerator)
-                state.step += 1
+                train_step(t, replace(rates, freeze_prototypes=False), batches)
+                t.state.step += 1
                 done += 1
-                meters.advance(state.step, images=plan.rank_images)
-            row = meters.flush(state.step)
+                t.meters.advance(t.state.step, images=plan.rank_images)
+            row = t.meters.flush(t.state.step)
     except RuntimeError as problem:
         if not isinstance(problem, torch.OutOfMemoryError) and OUT_OF_MEMORY not in str(problem):
             raise
         raise UserError(
-            f"optim.batch_size {cfg.optim.batch_size} does not fit into {total_memory(accelerator.device) / GIB:.0f} GiB of "
-            f"{accelerator.device.type} memory ({plan.micro_batches[0]} images at a time): set a lower optim.micro_batch, or lower "
+            f"optim.batch_size {cfg.optim.batch_size} does not fit into {total_memory(device) / GIB:.0f} GiB of "
+            f"{device.type} memory ({plan.micro_batches[0]} images at a time): set a lower optim.micro_batch, or lower "
             "head.num_prototypes"
         ) from problem
     return row["timing"]
@@ -137,12 +139,12 @@ def go_on(begin: float, seconds: float) -> bool:
 
 
 def memory_of(state: State, beyond: int) -> dict[str, int]:
-    """Say what the memory is for: of the peak beyond both networks the rest is activations and loss."""
-    trained = [parameter for parameter in state.own.values() if parameter.requires_grad]
+    """Return what the memory is for: of the peak beyond both networks the rest is activations and loss."""
+    student, teacher = (fsdp.local_parameters(network).values() for network in (state.student, state.teacher))
     known = {
-        "weights": size([*state.own.values(), *state.student.buffers()]),
-        "teacher": size([*state.own_teacher.values(), *state.teacher.buffers()]),
-        "gradients": size(trained),
+        "weights": size([*student, *state.student.buffers()]),
+        "teacher": size([*teacher, *state.teacher.buffers()]),
+        "gradients": size(parameter for parameter in student if parameter.requires_grad),
         "optimizer state": size(optimizer_tensors(state)),
     }
     return {

@@ -1,4 +1,4 @@
-"""From configuration to networks: student, teacher, the losses around the student, the optimizer."""
+"""Builds the networks of a pretraining run: student, teacher, the losses around the student, the optimizer."""
 
 from dataclasses import dataclass, field
 
@@ -10,12 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from glsd.cluster import dist, fsdp
 from glsd.config.pretrain import PretrainConfig
 from glsd.errors import UserError
-from glsd.models.backbone import Backbone, build_backbone, check_crop_size
+from glsd.models.backbone import build_backbone, check_crop_size
 from glsd.models.blocks import blocks_of, compile_blocks, compile_obstacle
 from glsd.models.heads import ProjectionHead
 from glsd.models.multicrop import MultiCrop
 from glsd.optim.param_groups import param_groups
 from glsd.pretrain.objective import Distillation
+from glsd.runtime.guard import BadGradient
 
 LOCAL_HEAD_SEED = 1  # added to the run's seed: the two heads must start differently
 
@@ -26,25 +27,13 @@ class State:
 
     student: MultiCrop
     teacher: MultiCrop
-    losses: Distillation  # the student with its losses
-    model: nn.Module  # the same as accelerate wrapped it (DDP, autocast)
-    own: dict[
-        str, nn.Parameter
-    ]  # what this rank keeps of the student's parameters, by name (fsdp.own_parameters)
-    own_teacher: dict[str, nn.Parameter]
+    model: nn.Module  # the student with its losses, as accelerate wrapped it (DDP, autocast)
     optimizer: torch.optim.Optimizer
     centers: dict[str, Tensor]  # 'global', 'local': (k) float32
-    bad_step: Tensor  # first step whose gradients were not finite, -1 = none; on the device
-    bad_loss: Tensor  # whether this rank's own loss was not finite then; on the device
+    bad_gradient: BadGradient
     step: int = 0  # optimizer steps done
     num_broken: int = 0  # samples replaced so far, over all ranks
     advised: set[str] = field(default_factory=set)  # health warnings already given
-    plans: dict[str, Backbone] = field(default_factory=dict)  # of the backbones of networks in parts
-
-    def backbone(self, name: str) -> Backbone:
-        """Return the backbone of 'student' or 'teacher' for use outside of steps: whole, by itself (a collective call)."""
-        backbone = {"student": self.student, "teacher": self.teacher}[name].backbone
-        return fsdp.filled(self.plans[name], backbone) if self.plans else backbone
 
 
 def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
@@ -116,44 +105,26 @@ def build(cfg: PretrainConfig, accelerator: Accelerator) -> State:
     if compiling:
         for part in (student, teacher):
             compile_blocks(part.backbone.net)
-    c = cfg.loss
-    losses = Distillation(
-        student,
-        matching=cfg.matching,
-        global_weight=c.global_weight,
-        local_weight=c.local_weight,
-        hinge=c.hinge,
-        hinge_factor=c.hinge_factor,
-        local_mean=c.local_mean,
-        geometric_weight=c.geometric_weight,
-        similarity_weight=c.similarity_weight,
-        student_temp=c.student_temp,
-        fuse=compiling and on_gpu,
-    )
+    objective = Distillation(student, cfg.loss, matching=cfg.matching, fuse=compiling and on_gpu)
+    sharded = cfg.cluster.parallel == "fsdp" and dist.world_size() > 1
+    if sharded:
+        for root, network in ((objective, student), (teacher, teacher)):
+            fsdp.shard(
+                root,
+                blocks_of(network.backbone.net),
+                grad_compression=cfg.optim.grad_compression,
+                copied=[network.backbone],
+            )
     zero = torch.zeros(cfg.head.num_prototypes, device=accelerator.device)
-    plans = cut(cfg, losses, teacher) if cfg.cluster.parallel == "fsdp" and dist.world_size() > 1 else {}
-    own = fsdp.own_parameters(student)
     # Not prepared: without a gradient scaler accelerate's wrapper adds nothing. lr and decay are set at every step.
-    optimizer = torch.optim.AdamW(param_groups(own.items()), lr=0.0, weight_decay=0.0, fused=True)
+    groups = param_groups(fsdp.local_parameters(student).items())
     return State(
         student=student,
         teacher=teacher,
-        losses=losses,
-        model=accelerator.prepare_model(losses, evaluation_mode=bool(plans)),  # in parts without DDP
-        own=own,
-        own_teacher=fsdp.own_parameters(teacher),
-        optimizer=optimizer,
+        model=accelerator.prepare_model(
+            objective, evaluation_mode=sharded
+        ),  # DDP only where nothing is sharded
+        optimizer=torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True),
         centers={"global": zero, "local": zero.clone()},
-        bad_step=torch.tensor(-1, device=accelerator.device),
-        bad_loss=torch.tensor(False, device=accelerator.device),
-        plans=plans,
+        bad_gradient=BadGradient(accelerator.device),
     )
-
-
-def cut(cfg: PretrainConfig, losses: Distillation, teacher: MultiCrop) -> dict[str, Backbone]:
-    """Leave every rank its part of student and teacher, in place, and return the plans of their backbones."""
-    networks = {"student": losses.student, "teacher": teacher}
-    plans = {name: fsdp.blueprint(network.backbone) for name, network in networks.items()}
-    for root, network in ((losses, losses.student), (teacher, teacher)):
-        fsdp.shard(root, blocks_of(network.backbone.net), grad_compression=cfg.optim.grad_compression)
-    return plans

@@ -1,4 +1,4 @@
-"""From configuration to numbers: how a pretraining run is cut into steps, and what the schedules say at each."""
+"""Plans a pretraining run: its steps and micro-batches, and the scheduled quantities of each step."""
 
 import dataclasses
 import math
@@ -20,10 +20,10 @@ class Plan:
     steps_per_epoch: int  # of batch_size samples; the ragged tail of an epoch is dropped
     total_steps: int  # of the schedules
     last_step: int  # where this run ends
-    micro_batches: tuple[
-        int, ...
-    ]  # images of this rank in each forward pass of a step; as many passes on every rank
+    # Images of this rank in each forward pass of a step; as many passes on every rank.
+    micro_batches: tuple[int, ...]
     shares: tuple[float, ...]  # how much each counts in the mean over ranks: size x ranks / batch_size
+    sinkhorn_iterations: int | None  # None = EMA centers
 
     @property
     def rank_images(self) -> int:
@@ -84,6 +84,7 @@ def make_plan(cfg: PretrainConfig, num_samples: int) -> Plan:
         last_step=min(total, o.max_steps) if o.max_steps else total,
         micro_batches=sizes,
         shares=tuple(size * world / o.batch_size for size in sizes),
+        sinkhorn_iterations=cfg.loss.sinkhorn_iterations if cfg.loss.centering == "sinkhorn" else None,
     )
 
 

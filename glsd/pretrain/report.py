@@ -1,25 +1,29 @@
-"""Looking over a run's shoulder: what it is, whether it is healthy, its first batch drawn, the k-NN probe of its teacher."""
+"""Reports of a pretraining run: its description, health warnings, the first batch as a picture, the k-NN probe, the samples."""
 
+import itertools
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from glsd.batches import CropBatch
-from glsd.cluster import dist
+from glsd.batches import NUM_GLOBAL, CropBatch
+from glsd.cluster import dist, fsdp
 from glsd.config.parse import differences
 from glsd.config.pretrain import PretrainConfig
-from glsd.errors import UserError, config_keys
+from glsd.errors import UserError, config_keys, with_config_keys
 from glsd.evaluate.sets import choose_sizes, embed_set
+from glsd.geometry import geometric_match, grid_side
+from glsd.losses.distill import similarity_match
 from glsd.metrics.knn import knn_accuracy
+from glsd.models.backbone import Backbone
 from glsd.models.blocks import run_uncompiled
 from glsd.pretrain.networks import State
-from glsd.pretrain.objective import NUM_GLOBAL, Pixels
 from glsd.pretrain.plan import Plan
+from glsd.pretrain.step import augment
 from glsd.runtime import health
-from glsd.runtime.meters import Meters
-from glsd.runtime.run import Run
+from glsd.runtime.guard import StepReport
+from glsd.runtime.loop import Training
+from glsd.runtime.run import append_rows
 from glsd.shards.store import (
     ShardSet,
     check_disjoint,
@@ -28,6 +32,31 @@ from glsd.shards.store import (
 )
 
 NUM_DRAWN = 4  # images in a picture
+# What the health rules call a setting -> its key.
+HEALTH_KEYS = {
+    key.partition(".")[2]: key
+    for key in (
+        "data.global_scale",
+        "data.local_scale",
+        "data.num_workers",
+        "head.batch_norm",
+        "head.num_prototypes",
+        "loss.center_momentum",
+        "loss.centering",
+        "loss.global_weight",
+        "loss.hinge",
+        "loss.hinge_factor",
+        "loss.local_weight",
+        "loss.teacher_temp",
+        "loss.warmup_teacher_temp",
+        "optim.batch_size",
+        "optim.clip_grad",
+        "optim.lr",
+        "optim.precision",
+        "optim.teacher_momentum",
+        "optim.warmup_epochs",
+    )
+}
 
 
 def describe(cfg: PretrainConfig, plan: Plan, state: State) -> str:
@@ -48,52 +77,59 @@ def describe(cfg: PretrainConfig, plan: Plan, state: State) -> str:
     return "\n".join(lines)
 
 
-def advise(cfg: PretrainConfig, plan: Plan, state: State, values: dict[str, Any], meters: Meters) -> None:
-    """Say once what looks unhealthy in values of a flush or a probe, and which knob to turn."""
+def advise(t: Training[PretrainConfig, Plan, State], values: dict[str, Any]) -> None:
+    """Warn once about what looks unhealthy in values of a flush or a probe, and name the key to change."""
+    warmup = max(t.cfg.optim.warmup_epochs, t.cfg.optim.freeze_prototypes_epochs)
     findings = health.check(
         values,
-        num_prototypes=cfg.head.num_prototypes,
-        embed_dim=state.student.backbone.embed_dim,
-        early=state.step
-        < max(cfg.optim.warmup_epochs, cfg.optim.freeze_prototypes_epochs) * plan.steps_per_epoch,
+        num_prototypes=t.cfg.head.num_prototypes,
+        embed_dim=t.state.student.backbone.embed_dim,
+        early=t.state.step < warmup * t.plan.steps_per_epoch,
     )
     for finding in findings:
-        if finding.kind not in state.advised:
-            state.advised.add(finding.kind)
-            meters.say(f"warning at step {state.step}: {finding.line}")
+        if finding.kind not in t.state.advised:
+            t.state.advised.add(finding.kind)
+            t.meters.say(f"warning at step {t.state.step}: {with_config_keys(finding.line, HEALTH_KEYS)}")
 
 
 @torch.no_grad()
-def draw_first_batch(run: Run, state: State, pixels: Pixels, batch: CropBatch) -> None:
+def draw_first_batch(t: Training[PretrainConfig, Plan, State], batch: CropBatch) -> None:
     """Write first_batch.png (a global crop against the other one) and first_batch_local.png, with the matches in use.
 
     Without a local loss the geometric matches are drawn all the same: they show that boxes and crops agree. Only rank 0
-    works here, so nothing may be a collective: backbones, no heads (whose batch norm may be synchronized).
+    draws, so nothing else here is a collective call: backbones, no heads (whose batch norm may be synchronized).
     """
-    student, teacher = state.backbone("student"), state.backbone("teacher")
+    student, teacher = (fsdp.whole_copy(net.backbone) for net in (t.state.student, t.state.teacher))
     if not dist.is_main():
         return
-    from glsd.show.matches import draw_matches
+    from glsd.show.matches import draw_matches  # half a second of import, for one process and once
 
-    b = len(batch.keys)
-    with run_uncompiled():
-        features = [
-            student(crops)[1] if len(crops) else None for crops in (pixels.global_crops, pixels.local_crops)
-        ]
-        teacher_features = teacher(pixels.global_crops)[1]
-    matches = state.losses.match(pixels, features, teacher_features)
-    n = min(b, NUM_DRAWN)
-    drawn = {"first_batch.png": (1, batch.global_crops[b : b + n])}
+    crops = [part for part in augment(batch.to(t.accelerator.device)) if len(part)]
+    match = batch.match
+    if t.cfg.matching == "similarity":
+
+        def features(backbone: Backbone, part: Tensor) -> Tensor:
+            return backbone(part.flatten(0, 1))[1].unflatten(0, part.shape[:2])
+
+        with run_uncompiled():
+            match = similarity_match([features(student, part) for part in crops], features(teacher, crops[0]))
+    elif match is None:
+        boxes = [batch.global_boxes, batch.local_boxes]
+        sizes = [batch.global_crops.shape[-1], batch.local_crops.shape[-1]]
+        match = geometric_match(boxes, sizes, stride=student.stride, hinge=True, hinge_factor=1.0)
+    # Views 1 (the second global crop) and 2 (the first local one) against teacher view 0.
+    patches = [grid_side(part.shape[-1], student.stride) ** 2 for part in crops]
+    drawn = {"first_batch.png": (batch.global_crops[1], slice(patches[0], 2 * patches[0]))}
     if len(batch.local_crops):
-        drawn["first_batch_local.png"] = (NUM_GLOBAL, batch.local_crops[:n])
-    for name, (view, crops) in drawn.items():
-        match = matches[0, view][0]
+        first = NUM_GLOBAL * patches[0]
+        drawn["first_batch_local.png"] = (batch.local_crops[0], slice(first, first + patches[1]))
+    for name, (student_crops, rows) in drawn.items():
         draw_matches(
-            run.folder / name,
-            crops,
-            batch.global_crops[:n],
-            index=match.index[:n],
-            weight=match.weight[:n],
+            t.run.folder / name,
+            student_crops[:NUM_DRAWN],
+            batch.global_crops[0, :NUM_DRAWN],
+            index=match.index[:NUM_DRAWN, rows, 0],
+            weight=match.weight[:NUM_DRAWN, rows, 0],
             stride=student.stride,
         )
 
@@ -123,16 +159,9 @@ def open_probe(cfg: PretrainConfig) -> tuple[ShardSet, ShardSet] | None:
     return train, val
 
 
-def probe(
-    cfg: PretrainConfig,
-    sets: tuple[ShardSet, ShardSet],
-    meters: Meters,
-    state: State,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
+def probe(t: Training[PretrainConfig, Plan, State], sets: tuple[ShardSet, ShardSet]) -> dict[str, Any]:
     """Classify the val images by their nearest train images in the teacher's features; every rank embeds its share."""
-
-    teacher = state.backbone("teacher")
+    teacher = fsdp.whole_copy(t.state.teacher.backbone)
 
     def features(images: Tensor) -> Tensor:
         with run_uncompiled():
@@ -143,22 +172,35 @@ def probe(
             shards,
             features,
             name=name,
-            sizes=choose_sizes(cfg.data.global_size),
+            sizes=choose_sizes(t.cfg.data.global_size),
             batch_size=64,
-            num_workers=cfg.data.num_workers,
-            device=accelerator.device,
-            precision=cfg.optim.precision,
-            limit=cfg.watch.probe_images,
+            num_workers=t.cfg.data.num_workers,
+            device=t.accelerator.device,
+            precision=t.cfg.optim.precision,
+            limit=t.cfg.watch.probe_images,
         )
         for name, shards in zip(("probe_train", "probe_val"), sets, strict=True)
     )
-    k = cfg.watch.probe_k
+    k, step = t.cfg.watch.probe_k, t.state.step
     scores: dict[str, Any] = {}
     if dist.is_main():
         found = knn_accuracy(train.features, train.labels, val.features, val.labels, k_list=(k,))
         scores = {f"knn{k}_top1": found[k]["top1"], "rankme": health.rankme(val.features)}
-        meters.write({"step": state.step, "probe": scores})
-        meters.say(
-            f"probe at step {state.step}: k-NN (k={k}) {found[k]['top1']:.2%}, RankMe {scores['rankme']:.1f}"
+        t.meters.write({"step": step, "probe": scores})
+        t.meters.say(
+            f"probe at step {step}: k-NN (k={k}) {found[k]['top1']:.2%}, RankMe {scores['rankme']:.1f}"
         )
     return dist.broadcast_object(scores)
+
+
+def log_samples(t: Training[PretrainConfig, Plan, State], reports: list[StepReport]) -> None:
+    """Write down epoch and key of every sample of the last steps, step by step, in the order of the epoch."""
+    first = t.state.step - len(reports)
+    ranks_keys = dist.gather_objects([report.keys for report in reports])
+    rows = []
+    for number, step_keys in enumerate(zip(*ranks_keys, strict=True)):
+        epoch = (first + number) // t.plan.steps_per_epoch
+        # Ranks take the positions of a batch in turns.
+        keys = [key for turn in itertools.zip_longest(*step_keys) for key in turn if key is not None]
+        rows.append({"step": first + number + 1, "samples": [(epoch, key) for key in keys]})
+    dist.together(lambda: append_rows(t.run.samples, rows))

@@ -1,13 +1,10 @@
-"""The first story: a student and its momentum teacher look at crops of unlabeled images until they agree."""
+"""Pretraining: a student and its momentum teacher look at crops of unlabeled images until they agree."""
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from glsd.batches import CropBatch
 from glsd.cluster import dist, fsdp, shutdown
@@ -15,51 +12,23 @@ from glsd.cluster.launch import start
 from glsd.config.parse import dump
 from glsd.config.pretrain import PretrainConfig
 from glsd.data.order import epoch_samples
-from glsd.data.photometric import photometric
-from glsd.data.pretrain_loader import pretrain_loader
-from glsd.errors import StoppedEarly, UserError, config_keys
-from glsd.losses.center import ema_center
-from glsd.optim.clip import CLIPPERS
-from glsd.optim.ema import ema_update
+from glsd.data.pretrain_loader import MatchRule, pretrain_loader
+from glsd.errors import UserError, config_keys
 from glsd.pretrain.networks import State, build
-from glsd.pretrain.objective import (
-    Pixels,
-    mean_logits,
-    mean_values,
-    run_teacher,
-)
-from glsd.pretrain.plan import (
-    Plan,
-    Rates,
-    crop_spec,
-    make_plan,
-    rates_at,
-)
+from glsd.pretrain.plan import Plan, crop_spec, make_plan, rates_at
 from glsd.pretrain.report import (
     advise,
     describe,
     draw_first_batch,
+    log_samples,
     open_probe,
     probe,
 )
-from glsd.rng import step_seed
+from glsd.pretrain.step import train_step
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
-from glsd.runtime.guard import (
-    StepReport,
-    check_gradients,
-    check_samples,
-    log_samples,
-    note_bad_gradient,
-)
-from glsd.runtime.meters import Meters
-from glsd.runtime.run import (
-    Run,
-    StopVote,
-    catch_signals,
-    open_run,
-    rewind,
-)
+from glsd.runtime.loop import Duties, Training, open_training, take_steps
+from glsd.runtime.run import Run
 from glsd.shards.store import ShardSet, open_shards
 
 
@@ -84,74 +53,63 @@ def pretrain(cfg: PretrainConfig) -> Path:
     state = build(cfg, accelerator)
     run = Run(Path(cfg.out))
     saved = restore(cfg, state, run, shards) if cfg.resume == "auto" else None
-    batches = make_batches(cfg, shards, state.step * cfg.optim.batch_size)
+    batches = make_batches(cfg, state, shards)
     probe_sets = open_probe(cfg)
-    # All is checked: from here on it may write.
-    open_run(run.folder, resolved_config=dump(cfg), resume=cfg.resume == "auto")
-    if saved is not None:
-        rewind(run.folder, saved.step)
-        dist.barrier()  # before anybody appends to what was rewound
-    meters = Meters(run.folder, total_steps=plan.last_step, start_step=state.step, device=accelerator.device)
-    with contextlib.closing(meters), catch_signals() as signal_name:
-        meters.say(describe(cfg, plan, state))
-        if saved is not None:
-            meters.load_state(saved.state["meters"])
-            meters.say(f"resumed from {saved.path} at step {saved.step}")
+    with open_training(
+        cfg,
+        plan,
+        state,
+        run,
+        accelerator,
+        saved=saved,
+        resolved_config=dump(cfg),
+        resume=cfg.resume == "auto",
+        about=describe(cfg, plan, state),
+    ) as t:
 
-        def look(values: dict[str, Any]) -> None:
-            advise(cfg, plan, state, values, meters)
+        def is_probe_due(step: int) -> bool:
+            return probe_sets is not None and (step % cfg.watch.probe_every == 0 or step == plan.last_step)
 
-        with meters.aside():
+        def look() -> None:
+            if probe_sets is not None:
+                advise(t, probe(t, probe_sets))
+
+        with t.meters.aside():
             if state.step == 0:
                 first = next(batches)
                 batches = itertools.chain([first], batches)
-                draw_first_batch(run, state, augment(first.to(accelerator.device)), first)
-            if probe_sets and (state.step % cfg.watch.probe_every == 0 or state.step == plan.last_step):
-                look(probe(cfg, probe_sets, meters, state, accelerator))
-        since_check: list[StepReport] = []
-        stop_vote = StopVote()
-        while state.step < plan.last_step:
-            rates = rates_at(cfg, plan, state.step)
-            since_check.append(train_step(cfg, plan, rates, state, batches, meters, accelerator))
-            state.step += 1
-            meters.advance(state.step, images=plan.rank_images)
-            last = state.step == plan.last_step
-            flushing = last or state.step % cfg.watch.log_every == 0
-            stopping = stop_vote(signal_name(), last=last)
-            probing = bool(probe_sets) and (last or state.step % cfg.watch.probe_every == 0)
-            # Before a probe, too: it may take longer than what a preempted run has left.
-            saving = last or bool(stopping) or probing or state.step % cfg.watch.checkpoint_every == 0
-            error = None
-            if flushing or saving:
-                check_gradients(state, run, since_check)
-                if cfg.watch.sample_log:
-                    log_samples(plan, state, run, since_check)
-                error = check_samples(cfg, plan.num_samples, state, run, since_check)
-                since_check.clear()
-            if flushing:
-                look(meters.flush(state.step, num_broken=state.num_broken, **rates.shown()))
-            if saving or error:
-                with meters.aside():
-                    save(cfg, state, meters, run, shards)
-            if error:
-                raise error
-            if stopping:
-                raise StoppedEarly(f"stopped by {stopping} after step {state.step}; go on with --resume auto")
-            if probing and probe_sets:
-                with meters.aside():
-                    look(probe(cfg, probe_sets, meters, state, accelerator))
+                draw_first_batch(t, first)
+            if is_probe_due(state.step):
+                look()
+        duties = Duties(
+            step=lambda: train_step(t, rates_at(cfg, plan, state.step), batches),
+            step_numbers=lambda step: rates_at(cfg, plan, step).shown(),
+            flushed=lambda row: advise(t, row),
+            checked=lambda reports: log_samples(t, reports) if cfg.watch.sample_log else None,
+            save=lambda: save(t, shards),
+            probe=look,
+            is_save_due=lambda step: step % cfg.watch.checkpoint_every == 0,
+            is_probe_due=is_probe_due,
+            log_every=cfg.watch.log_every,
+            batch_size=cfg.optim.batch_size,
+            max_bad_fraction=cfg.data.max_bad_fraction,
+        )
+        with config_keys({"lr": "optim.lr", "max_bad_fraction": "data.max_bad_fraction"}):
+            take_steps(t, duties)
     return run.folder
 
 
-def make_batches(cfg: PretrainConfig, shards: ShardSet, consumed: int) -> Iterator[CropBatch]:
-    """Return this rank's endless micro-batches from sample number ``consumed`` on."""
+def make_batches(cfg: PretrainConfig, state: State, shards: ShardSet) -> Iterator[CropBatch]:
+    """Return this rank's endless micro-batches from the state's step on."""
     d = cfg.data
+    rule = MatchRule(state.student.backbone.stride, cfg.loss.hinge, cfg.loss.hinge_factor)
     return pretrain_loader(
         shards,
         crop_spec=crop_spec(d),
+        match_rule=rule if cfg.matching in ("geometric", "both") else None,
         seed=cfg.seed,
         window_shards=d.window_shards,
-        consumed=consumed,
+        consumed=state.step * cfg.optim.batch_size,
         batch_size=cfg.optim.batch_size,
         micro_batch=cfg.optim.micro_batch,
         rank=dist.rank(),
@@ -161,79 +119,12 @@ def make_batches(cfg: PretrainConfig, shards: ShardSet, consumed: int) -> Iterat
     )
 
 
-def augment(batch: CropBatch) -> Pixels:
-    """Change the colors of all crops, on the device they are on."""
-    return Pixels(
-        global_crops=photometric(batch.global_crops, batch.global_photometric),
-        local_crops=photometric(batch.local_crops, batch.local_photometric),
-        global_boxes=batch.global_boxes,
-        local_boxes=batch.local_boxes,
-    )
-
-
-def train_step(
-    cfg: PretrainConfig,
-    plan: Plan,
-    rates: Rates,
-    state: State,
-    batches: Iterator[CropBatch],
-    meters: Meters,
-    accelerator: Accelerator,
-) -> StepReport:
-    """Take one optimizer step, without waiting for the device; from the first bad gradient on the weights do not move."""
-    decay, no_decay = state.optimizer.param_groups
-    decay["lr"], decay["weight_decay"], no_decay["lr"] = rates.lr, rates.weight_decay, rates.lr
-    torch.manual_seed(step_seed(cfg.seed, state.step, dist.rank()))  # stochastic depth
-    used, outs = [], []
-    for number, share in enumerate(plan.shares, start=1):
-        with meters.waiting():
-            batch = next(batches)
-        used.append(batch)
-        pixels = augment(batch.to(accelerator.device))
-        with accelerator.autocast():
-            targets = run_teacher(
-                state.teacher,
-                pixels.global_crops,
-                centers=state.centers,
-                temp=rates.teacher_temp,
-                sinkhorn_iterations=cfg.loss.sinkhorn_iterations
-                if cfg.loss.centering == "sinkhorn"
-                else None,
-            )
-        # Gradients travel between ranks with the last micro-batch only.
-        fsdp.synchronize_gradients(state.losses, number == len(plan.shares))
-        with contextlib.nullcontext() if number == len(plan.shares) else accelerator.no_sync(state.model):
-            out = state.model(pixels, targets)
-            accelerator.backward(out.loss * share)
-        outs.append(out)
-    fsdp.hand_over_gradients(state.student, state.own)
-    norms = CLIPPERS[cfg.optim.clip_mode](state.own.values(), cfg.optim.clip_grad, in_parts=bool(state.plans))
-    values = {**mean_values(outs, plan.shares), "grad_norm": torch.linalg.vector_norm(norms)}
-    note_bad_gradient(state, values)
-    if rates.freeze_prototypes:
-        for name, parameter in state.own.items():
-            if "prototypes" in name:
-                parameter.grad = None
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    ema_update(state.own_teacher, state.own, rates.momentum)
-    for kind, mean in mean_logits(outs, plan.shares).items():
-        state.centers[kind] = ema_center(
-            state.centers[kind], dist.all_reduce_mean(mean), cfg.loss.center_momentum
-        )
-    for name, value in values.items():
-        meters.add(name, value)
-    return StepReport(
-        keys=tuple(key for batch in used for key in batch.keys),
-        broken=tuple(broken for batch in used for broken in batch.broken),
-    )
-
-
-def save(cfg: PretrainConfig, state: State, meters: Meters, run: Run, shards: ShardSet) -> None:
+def save(t: Training[PretrainConfig, Plan, State], shards: ShardSet) -> None:
     """Write a checkpoint from which the run goes on as if it had never stopped."""
-    meters.sync()
+    state = t.state
+    t.meters.sync()
     checkpoint.save(
-        run.checkpoints,
+        t.run.checkpoints,
         step=state.step,
         tensors={
             "student": fsdp.gather_state(state.student),
@@ -241,12 +132,12 @@ def save(cfg: PretrainConfig, state: State, meters: Meters, run: Run, shards: Sh
             "centers": state.centers,
         },
         state={
-            "meters": meters.state(),
+            "meters": t.meters.state(),
             "num_broken": state.num_broken,
-            "order": order_of(cfg, shards),
+            "order": order_of(t.cfg, shards),
         },
         optimizer=fsdp.gather_optimizer(state.optimizer, state.student),
-        keep=cfg.watch.keep_checkpoints,
+        keep=t.cfg.watch.keep_checkpoints,
     )
 
 

@@ -50,8 +50,8 @@ def _non_finite(metrics: Mapping[str, Any]) -> list[Finding]:
     if not bad:
         return []
     line = (
-        f"{', '.join(bad)} not finite: go back to the last checkpoint and lower optim.lr or optim.clip_grad; "
-        "if it comes back, try optim.precision no"
+        f"{', '.join(bad)} not finite: go back to the last checkpoint and lower lr or clip_grad; "
+        "if it comes back, try precision no"
     )
     return [Finding("non_finite", line)]
 
@@ -66,18 +66,18 @@ def _collapse(
         if entropy is not None and entropy > 0.98 * uniform:
             line = (
                 f"{part} loss {loss:.4f} = ln k = {uniform:.4f} and teacher entropy {entropy:.4f}: uniform collapse, "
-                "every image gets the same flat answer; lower loss.teacher_temp and loss.warmup_teacher_temp"
+                "every image gets the same flat answer; lower teacher_temp and warmup_teacher_temp"
             )
             return [Finding(f"{part}_uniform_collapse", line)]
         line = (
             f"{part} loss {loss:.4f} stays at ln k = {uniform:.4f}: the student has not learned to answer yet; "
-            "raise optim.lr, or for a small network set head.batch_norm true or lower head.num_prototypes"
+            "raise lr, or for a small network set batch_norm true or lower num_prototypes"
         )
         return [Finding(f"{part}_stuck", line)]
     if entropy is not None and loss < 0.01 * uniform and entropy < 0.01 * uniform:
         line = (
             f"{part} loss {loss:.4f} and teacher entropy {entropy:.4f} are near 0: one-point collapse, every image gets "
-            "the same prototype; use loss.centering sinkhorn, lower loss.center_momentum or raise loss.teacher_temp"
+            "the same prototype; use centering sinkhorn, lower center_momentum or raise teacher_temp"
         )
         return [Finding(f"{part}_one_point_collapse", line)]
     return []
@@ -87,8 +87,8 @@ def _matched(share: int | float | None) -> list[Finding]:
     if share is None or share >= 0.2:
         return []
     line = (
-        f"only {share:.0%} of the patches found a match, crops hardly overlap: raise data.global_scale and "
-        "data.local_scale, raise loss.hinge_factor, or set loss.hinge false"
+        f"only {share:.0%} of the patches found a match, crops hardly overlap: raise global_scale and "
+        "local_scale, raise hinge_factor, or set hinge false"
     )
     return [Finding("few_matches", line)]
 
@@ -98,14 +98,14 @@ def _gradient(norm: int | float | None, early: bool) -> list[Finding]:
         return []
     if norm < 1e-8:
         line = (
-            f"gradient norm {norm:.1e}: nothing is learned; check that loss.global_weight and loss.local_weight are "
-            "not 0 and that loss.hinge leaves matches"
+            f"gradient norm {norm:.1e}: nothing is learned; check that global_weight and local_weight are "
+            "not 0 and that hinge leaves matches"
         )
         return [Finding("no_gradient", line)]
     if norm > 1e3 and not early:
         line = (
-            f"gradient norm {norm:.1e}: training is about to diverge; lower optim.lr or optim.clip_grad, "
-            "or raise optim.warmup_epochs"
+            f"gradient norm {norm:.1e}: training is about to diverge; lower lr or clip_grad, "
+            "or raise warmup_epochs"
         )
         return [Finding("exploding_gradient", line)]
     return []
@@ -116,7 +116,7 @@ def _rank(value: int | float | None, embed_dim: int, early: bool) -> list[Findin
         return []
     line = (
         f"RankMe {value:.1f} of {embed_dim}: the features use few directions (dimensional collapse); "
-        "lower optim.lr, raise optim.batch_size or optim.teacher_momentum, or use loss.centering sinkhorn"
+        "lower lr, raise batch_size or teacher_momentum, or use centering sinkhorn"
     )
     return [Finding("low_rank", line)]
 
@@ -125,7 +125,7 @@ def _data_wait(share: int | float | None, early: bool) -> list[Finding]:
     if share is None or early or share <= 0.1:
         return []
     line = (
-        f"{share:.0%} of the time goes into waiting for data: raise data.num_workers, or pack smaller images "
+        f"{share:.0%} of the time goes into waiting for data: raise num_workers, or pack smaller images "
         "(resize the photographs before launch/pack.py)"
     )
     return [Finding("data_wait", line)]

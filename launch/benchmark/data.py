@@ -24,7 +24,7 @@ from glsd.data.pretrain_loader import pretrain_loader
 from glsd.errors import UserError
 from glsd.packing.write import pack_samples
 from glsd.pretrain.plan import crop_spec
-from glsd.pretrain.train import augment
+from glsd.pretrain.step import augment
 from glsd.runtime.memory import grown_since, mark_memory
 from glsd.shards.store import ShardSet, open_shards
 from launch.benchmark.plain_data import PlainDataset, plain_batches
@@ -219,6 +219,7 @@ def loaded(
     yield from pretrain_loader(
         shards,
         crop_spec=spec,
+        match_rule=None,
         seed=0,
         window_shards=WINDOW_SHARDS,
         consumed=0,

@@ -16,9 +16,11 @@ from glsd.batches import LabeledCrops
 from glsd.config.finetune import FinetuneConfig, Reg
 from glsd.config.parse import load
 from glsd.finetune.networks import State, build, resolve
-from glsd.finetune.plan import Rates
-from glsd.finetune.train import train_step
+from glsd.finetune.plan import Plan, Rates, make_plan
+from glsd.finetune.step import train_step
+from glsd.runtime.loop import Training
 from glsd.runtime.meters import Meters
+from glsd.runtime.run import Run
 from launch.benchmark.tools import (
     add_json,
     finish,
@@ -52,41 +54,49 @@ def benchmark(args: argparse.Namespace) -> None:
     }
     base, source = resolve(load(FinetuneConfig, [f"--{key}={value}" for key, value in flags.items()]))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=args.precision)
-    kinds: dict[str, tuple[FinetuneConfig, State]] = {}
-    for reg in typing.get_args(Reg):
-        cfg = dataclasses.replace(base, reg=reg)
-        kinds[reg] = cfg, build(cfg, source, args.batch_size // 2, accelerator)
+    kinds: dict[str, Training[FinetuneConfig, Plan, State]] = {}
     batch = LabeledCrops(
         images=torch.randint(0, 256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8),
         labels=torch.arange(args.batch_size) // 2,
         indices=torch.arange(args.batch_size),
         keys=("",) * args.batch_size,
     )
-    seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "teacher forward")}
     with tempfile.TemporaryDirectory() as folder:
         meters = Meters(Path(folder), total_steps=args.rounds, start_step=0, device=accelerator.device)
+        for reg in typing.get_args(Reg):
+            cfg = dataclasses.replace(base, reg=reg)
+            kinds[reg] = Training(
+                cfg=cfg,
+                plan=make_plan(cfg, args.batch_size, args.batch_size // 2),
+                state=build(cfg, source, args.batch_size // 2, accelerator),
+                run=Run(Path(folder)),
+                accelerator=accelerator,
+                meters=meters,
+            )
+        seconds: dict[str, list[float]] = {name: [] for name in (*kinds, "teacher forward")}
         for turn in range(args.rounds + 1):  # the first one warms up
             for name in seconds:
-                took = timed(name, kinds, batch, meters, accelerator)
+                took = timed(name, kinds, batch)
                 if turn:
                     seconds[name].append(took)
         meters.close()
     report(args, seconds, accelerator.device)
 
 
-def timed(name: str, kinds: dict, batch: LabeledCrops, meters: Meters, accelerator: Accelerator) -> float:
+def timed(name: str, kinds: dict[str, Training[FinetuneConfig, Plan, State]], batch: LabeledCrops) -> float:
     """Return the seconds of one step, or of the teacher's forward pass alone."""
-    device = accelerator.device
+    t = kinds["psd" if name == "teacher forward" else name]
+    device = t.accelerator.device
     synchronize(device)
     start = time.perf_counter()
     if name == "teacher forward":
-        teacher, images = kinds["psd"][1].teacher, batch.to(device).images.float() / 255
-        with torch.no_grad(), accelerator.autocast():
-            teacher(images)
+        images = batch.to(device).images.float() / 255
+        with torch.no_grad(), t.accelerator.autocast():
+            assert t.state.teacher is not None
+            t.state.teacher(images)
     else:
-        cfg, state = kinds[name]
-        rates = Rates(epoch=1, scale=1.0, sd_weight=1.0 if state.teacher is not None else 0.0)
-        train_step(cfg, rates, state, itertools.repeat(batch), meters, accelerator)
+        rates = Rates(epoch=1, scale=1.0, sd_weight=1.0 if t.state.teacher is not None else 0.0)
+        train_step(t, rates, itertools.repeat(batch))
     synchronize(device)
     return time.perf_counter() - start
 

@@ -6,24 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from glsd.losses.distill import Matches
-
-
-def needed_rows(matches: Matches, student: Sequence[Tensor], teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the teacher rows that some patch matched, and of the student rows that have a match."""
-    matched = torch.zeros(teacher.shape[:3], dtype=torch.bool)
-    matching = [torch.zeros(group.shape[:3], dtype=torch.bool) for group in student]
-    views = [view for group in matching for view in group]
-    images = torch.arange(teacher.shape[1])[:, None]
-    for (q, v), kinds in matches.items():
-        for found in kinds:
-            accepted = found.weight.cpu() > 0
-            matched[q][images.expand_as(accepted)[accepted], found.index.cpu()[accepted]] = True
-            views[v] |= accepted
-    rows = torch.cat([group.flatten() for group in matching])
-    return matched.flatten().nonzero()[:, 0], rows.nonzero()[:, 0]
+from glsd.batches import NeededRows
 
 
 def product_flops(sizes: dict[str, Any], teacher_rows: int, student_rows: int) -> float:
@@ -37,7 +23,7 @@ def layouts(
     student_prototypes: Tensor,
     teacher_prototypes: Tensor,
     *,
-    matches: Matches,
+    needed: NeededRows,
     dtype: torch.dtype,
 ) -> dict[str, Callable[[], object]]:
     """Return the matrix products alone, in two layouts; rows and buffers are prepared beforehand.
@@ -45,9 +31,9 @@ def layouts(
     Of a row that nothing was matched with, neither logits nor gradients are needed.
     """
     device, num_images = teacher.device, teacher.shape[1]
-    teacher_rows, student_rows = (rows.to(device) for rows in needed_rows(matches, student, teacher))
-    targets = teacher.flatten(0, 2)[teacher_rows].to(dtype)
-    vectors = torch.cat([group.detach().flatten(0, 2) for group in student])[student_rows].to(dtype)
+    targets = rearrange(teacher, "g b n e -> (b g n) e")[needed.columns].to(dtype)
+    patches = torch.cat([rearrange(group.detach(), "v b n e -> b (v n) e") for group in student], 1)
+    vectors = patches.flatten(0, 1)[needed.rows].to(dtype)
     prototypes = student_prototypes.detach().to(dtype), teacher_prototypes.to(dtype)
     # One buffer serves all logits.
     buffer = torch.empty(max(len(targets), len(vectors)) * len(prototypes[0]), device=device, dtype=dtype)

@@ -12,20 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glsd.batches import NUM_GLOBAL, Match
 from glsd.config.pretrain import DataConfig
 from glsd.errors import UserError
-from glsd.geometry import patch_centers, squared_half_diagonals
-from glsd.losses.distill import (
-    LocalLoss,
-    Matches,
-    local_loss,
-    match_views,
-)
-from glsd.pretrain.objective import NUM_GLOBAL
+from glsd.geometry import geometric_match
+from glsd.losses.distill import LocalLoss, local_loss
 from glsd.pretrain.plan import crop_spec
 from glsd.runtime.memory import grown_since, mark_memory
 from launch.benchmark import sweep as benchmark_sweep
-from launch.benchmark.floor import layouts, needed_rows, product_flops
+from launch.benchmark.floor import layouts, product_flops
 from launch.benchmark.plain import plain_local_loss
 from launch.benchmark.tools import (
     MIB,
@@ -104,10 +99,11 @@ def measure(sizes: dict[str, Any], *, rounds: int, device: torch.device) -> dict
     """Print table and ratios of one size and return all figures."""
     inputs = make_inputs(sizes, device)
     apart = largest_difference(*(gradients_of(name, inputs, sizes) for name in ("ours", "plain")))
-    matches = match(inputs)
+    ((found, _),) = match(inputs)
+    assert found.needed is not None
     floors = layouts(
         *inputs[:4],
-        matches=matches,
+        needed=found.needed,
         dtype=torch.bfloat16 if sizes["precision"] == "bf16" else torch.float32,
     )
     runs: dict[str, Callable[[], object]] = {
@@ -118,8 +114,7 @@ def measure(sizes: dict[str, Any], *, rounds: int, device: torch.device) -> dict
     seconds = in_turns(runs, rounds=rounds, device=device)
     floor = min(floors, key=lambda name: statistics.median(seconds[name]))
     del runs, floors
-    teacher_rows, student_rows = (len(rows) for rows in needed_rows(matches, inputs.student, inputs.teacher))
-    least = product_flops(sizes, teacher_rows, student_rows)
+    least = product_flops(sizes, len(found.needed.columns), len(found.needed.rows))
     all_rows = inputs.teacher.shape[:3].numel(), sum(group.shape[:3].numel() for group in inputs.student)
     flops = {"plain": product_flops(sizes, *all_rows), "ours": least}
     work = Work(sizes["batch"], least)
@@ -137,7 +132,8 @@ def measure(sizes: dict[str, Any], *, rounds: int, device: torch.device) -> dict
         f"ours: {values['time_ratio']:.2f} times as fast as the textbook, {values['floor_ratio']:.2f} times the time of its "
         f"matrix products alone, {values['extra_memory_ratio']:.1f} times less extra memory\n"
         f"matching: {1000 * statistics.median(seconds['matching']):.1f} ms, {values['matching_share']:.1%} of ours; "
-        f"{student_rows} of {all_rows[1]} student rows have a match, {teacher_rows} of {all_rows[0]} teacher rows are one\n"
+        f"{len(found.needed.rows)} of {all_rows[1]} student rows have a match, "
+        f"{len(found.needed.columns)} of {all_rows[0]} teacher rows are one\n"
         f"loss and gradients of both agree to {apart:.1e} (relative to the largest value)",
         flush=True,
     )
@@ -172,22 +168,10 @@ def make_inputs(sizes: dict[str, Any], device: torch.device, *, seed: int = 0) -
     )
 
 
-def match(inputs: Inputs) -> Matches:
-    """Match as the training step does: by place, with hinge."""
-    num_images = inputs.teacher.shape[1]
-    resolutions = list(zip(inputs.boxes, inputs.crop_sizes, strict=True))
-    with torch.no_grad():
-        return match_views(
-            "geometric",
-            centers=[
-                patch_centers(boxes, size, STRIDE).unflatten(0, (-1, num_images))
-                for boxes, size in resolutions
-            ],
-            squared_halves=[
-                squared_half_diagonals(boxes, size, STRIDE).unflatten(0, (-1, num_images))
-                for boxes, size in resolutions
-            ],
-        )
+def match(inputs: Inputs) -> list[tuple[Match, float]]:
+    """Match as the loader of a run does: by place, with hinge."""
+    found = geometric_match(inputs.boxes, inputs.crop_sizes, stride=STRIDE, hinge=True, hinge_factor=1.0)
+    return [(found.map(lambda tensor: tensor.to(inputs.center.device)), 1.0)]
 
 
 def gradients_of(name: str, inputs: Inputs, sizes: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glsd.losses.distill import LocalLoss, Matches, view_pairs
+from glsd.batches import Match
+from glsd.losses.distill import LocalLoss
 from glsd.losses.prototype_ce import PrototypeCE
 
 
@@ -31,7 +32,7 @@ def plain_global_loss(
         teacher_logits = teacher_cls @ teacher_prototypes.T
         targets = ((wide(teacher_logits) - center) / teacher_temp).softmax(-1)
     total = logits.new_zeros((), dtype=targets.dtype)
-    pairs = view_pairs(len(teacher_cls), len(student_cls))
+    pairs = [(q, v) for q in range(len(teacher_cls)) for v in range(len(student_cls)) if v != q]
     for q, v in pairs:
         total = total - (targets[q] * F.log_softmax(wide(logits[v]), dim=-1)).sum(-1).mean()
     return filled(PrototypeCE, loss=total / len(pairs), teacher_mean=wide(teacher_logits).mean((0, 1)))
@@ -43,7 +44,7 @@ def plain_local_loss(
     student_prototypes: Tensor,
     teacher_prototypes: Tensor,
     *,
-    matches: Matches,
+    matches: Sequence[tuple[Match, float]],
     center: Tensor,
     student_temp: float,
     teacher_temp: float,
@@ -61,19 +62,23 @@ def plain_local_loss(
         teacher_logits = teacher_patches @ teacher_prototypes.T
         targets = ((wide(teacher_logits) - center) / teacher_temp).softmax(-1)
     total = center.new_zeros(())
-    accepted = []
     image = torch.arange(teacher_patches.shape[1], device=center.device)[:, None]
-    for (q, v), kinds in matches.items():
-        for match in kinds:
-            matched = targets[q][image, match.index.to(targets.device)]
-            cross_entropy = -(matched * F.log_softmax(wide(logits[v]), dim=-1)).sum(-1)
-            total = total + (match.weight.to(cross_entropy) * cross_entropy).mean()
-        accepted.append((kinds[0].weight > 0).flatten())
+    first, patches, num_pairs = 0, teacher_patches.shape[2], len(targets) * (len(views) - 1)
+    for v, view in enumerate(views):
+        for match, share in matches:
+            index, weight = (of[:, first : first + view.shape[1]] for of in (match.index, match.weight))
+            for q in range(len(targets)):
+                if q != v:
+                    matched = targets[q][image, index[..., q] - q * patches]
+                    cross_entropy = -(matched * F.log_softmax(wide(logits[v]), dim=-1)).sum(-1)
+                    total = total + share * (weight[..., q].to(cross_entropy) * cross_entropy).mean()
+        first += view.shape[1]
+    accepted = (matches[0][0].weight > 0).sum().to(center)
     return filled(
         LocalLoss,
-        loss=total / len(matches),
+        loss=total / num_pairs,
         teacher_mean=wide(teacher_logits).mean((0, 1, 2)),
-        matched_share=torch.cat(accepted).to(center).mean(),
+        matched_share=accepted / (matches[0][0].weight.numel() - teacher_patches[..., 0].numel()),
     )
 
 

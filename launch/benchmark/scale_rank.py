@@ -16,13 +16,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from glsd.cluster import dist, launch
+from glsd.cluster import dist, fsdp, launch
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
 from glsd.models.blocks import blocks_of
 from glsd.pretrain.networks import State, build
 from glsd.pretrain.plan import make_plan
+from glsd.runtime.loop import Training
 from glsd.runtime.meters import Meters
+from glsd.runtime.run import Run
 from launch.benchmark.step import (
     FLAGS,
     Clock,
@@ -74,10 +76,10 @@ def step_seconds(setup: Setup, rounds: int) -> list[float]:
     own = []
     for _ in range(rounds):
         dist.barrier()
-        synchronize(setup.accelerator.device)
+        synchronize(setup.training.accelerator.device)
         started = time.perf_counter()
         take_step(setup)
-        synchronize(setup.accelerator.device)
+        synchronize(setup.training.accelerator.device)
         own.append(time.perf_counter() - started)
     return [max(each) for each in zip(*dist.gather_objects(own), strict=True)]
 
@@ -86,11 +88,11 @@ def backward_seconds(setup: Setup, rounds: int) -> float:
     """Return the seconds of a step's backward pass."""
     taken = []
     for _ in range(rounds):
-        clock = Clock(setup.accelerator.device)
-        original = setup.accelerator.backward
-        setup.accelerator.backward = clock.around("backward", original)
+        clock = Clock(setup.training.accelerator.device)
+        original = setup.training.accelerator.backward
+        setup.training.accelerator.backward = clock.around("backward", original)
         take_step(setup)
-        setup.accelerator.backward = original
+        setup.training.accelerator.backward = original
         taken.append(clock.seconds["backward"])
     return min(taken)
 
@@ -133,9 +135,9 @@ def kept_bytes(state: State) -> int:
     moments = [
         value for values in state.optimizer.state.values() for value in values.values() if value.ndim > 0
     ]
-    own = list(state.own.values())
-    gradients = [parameter for parameter in own if parameter.requires_grad]
-    return sum(tensor.nbytes for tensor in [*own, *gradients, *moments, *state.own_teacher.values()])
+    student, teacher = (list(fsdp.local_parameters(net).values()) for net in (state.student, state.teacher))
+    gradients = [parameter for parameter in student if parameter.requires_grad]
+    return sum(tensor.nbytes for tensor in [*student, *gradients, *moments, *teacher])
 
 
 def sizes_of(cfg: PretrainConfig, state: State) -> dict[str, int]:
@@ -148,7 +150,7 @@ def sizes_of(cfg: PretrainConfig, state: State) -> dict[str, int]:
         "parameters": sum(p.numel() for p in named),
         "trained": sum(p.numel() for p in named if p.requires_grad),
         "tensors": sum(p.requires_grad for p in named),
-        "passes": 2 if d.num_local and d.local_size != d.global_size else 1,
+        "passes": 2 if d.num_local else 1,
         "logits": cfg.head.num_prototypes * (1 if cfg.matching == "none" else 2),
     }
 
@@ -173,8 +175,15 @@ def measure(payload: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         meters = Meters(Path(folder), total_steps=1, start_step=0, device=accelerator.device)
         with contextlib.closing(meters):
-            batch = random_batch(cfg, plan.rank_images)
-            setup = Setup(cfg, plan, state, batch, meters, accelerator)
+            training = Training(
+                cfg=cfg,
+                plan=plan,
+                state=state,
+                run=Run(Path(folder)),
+                accelerator=accelerator,
+                meters=meters,
+            )
+            setup = Setup(training, random_batch(cfg, state, plan.rank_images))
             for _ in range(WARMUP_STEPS):
                 take_step(setup)
             found: dict[str, Any] = {

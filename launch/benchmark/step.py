@@ -22,12 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from glsd.batches import CropBatch
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
-from glsd.pretrain import objective as distillation
-from glsd.pretrain import train as pretrain
+from glsd.geometry import geometric_match
+from glsd.pretrain import objective
+from glsd.pretrain import step as story
 from glsd.pretrain.networks import State, build
-from glsd.pretrain.plan import Plan, Rates, crop_spec
+from glsd.pretrain.plan import Plan, Rates, crop_spec, make_plan
+from glsd.runtime.loop import Training
 from glsd.runtime.memory import grown_since, mark_memory
 from glsd.runtime.meters import Meters
+from glsd.runtime.run import Run
 from launch.benchmark.plain import plain_global_loss, plain_local_loss
 from launch.benchmark.tools import (
     MIB,
@@ -66,12 +69,8 @@ FLAGS = {  # of this benchmark -> key of the configuration
 class Setup(NamedTuple):
     """All that a step needs."""
 
-    cfg: PretrainConfig
-    plan: Plan
-    state: State
+    training: Training[PretrainConfig, Plan, State]
     batch: CropBatch
-    meters: Meters
-    accelerator: Accelerator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,27 +137,39 @@ def prepared(flags: dict[str, Any]) -> Iterator[Setup]:
     with tempfile.TemporaryDirectory() as folder:
         meters = Meters(Path(folder), total_steps=1, start_step=0, device=accelerator.device)
         with contextlib.closing(meters):
-            num_images = cfg.optim.batch_size
-            one = {"steps_per_epoch": 1, "total_steps": 1, "last_step": 1}
-            plan = Plan(num_samples=num_images, micro_batches=(num_images,), shares=(1.0,), **one)
-            yield Setup(cfg, plan, state, random_batch(cfg, num_images), meters, accelerator)
+            training = Training(
+                cfg=cfg,
+                plan=make_plan(cfg, cfg.optim.batch_size),
+                state=state,
+                run=Run(Path(folder)),
+                accelerator=accelerator,
+                meters=meters,
+            )
+            yield Setup(training, random_batch(cfg, state, cfg.optim.batch_size))
 
 
-def random_batch(cfg: PretrainConfig, num_images: int) -> CropBatch:
+def random_batch(cfg: PretrainConfig, state: State, num_images: int) -> CropBatch:
+    """Return random pixels with boxes from our own cropper, matched as the loader does."""
     d = cfg.data
     boxes, parameters = drawn_boxes(crop_spec(d), num_images)
     generator = torch.Generator().manual_seed(0)
-
-    def pixels(rows: int, size: int) -> Tensor:
-        return torch.randint(0, 256, (rows, 3, size, size), dtype=torch.uint8, generator=generator)
-
+    sizes = [d.global_size, d.local_size]
+    crops = [
+        torch.randint(0, 256, (*part.shape[:2], 3, size, size), dtype=torch.uint8, generator=generator)
+        for part, size in zip(boxes, sizes, strict=True)
+    ]
+    match = None
+    if cfg.matching in ("geometric", "both"):
+        stride = state.student.backbone.stride
+        match = geometric_match(boxes, sizes, stride=stride, hinge=True, hinge_factor=1.0)
     return CropBatch(
-        global_crops=pixels(len(boxes[0]), d.global_size),
-        local_crops=pixels(len(boxes[1]), d.local_size),
+        global_crops=crops[0],
+        local_crops=crops[1],
         global_boxes=boxes[0],
         local_boxes=boxes[1],
         global_photometric=parameters[0],
         local_photometric=parameters[1],
+        match=match,
         indices=torch.arange(num_images),
         keys=("",) * num_images,
     )
@@ -170,7 +181,7 @@ def losses_of(kind: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if kind == "plain":
             for name, function in PLAIN.items():
-                stack.enter_context(mock.patch.object(distillation, name, function))
+                stack.enter_context(mock.patch.object(objective, name, function))
         yield
 
 
@@ -182,7 +193,7 @@ def step(kind: str, setup: Setup) -> None:
 def take_step(setup: Setup) -> None:
     """Take a step with whatever stands in for its parts at the moment."""
     batches = itertools.repeat(setup.batch)
-    pretrain.train_step(setup.cfg, setup.plan, RATES, setup.state, batches, setup.meters, setup.accelerator)
+    story.train_step(setup.training, RATES, batches)
 
 
 def flops_of(kind: str, setup: Setup) -> float:
@@ -245,7 +256,8 @@ def cut(loss_function: Callable, clock: Clock) -> Callable:
 
 def shares_of(kind: str, setup: Setup, *, rounds: int) -> dict[str, float]:
     """Return the share of a step's time that each part takes; sections follow each other, none lies in another."""
-    clock, state = Clock(setup.accelerator.device), setup.state
+    accelerator, state = setup.training.accelerator, setup.training.state
+    clock = Clock(accelerator.device)
     total = 0.0
     with losses_of(kind), contextlib.ExitStack() as stack:
 
@@ -253,21 +265,19 @@ def shares_of(kind: str, setup: Setup, *, rounds: int) -> dict[str, float]:
             around = clock.around(name, getattr(owner, attribute))
             stack.enter_context(mock.patch.object(owner, attribute, around))
 
-        measure(pretrain, "augment", "photometric")
-        measure(pretrain, "run_teacher", "teacher forward")
+        measure(story, "augment", "photometric")
+        measure(story, "run_teacher", "teacher forward")
         measure(state.student, "forward", "student forward")
-        measure(state.losses, "match", "matching")
-        measure(setup.accelerator, "backward", "backward of the rest")
+        measure(objective, "similarity_match", "matching")
+        measure(accelerator, "backward", "backward of the rest")
         measure(state.optimizer, "step", "optimizer, clipping, EMA")
-        measure(pretrain, "ema_update", "optimizer, clipping, EMA")
+        measure(story, "ema_update", "optimizer, clipping, EMA")
         clippers = {
-            key: clock.around("optimizer, clipping, EMA", clip) for key, clip in pretrain.CLIPPERS.items()
+            key: clock.around("optimizer, clipping, EMA", clip) for key, clip in story.CLIPPERS.items()
         }
-        stack.enter_context(mock.patch.dict(pretrain.CLIPPERS, clippers))
+        stack.enter_context(mock.patch.dict(story.CLIPPERS, clippers))
         for name in PLAIN:
-            stack.enter_context(
-                mock.patch.object(distillation, name, cut(getattr(distillation, name), clock))
-            )
+            stack.enter_context(mock.patch.object(objective, name, cut(getattr(objective, name), clock)))
         for _ in range(rounds):
             started = time.perf_counter()
             take_step(setup)
@@ -286,11 +296,12 @@ def print_shares(shares: dict[str, dict[str, float]]) -> None:
 
 def peak_beyond_state(kind: str, setup: Setup) -> float:
     """Return the MiB of a step's peak beyond weights and optimizer state, after a step of one image."""
-    small = setup._replace(batch=random_batch(setup.cfg, 1))
+    t = setup.training
+    small = setup._replace(batch=random_batch(t.cfg, t.state, 1))
     step(kind, small)
-    mark = mark_memory(setup.accelerator.device)
+    mark = mark_memory(t.accelerator.device)
     step(kind, setup)
-    return grown_since(mark, setup.accelerator.device) / MIB
+    return grown_since(mark, t.accelerator.device) / MIB
 
 
 if __name__ == "__main__":

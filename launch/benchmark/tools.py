@@ -202,9 +202,9 @@ def finish(args: argparse.Namespace, what: str, device: torch.device, **values: 
 
 
 def drawn_boxes(spec: CropSpec, num_images: int, *, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Return boxes and photometric parameters as our own cropper draws them: of the global, then of the local crops.
+    """Return boxes and photometric parameters as our own cropper draws them, of the global and of the local crops.
 
-    Rows are view-major, as in CropBatch.
+    They are (views, images, ...), as in CropBatch.
     """
     plans = [
         draw(spec, height=SOURCE_HEIGHT, width=SOURCE_WIDTH, seed=seed, epoch=0, position=number)
@@ -212,7 +212,7 @@ def drawn_boxes(spec: CropSpec, num_images: int, *, seed: int = 0) -> tuple[list
     ]
     parts = (slice(None, NUM_GLOBAL), slice(NUM_GLOBAL, None))
     boxes, parameters = (
-        [torch.stack([getattr(plan, name)[part] for plan in plans], dim=1).flatten(0, 1) for part in parts]
+        [torch.stack([getattr(plan, name)[part] for plan in plans], dim=1) for part in parts]
         for name in ("boxes", "photometric")
     )
     return boxes, parameters

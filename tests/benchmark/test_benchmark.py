@@ -122,18 +122,18 @@ def test_the_textbook_equals_ours_on_images():
 def test_the_floor_multiplies_what_the_loss_needs():
     """Both layouts leave the same gradient products behind: G P and G^T X with the logits as G, of matched rows only."""
     inputs = benchmark_loss.make_inputs(SIZES, CPU)
-    matches = benchmark_loss.match(inputs)
-    teacher_rows, student_rows = benchmark_floor.needed_rows(matches, inputs.student, inputs.teacher)
+    ((match, _),) = benchmark_loss.match(inputs)
     matched = {
-        ((q * 2 + image) * 16 + int(match.index[image, patch]))
-        for (q, _), (match,) in matches.items()
-        for image, patch in match.weight.nonzero().tolist()
+        image * 2 * 16 + int(match.index[image, patch, q])
+        for image, patch, q in match.weight.nonzero().tolist()
     }
-    assert set(teacher_rows.tolist()) == matched
-    student = torch.cat([group.detach().flatten(0, 2) for group in inputs.student])[student_rows]
+    assert match.needed is not None
+    assert set(match.needed.columns.tolist()) == matched
+    patches = torch.cat([group.detach().transpose(0, 1).flatten(1, 2) for group in inputs.student], 1)
+    student = patches.flatten(0, 1)[match.weight.flatten(0, 1).any(1)]
     prototypes = inputs.student_prototypes.detach()
     logits = student @ prototypes.T
-    for layout in benchmark_floor.layouts(*inputs[:4], matches=matches, dtype=torch.float32).values():
+    for layout in benchmark_floor.layouts(*inputs[:4], needed=match.needed, dtype=torch.float32).values():
         *_, vector_gradient, prototype_gradient = layout.args  # type: ignore[attr-defined]
         layout()
         torch.testing.assert_close(vector_gradient, logits @ prototypes)
@@ -273,14 +273,14 @@ def test_ratios_are_paired():
     assert benchmark_tools.paired_ratio([2.0, 20.0, 6.0], [1.0, 10.0, 2.0]) == 2.0
 
 
-def test_boxes_are_view_major():
+def test_boxes_are_views_of_images():
     spec = usual_spec(num_local=3)
     (global_boxes, local_boxes), (parameters, _) = benchmark_tools.drawn_boxes(spec, 4)
     second = benchmark_tools.draw(spec, height=375, width=500, seed=0, epoch=0, position=1)
-    assert global_boxes.shape == (8, 4)
-    assert torch.equal(global_boxes[4 + 1], second.boxes[1])
-    assert torch.equal(local_boxes[2 * 4 + 1], second.boxes[2 + 2])
-    assert torch.equal(parameters[1], second.photometric[0])
+    assert global_boxes.shape == (2, 4, 4)
+    assert torch.equal(global_boxes[1, 1], second.boxes[1])
+    assert torch.equal(local_boxes[2, 1], second.boxes[2 + 2])
+    assert torch.equal(parameters[0, 1], second.photometric[0])
 
 
 def test_every_benchmark_has_help(capsys):

@@ -1,6 +1,5 @@
-"""Parameters in parts: what each rank keeps, that nothing goes stale, and that whole tensors come back as they were."""
+"""Sharded parameters: what each rank keeps, that nothing goes stale, and that whole tensors come back as they were."""
 
-import copy
 import json
 import textwrap
 
@@ -31,8 +30,8 @@ def make():
     return Toy()
 
 def cut(net, **options):
-    fsdp.shard(net, list(net.blocks), **options)
-    own = fsdp.own_parameters(net)
+    fsdp.shard(net, list(net.blocks), copied=[net], **options)
+    own = fsdp.local_parameters(net)
     group = {"params": list(own.values()), "names": list(own)}
     return own, torch.optim.AdamW([group], lr=1e-2, fused=True)
 
@@ -40,7 +39,7 @@ def step(net, own, optimizer, number):
     torch.manual_seed(number)
     optimizer.zero_grad()
     net(torch.randn(4 * world, 48)[4 * rank : 4 * rank + 4]).pow(2).mean().backward()
-    fsdp.hand_over_gradients(net, own)
+    fsdp.collect_gradients(net)
     optimizer.step()
 """
 
@@ -52,12 +51,12 @@ def bodies(text: str) -> str:
 def test_alone_there_is_nothing_to_cut():
     net = nn.Sequential(nn.Linear(3, 2))
     fsdp.shard(net, list(net))
-    assert not fsdp.in_parts(net)
-    own = fsdp.own_parameters(net)
+    assert not fsdp.is_sharded(net)
+    own = fsdp.local_parameters(net)
     assert all(own[name] is parameter for name, parameter in net.named_parameters())
     net(torch.ones(1, 3)).sum().backward()
     gradients = [parameter.grad for parameter in net.parameters()]
-    fsdp.hand_over_gradients(net, own)
+    fsdp.collect_gradients(net)
     with fsdp.without_gradients(net):
         assert torch.is_inference(net(torch.ones(1, 3)))
     assert [parameter.grad for parameter in own.values()] == gradients
@@ -67,18 +66,9 @@ def test_alone_there_is_nothing_to_cut():
     assert all(torch.equal(whole[name], tensor) for name, tensor in other.state_dict().items())
 
 
-def test_a_blueprint_has_no_numbers_and_leaves_the_original_alone():
-    net = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300)).eval()
-    net[0].weight.requires_grad_(False)
-    before = copy.deepcopy(net.state_dict())
-    plan = fsdp.blueprint(net)
-    assert {parameter.device.type for parameter in plan.parameters()} == {"meta"}
-    assert [p.requires_grad for p in plan.parameters()] == [p.requires_grad for p in net.parameters()]
-    made = fsdp.filled(plan, net)
-    assert not made.training
-    for name, tensor in made.state_dict().items():
-        assert torch.equal(tensor, before[name])
-        assert torch.equal(net.state_dict()[name], before[name])
+def test_the_whole_copy_of_a_plain_module_is_itself():
+    net = nn.Sequential(nn.Linear(3, 2))
+    assert fsdp.whole_copy(net) is net
 
 
 @pytest.mark.slow
@@ -96,14 +86,13 @@ def test_four_ranks_keep_a_quarter_of_everything_and_give_it_back_whole(tmp_path
 
     before = live()
     net = make()
-    plan = fsdp.blueprint(net)
     own, optimizer = cut(net)
     for number in range(3):
         step(net, own, optimizer, number)
     kept = live() - before
     whole = fsdp.gather_state(net)
     packed = fsdp.gather_optimizer(optimizer, net)
-    made = fsdp.filled(plan, net)  # on every rank
+    made = fsdp.whole_copy(net)  # on every rank
     other = make()
     others, second = cut(other)
     torch_dist.broadcast_object_list(box := [copy.deepcopy((whole, packed))], src=0)

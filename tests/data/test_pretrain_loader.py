@@ -14,8 +14,9 @@ import torch
 from glsd.batches import BrokenSample, CropBatch
 from glsd.data.crops import crop_sample
 from glsd.data.order import EpochOrder
-from glsd.data.pretrain_loader import PretrainDataset, collate, pretrain_loader
+from glsd.data.pretrain_loader import MatchRule, PretrainDataset, collate, pretrain_loader
 from glsd.errors import UserError
+from glsd.geometry import geometric_match
 from glsd.packing.write import pack_samples
 from glsd.shards.find import find_shards
 from glsd.shards.store import open_shards
@@ -26,6 +27,7 @@ MORE_WORKERS_THAN_CORES = "ignore:This DataLoader will create"
 SPEC = usual_spec(global_size=16, local_size=8, num_local=3)
 SETUP: dict[str, Any] = {
     "crop_spec": SPEC,
+    "match_rule": None,
     "seed": 5,
     "window_shards": 2,
     "consumed": 0,
@@ -53,11 +55,18 @@ def batches(shards, count: int, **changes) -> list[CropBatch]:
 
 
 def same(first: CropBatch, second: CropBatch) -> bool:
-    pairs = [(getattr(first, f.name), getattr(second, f.name)) for f in fields(CropBatch)]
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+    pairs = [
+        (getattr(first, f.name), getattr(second, f.name)) for f in fields(CropBatch) if f.name != "match"
+    ]
+    if first.match is not None and second.match is not None:
+        pairs += [(first.match.index, second.match.index), (first.match.weight, second.match.weight)]
+        pairs += zip(first.match.needed, second.match.needed, strict=True)  # type: ignore[arg-type]
+    return (first.match is None) == (second.match is None) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs
+    )
 
 
-def test_rows_are_view_major_and_each_is_crop_sample(make_shards):
+def test_each_view_is_that_of_crop_sample(make_shards):
     pattern, packed = make_shards(5, 4, 6)
     shards = open_shards(pattern)
     made = batches(shards, 6)
@@ -73,15 +82,13 @@ def test_rows_are_view_major_and_each_is_crop_sample(make_shards):
             assert batch.keys[image] == shards.key(index)
             crops = crop_sample(packed[index][0], SPEC, seed=5, epoch=epoch, position=first + image)
             for view in range(2):
-                row = view * 3 + image
-                assert torch.equal(batch.global_crops[row], crops.global_crops[view])
-                assert torch.equal(batch.global_boxes[row], crops.boxes[view])
-                assert torch.equal(batch.global_photometric[row], crops.photometric[view])
+                assert torch.equal(batch.global_crops[view, image], crops.global_crops[view])
+                assert torch.equal(batch.global_boxes[view, image], crops.boxes[view])
+                assert torch.equal(batch.global_photometric[view, image], crops.photometric[view])
             for view in range(3):
-                row = view * 3 + image
-                assert torch.equal(batch.local_crops[row], crops.local_crops[view])
-                assert torch.equal(batch.local_boxes[row], crops.boxes[2 + view])
-                assert torch.equal(batch.local_photometric[row], crops.photometric[2 + view])
+                assert torch.equal(batch.local_crops[view, image], crops.local_crops[view])
+                assert torch.equal(batch.local_boxes[view, image], crops.boxes[2 + view])
+                assert torch.equal(batch.local_photometric[view, image], crops.photometric[2 + view])
 
 
 def test_no_local_crops(make_shards):
@@ -89,9 +96,25 @@ def test_no_local_crops(make_shards):
     (batch,) = batches(
         open_shards(pattern), 1, crop_spec=usual_spec(global_size=16, local_size=8, num_local=0)
     )
-    assert batch.local_crops.shape == (0, 3, 8, 8)
-    assert (batch.local_boxes.shape, batch.local_photometric.shape[0]) == ((0, 4), 0)
-    assert batch.global_crops.shape == (6, 3, 16, 16)
+    assert batch.local_crops.shape == (0, 3, 3, 8, 8)
+    assert (batch.local_boxes.shape, batch.local_photometric.shape[0]) == ((0, 3, 4), 0)
+    assert batch.global_crops.shape == (2, 3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("num_local", [0, 3])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_patches_are_matched_by_place_where_the_crops_are_made(make_shards, num_local, num_workers):
+    pattern, _ = make_shards(6)
+    spec = usual_spec(global_size=16, local_size=8, num_local=num_local)
+    rule = MatchRule(stride=4, hinge=True, hinge_factor=0.7)
+    changes = {"crop_spec": spec, "match_rule": rule, "num_workers": num_workers}
+    for batch in batches(open_shards(pattern), 2, **changes):
+        boxes = [batch.global_boxes, batch.local_boxes]
+        want = geometric_match(boxes, [16, 8], stride=4, hinge=True, hinge_factor=0.7)
+        assert batch.match is not None
+        assert torch.equal(batch.match.index, want.index)
+        assert torch.equal(batch.match.weight, want.weight)
+        assert 0 < want.weight.mean() < 1
 
 
 @pytest.mark.slow
@@ -117,8 +140,8 @@ def test_resume_anywhere_and_split_over_ranks(make_shards):
     for step in range(4):
         whole = [index for batch in straight[2 * step : 2 * step + 2] for index in batch.indices.tolist()]
         assert [ranks[c % 2][step].indices.tolist()[c // 2] for c in range(6)] == whole
-        halves = torch.cat([straight[2 * step].global_crops[:3], straight[2 * step + 1].global_crops[:3]])
-        assert torch.equal(ranks[1][step].global_crops[:3], halves[1::2])
+        halves = torch.cat([straight[2 * step].global_crops[0], straight[2 * step + 1].global_crops[0]])
+        assert torch.equal(ranks[1][step].global_crops[0], halves[1::2])
 
 
 def test_global_random_state_is_left_alone(make_shards):
@@ -258,7 +281,7 @@ def test_workers_end_when_the_training_process_is_killed(make_shards):
 
 def test_collate_hands_errors_on():
     problem = UserError("one line")
-    assert collate(problem) is problem
+    assert collate(problem, None) is problem
 
 
 @pytest.mark.photos

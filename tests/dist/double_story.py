@@ -2,21 +2,23 @@
 
 import torch
 
+import glsd.pretrain.step as step_module
 import glsd.pretrain.train as story
 import glsd.pretrain.networks as builder
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
 from glsd.shards.store import ShardSet, open_shards
-from glsd.pretrain.objective import Pixels
 from glsd.models.multicrop import MultiCrop
+from glsd.runtime.loop import Training as Loop
 from glsd.pretrain.plan import make_plan, rates_at
 from glsd.cluster.launch import start
 
-single, networks = story.augment, builder.build_networks
+single, networks = step_module.augment, builder.build_networks
 
 
-def augment_in_double(batch) -> Pixels:
-    return Pixels(**{name: tensor.double() for name, tensor in vars(single(batch)).items()})
+def augment_in_double(batch) -> tuple[torch.Tensor, torch.Tensor]:
+    global_crops, local_crops = single(batch)
+    return global_crops.double(), local_crops.double()
 
 
 def networks_in_double(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
@@ -26,7 +28,7 @@ def networks_in_double(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
 
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
-story.augment = augment_in_double
+step_module.augment = augment_in_double
 builder.build_networks = networks_in_double
 
 
@@ -40,10 +42,13 @@ class Training:
         self.plan = make_plan(self.cfg, len(self.shards))
         self.state = builder.build(self.cfg, self.accelerator)
 
+    def loop(self, meters, run=None) -> Loop:
+        parts = {"cfg": self.cfg, "plan": self.plan, "state": self.state, "accelerator": self.accelerator}
+        return Loop(**parts, run=run, meters=meters)
+
     def steps(self, count: int, meters) -> None:
-        consumed = self.state.step * self.cfg.optim.batch_size
-        batches = story.make_batches(self.cfg, self.shards, consumed)
+        batches = story.make_batches(self.cfg, self.state, self.shards)
         for _ in range(count):
             rates = rates_at(self.cfg, self.plan, self.state.step)
-            story.train_step(self.cfg, self.plan, rates, self.state, batches, meters, self.accelerator)
+            step_module.train_step(self.loop(meters), rates, batches)
             self.state.step += 1

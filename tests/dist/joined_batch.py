@@ -8,12 +8,13 @@ import sys
 import torch
 from tests.dist.joined_batch_recorder import Recorder
 
+import glsd.pretrain.step as step_module
 import glsd.pretrain.train as story
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
 from glsd.shards.store import open_shards
-from glsd.pretrain.objective import Pixels
 from glsd.pretrain.networks import build
+from glsd.runtime.loop import Training as Loop
 from glsd.pretrain.plan import make_plan, rates_at
 from glsd.cluster import dist
 from glsd.cluster.launch import start
@@ -21,12 +22,13 @@ from glsd.cluster.launch import start
 torch.set_num_threads(1)
 
 
-def augment_in_double(batch) -> Pixels:
-    return Pixels(**{name: tensor.double() for name, tensor in vars(single(batch)).items()})
+def augment_in_double(batch) -> tuple[torch.Tensor, torch.Tensor]:
+    global_crops, local_crops = single(batch)
+    return global_crops.double(), local_crops.double()
 
 
-single = story.augment
-story.augment = augment_in_double
+single = step_module.augment
+step_module.augment = augment_in_double
 
 out, *argv = sys.argv[1:]
 cfg = load(PretrainConfig, argv)
@@ -43,11 +45,12 @@ state.optimizer.register_step_pre_hook(
         {n: p.grad.clone() for n, p in state.student.named_parameters() if p.grad is not None}
     )
 )
-batches = story.make_batches(cfg, shards, 0)
+batches = story.make_batches(cfg, state, shards)
 meters = Recorder()
+training = Loop(cfg=cfg, plan=plan, state=state, run=None, accelerator=accelerator, meters=meters)  # type: ignore[arg-type]
 keys = []
 for _ in range(3):
-    report = story.train_step(cfg, plan, rates_at(cfg, plan, state.step), state, batches, meters, accelerator)  # type: ignore[arg-type]
+    report = step_module.train_step(training, rates_at(cfg, plan, state.step), batches)
     keys.append(sorted(key for rank_keys in dist.gather_objects(report.keys) for key in rank_keys))
     state.step += 1
 if dist.is_main():

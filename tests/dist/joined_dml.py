@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from tests.dist.joined_batch_recorder import Recorder
 
+import glsd.finetune.step as step_module
 import glsd.finetune.train as story
+from glsd.runtime.loop import Training
 from glsd.config.parse import load
 from glsd.finetune.networks import build, resolve
 from glsd.config.finetune import FinetuneConfig, Reg
@@ -21,8 +23,8 @@ from glsd.cluster import dist
 from glsd.cluster.launch import start
 
 torch.set_num_threads(1)
-to_float32 = story.normalize
-story.normalize = lambda images: to_float32(images).double()
+to_float32 = step_module.normalize
+step_module.normalize = lambda images: to_float32(images).double()
 CASES: list[tuple[str, Reg]] = [(loss, "none") for loss in RANKING]
 CASES += [("multi_similarity", "psd"), ("multi_similarity", "obdsd"), ("multi_similarity", "mdr")]
 CASES += [("triplet", "obdsd+mdr"), ("margin", "mdr"), ("proxy_anchor", "obdsd+mdr")]
@@ -51,13 +53,12 @@ for loss, reg in CASES:
     state.optimizer.register_step_pre_hook(keep)
     batches = story.make_batches(cfg, plan, sets, 0)
     meters, keys = Recorder(), []
+    training = Training(cfg=cfg, plan=plan, state=state, run=None, accelerator=accelerator, meters=meters)  # type: ignore[arg-type]
     for _ in range(4):
         rates = rates_at(cfg, plan, state.step)
-        report = story.train_step(cfg, rates, state, batches, meters, accelerator)  # type: ignore[arg-type]
+        report = step_module.train_step(training, rates, batches)
         keys.append([key for rank_keys in dist.gather_objects(report.keys) for key in rank_keys])
         state.step += 1
-        if state.teacher is not None and state.step % plan.steps_per_epoch == 0:
-            state.teacher.load_state_dict(state.student.state_dict())
     results[f"{loss} {reg}"] = {
         "keys": keys,
         "values": {name: torch.stack(values) for name, values in meters.values.items()},

@@ -17,8 +17,9 @@ from glsd.cluster import dist, fsdp
 
 def whole_gradients(state: State) -> dict[str, torch.Tensor]:
     named: dict[str, Any] = dict(state.student.named_parameters())
-    found = {name: own.grad.clone() for name, own in state.own.items() if own.grad is not None}
-    if not fsdp.in_parts(state.student):
+    local = fsdp.local_parameters(state.student)
+    found = {name: part.grad.clone() for name, part in local.items() if part.grad is not None}
+    if not fsdp.is_sharded(state.student):
         return found
     return {name: fsdp._full(fsdp._whole(rows, named[name])) for name, rows in found.items()}
 
@@ -30,7 +31,7 @@ def train(argv: list[str]) -> dict[str, Any]:
     state.optimizer.register_step_pre_hook(lambda *_: gradients.append(whole_gradients(state)))
     training.steps(3, meters)
     return {
-        "in_parts": fsdp.in_parts(state.student) and fsdp.in_parts(state.teacher),
+        "sharded": fsdp.is_sharded(state.student) and fsdp.is_sharded(state.teacher),
         "values": {name: torch.stack(values) for name, values in meters.values.items()},
         "gradients": gradients,
         "centers": state.centers,

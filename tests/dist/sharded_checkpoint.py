@@ -33,7 +33,7 @@ def train(parallel: str, source: str, target: str) -> dict[str, torch.Tensor]:
     assert training.state.step == 3
     meters = Meters()
     if target:
-        story.save(training.cfg, training.state, meters, Run(Path(target)), training.shards)  # type: ignore[arg-type]
+        story.save(training.loop(meters, Run(Path(target))), training.shards)
     training.steps(3, meters)
     return {name: torch.stack(values) for name, values in meters.values.items()}
 

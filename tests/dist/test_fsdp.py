@@ -38,7 +38,7 @@ def ddp_and_fsdp(world: int, cases: dict, folder: Path, argv: list[str]) -> dict
     found = torch.load(out, weights_only=True)
     assert found["world"] == world
     for results in found["cases"].values():
-        assert (results["ddp"]["in_parts"], results["fsdp"]["in_parts"]) == (False, True)
+        assert (results["ddp"]["sharded"], results["fsdp"]["sharded"]) == (False, True)
     return found["cases"]
 
 

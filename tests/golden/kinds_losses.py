@@ -1,22 +1,15 @@
 """Golden checks of the losses, the matching and the positions."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from golden_file import Golden
+from pair_matches import Pairs, apart, joined
 from torch import Tensor
 
-from glsd.batches import Match
-from glsd.geometry import patch_centers, squared_half_diagonals
+from glsd.geometry import geometric_match, patch_centers, squared_half_diagonals
 from glsd.losses.center import ema_center
-from glsd.losses.distill import (
-    Matches,
-    global_loss,
-    local_loss,
-    match_views,
-    view_pairs,
-)
+from glsd.losses.distill import global_loss, local_loss, similarity_match
+from glsd.losses.match import geometric, similarity
 from glsd.losses.prototype_ce import prototype_ce
 from glsd.optim.schedules import teacher_temp
 
@@ -89,7 +82,11 @@ class Views:
         self.teacher_patch = self.of_teacher("in_teacher_patch")
         self.identity = torch.eye(golden["K"], dtype=self.student_cls.dtype)
         self.pairs = [(int(q), int(v)) for q, v in golden.tensor("pairs_qv")]
-        golden.equal("pairs_qv", sorted(view_pairs(self.views[0], sum(self.views))), sorted(self.pairs))
+        golden.equal(
+            "pairs_qv",
+            [(q, v) for q in range(self.views[0]) for v in range(sum(self.views)) if v != q],
+            sorted(self.pairs),
+        )
 
     def groups(self, rows: Tensor) -> list[Tensor]:
         """Split patch rows of all views into (views, images, patches, width) per resolution."""
@@ -107,7 +104,7 @@ class Views:
     def of_teacher(self, name: str) -> Tensor:
         return self.golden.tensor(name).unflatten(0, (self.views[0], self.num_images, self.patches[0]))
 
-    def check_losses(self, prefix: str, matches: Matches, grad_cls: str) -> Tensor:
+    def check_losses(self, prefix: str, pairs: Pairs, grad_cls: str) -> Tensor:
         """Compare both losses and their gradients; return the mean raw teacher logits of the patches."""
         view = global_loss(
             self.student_cls.unflatten(0, (-1, self.num_images)),
@@ -122,7 +119,7 @@ class Views:
             self.teacher_patch,
             self.identity,
             self.identity,
-            matches=matches,
+            matches=[(joined(pairs, self.patches[0]), 1.0)],
             center=self.golden.tensor("in_center_patch"),
             **self.temps,
         )
@@ -139,10 +136,11 @@ class Views:
     def check_center(self, name: str, old: str, mean: Tensor) -> None:
         self.golden.close(name, ema_center(self.golden.tensor(old), mean, self.golden["center_momentum"]))
 
-    def patch_losses(self, q: int, v: int, match: Match) -> Tensor:
+    def patch_losses(self, q: int, v: int, pair: tuple[Tensor, Tensor]) -> Tensor:
         """Return the weighted cross-entropy of every student patch of a pair, from the library row by row."""
         student = self.by_view(self.student_patch.detach())[v]
-        losses = torch.zeros(match.index.shape, dtype=student.dtype)
+        index, weight = pair
+        losses = torch.zeros(index.shape, dtype=student.dtype)
         for b in range(self.num_images):
             for i in range(student.shape[1]):
                 losses[b, i] = prototype_ce(
@@ -150,8 +148,8 @@ class Views:
                     self.teacher_patch[q, b],
                     self.identity,
                     self.identity,
-                    index=match.index[b, i].view(1, 1),
-                    weight=match.weight[b, i].view(1, 1).to(student.dtype),
+                    index=index[b, i].view(1, 1),
+                    weight=weight[b, i].view(1, 1).to(student.dtype),
                     center=self.golden.tensor("in_center_patch"),
                     **self.temps,
                 ).loss
@@ -169,6 +167,7 @@ def check_local_distance(golden: Golden) -> None:
             golden.close(f"fullmap_exact_v{v}", full_map(boxes[v], size))
     halves = [squared_half_diagonals(boxes[v], size, golden["stride"]) for v, size in enumerate(sizes)]
     check_matched(views, "exact", halves)
+    check_closed_form(views, boxes, sizes)
     if "pos_resampled_v0" in golden:
         # Where the source had resampled coordinates, it measured the cells on them: all that is the matcher's
         # input.
@@ -183,28 +182,47 @@ def check_matched(views: Views, positions: str, halves: list[Tensor]) -> None:
     golden = views.golden
     centers = [golden.tensor(f"pos_{positions}_v{v}") for v in range(sum(views.views))]
     halves = [half.to(centers[0].dtype) for half in halves]
-    count = views.views[0]
-    parts = [slice(0, count), slice(count, None)] if views.views[1] else [slice(0, count)]
-    inputs: dict[str, Any] = {
-        "centers": [torch.stack(centers[part]) for part in parts],
-        "squared_halves": [torch.stack(halves[part]) for part in parts],
-    }
     for hinge in (False, True):
-        matches = match_views("geometric", hinge=hinge, **inputs)
-        for (q, v), (match,) in matches.items():
+        pairs: Pairs = {}
+        for q, v in views.pairs:
             pair = f"q{q}_v{v}"
+            index, weight = geometric(
+                centers[v], centers[q], student_half=halves[v], teacher_half=halves[q], hinge=hinge
+            )
             if hinge:
-                golden.equal(f"out_{positions}_accept_{pair}", match.weight)
+                golden.equal(f"out_{positions}_accept_{pair}", weight)
             golden.close(f"out_{positions}_threshold_{pair}", torch.maximum(halves[q], halves[v]))
-            chosen = centers[q].gather(1, match.index[..., None].expand(-1, -1, 2))
+            chosen = centers[q].gather(1, index[..., None].expand(-1, -1, 2))
             golden.close(f"out_{positions}_sqdist_{pair}", (centers[v] - chosen).square().sum(-1))
             scale = float(golden.tensor(f"out_{positions}_sqdist_{pair}").max())
-            index = settle_ties(golden, f"out_{positions}", pair, match.index, scale)
-            matches[q, v] = (Match(index, match.weight),)
-            patch_losses = views.patch_losses(q, v, matches[q, v][0])
+            pairs[q, v] = settle_ties(golden, f"out_{positions}", pair, index, scale), weight
+            patch_losses = views.patch_losses(q, v, pairs[q, v])
             golden.close(f"out_{positions}_hinge{int(hinge)}_patchloss_{pair}", patch_losses)
-        mean = views.check_losses(f"out_{positions}_hinge{int(hinge)}", matches, "out_grad_student_cls")
+        mean = views.check_losses(f"out_{positions}_hinge{int(hinge)}", pairs, "out_grad_student_cls")
         views.check_center("out_center_patch_new", "in_center_patch", mean)
+
+
+def check_closed_form(views: Views, boxes: Tensor, sizes: list[int]) -> None:
+    """The match that training makes of whole crops attains the distances and verdicts of the file."""
+    golden, stride = views.golden, views.golden["stride"]
+    count, patches = (
+        views.views[0],
+        [n for n, v in zip(views.patches, views.views, strict=True) for _ in range(v)],
+    )
+    parts = [slice(0, count), slice(count, None)] if views.views[1] else [slice(0, count)]
+    match = geometric_match(
+        [boxes[part] for part in parts],
+        [sizes[part][0] for part in parts],
+        stride=stride,
+        hinge=True,
+        hinge_factor=1.0,
+    )
+    for (q, v), (index, weight) in apart(match, patches).items():
+        pair = f"q{q}_v{v}"
+        golden.equal(f"out_exact_accept_{pair}", weight.to(golden.tensor(f"out_exact_accept_{pair}").dtype))
+        teacher, student = (patch_centers(boxes[view], sizes[view], stride) for view in (q, v))
+        chosen = teacher.gather(1, index[..., None].expand(-1, -1, 2))
+        golden.close(f"out_exact_sqdist_{pair}", (student - chosen).square().sum(-1))
 
 
 def settle_ties(golden: Golden, prefix: str, pair: str, index: Tensor, scale: float) -> Tensor:
@@ -233,14 +251,24 @@ def check_local_similarity(golden: Golden) -> None:
     views = Views(golden)
     teacher = views.of_teacher("in_teacher_feat")
     student = golden.tensor("in_student_feat")
-    matches = match_views("similarity", student_features=views.groups(student), teacher_features=teacher)
-    for (q, v), (match,) in matches.items():
+    pairs: Pairs = {}
+    for q, v in views.pairs:
         pair = f"q{q}_v{v}"
         vectors = views.by_view(student)[v]
-        chosen = teacher[q].gather(1, match.index[..., None].expand(-1, -1, vectors.shape[-1]))
+        index = similarity(vectors, teacher[q])
+        chosen = teacher[q].gather(1, index[..., None].expand(-1, -1, vectors.shape[-1]))
         golden.close(f"out_similarity_max_{pair}", F.cosine_similarity(vectors, chosen, dim=-1, eps=1e-12))
-        matches[q, v] = (Match(settle_ties(golden, "out_similarity", pair, match.index, 1.0), match.weight),)
-    mean = views.check_losses("out_similarity", matches, "out_similarity_grad_student_cls")
+        pairs[q, v] = (
+            settle_ties(golden, "out_similarity", pair, index, 1.0),
+            torch.ones_like(index).to(vectors),
+        )
+    groups, counts = (
+        views.groups(student),
+        [n for n, v in zip(views.patches, views.views, strict=True) for _ in range(v)],
+    )
+    for (q, v), (index, _) in apart(similarity_match(groups, teacher), counts).items():
+        settle_ties(golden, "out_similarity", f"q{q}_v{v}", index, 1.0)
+    mean = views.check_losses("out_similarity", pairs, "out_similarity_grad_student_cls")
     views.check_center("out_similarity_center_patch_new", "in_center_patch", mean)
 
 

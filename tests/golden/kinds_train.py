@@ -9,14 +9,10 @@ from kinds_losses import HALF, corner_boxes, temperature_of
 from kinds_parts import our_name
 from torch import Tensor, nn
 
-from glsd.geometry import patch_centers, squared_half_diagonals
+from glsd.batches import Match
+from glsd.geometry import geometric_match
 from glsd.losses.center import ema_center
-from glsd.losses.distill import (
-    Matches,
-    global_loss,
-    local_loss,
-    match_views,
-)
+from glsd.losses.distill import global_loss, local_loss, similarity_match
 from glsd.models.heads import ProjectionHead
 from glsd.optim.clip import clip_per_parameter
 from glsd.optim.ema import ema_update
@@ -60,21 +56,14 @@ def by_resolution(views: list[Tensor]) -> list[Tensor]:
     return [torch.stack(part) for part in (views[:NUM_GLOBAL], views[NUM_GLOBAL:]) if part]
 
 
-def find_matches(golden: Golden, step: int, student: list[Tensor], teacher: list[Tensor]) -> Matches:
-    """Return the step's matches, from its boxes or from both networks' patch features."""
+def find_match(golden: Golden, step: int, student: list[Tensor], teacher: list[Tensor]) -> Match:
+    """Return the step's match, from its boxes or from both networks' patch features."""
     boxes = corner_boxes(golden.tensor(f"in_step{step}_boxes_ijhw"), golden.tensor(f"in_step{step}_flip"))
     if golden["matching"] == "similarity":
-        return match_views(
-            "similarity", student_features=by_resolution(student), teacher_features=torch.stack(teacher)
-        )
-    sizes = list(zip(boxes, golden["out_size"], strict=True))
-    return match_views(
-        "geometric",
-        centers=by_resolution([patch_centers(box, size, golden["stride"]) for box, size in sizes]),
-        squared_halves=by_resolution(
-            [squared_half_diagonals(box, size, golden["stride"]) for box, size in sizes]
-        ),
-        hinge=golden["hinge"],
+        return similarity_match(by_resolution(student), torch.stack(teacher))
+    sizes = [golden["out_size"][0], *golden["out_size"][NUM_GLOBAL : NUM_GLOBAL + 1]]
+    return geometric_match(
+        by_resolution(list(boxes)), sizes, stride=golden["stride"], hinge=golden["hinge"], hinge_factor=1.0
     )
 
 
@@ -180,7 +169,7 @@ def forward(
         torch.stack(teacher_patches),
         student.head_dense.prototypes.weight(),
         teacher.head_dense.prototypes.weight(),
-        matches=find_matches(golden, step, features, teacher_features),
+        matches=[(find_match(golden, step, features, teacher_features), 1.0)],
         center=centers["patch"],
         **temps,
     )

@@ -5,18 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pair_matches import apart, joined
 from torch import Tensor
 
 from glsd.batches import Match
 from glsd.errors import UserError
-from glsd.geometry import patch_centers, squared_half_diagonals
-from glsd.losses.distill import (
-    Matches,
-    global_loss,
-    local_loss,
-    match_views,
-    view_pairs,
-)
+from glsd.geometry import geometric_match
+from glsd.losses.distill import global_loss, local_loss, num_pairs, similarity_match
 
 TEMPS: dict[str, Any] = {"student_temp": 0.4, "teacher_temp": 0.3}
 
@@ -40,20 +35,19 @@ def literal_global(student, teacher, ps, pt, center) -> Tensor:
 
 
 def literal_local(views, teacher, ps, pt, center, matches, mean) -> Tensor:
-    """views: one (b, n_v, e) per view."""
-    pairs = []
-    for (q, v), found in matches.items():
-        pair = torch.zeros((), dtype=torch.float64)
-        for index, weight in found:
-            total, accepted = torch.zeros((), dtype=torch.float64), 0
+    """views: one (b, n_v, e) per view; matches: with their weights."""
+    patches, total = [view.shape[1] for view in views], torch.zeros((), dtype=torch.float64)
+    for match, share in matches:
+        pairs = apart(match, patches)
+        for (q, v), (index, weight) in pairs.items():
+            pair, accepted = torch.zeros((), dtype=torch.float64), 0
             for b in range(index.shape[0]):
                 for i in range(index.shape[1]):
                     vectors = views[v][b, i], teacher[q, b, index[b, i]]
-                    total = total + weight[b, i] * cross_entropy(*vectors, ps, pt, center)
+                    pair = pair + share * weight[b, i] * cross_entropy(*vectors, ps, pt, center)
                     accepted += int(weight[b, i] > 0)
-            pair = pair + total / (index.numel() if mean == "all" else max(accepted, 1))
-        pairs.append(pair)
-    return torch.stack(pairs).mean()
+            total = total + pair / (index.numel() if mean == "all" else max(accepted, 1)) / len(pairs)
+    return total
 
 
 def normal(seed, *shape):
@@ -81,21 +75,16 @@ class Example:
             ).double()
             self.boxes.append(torch.cat([start, start + 25], 1))
             sizes.append(16)
+        self.sizes = sizes
         self.teacher = normal(6, 2, b, 9, e)
         self.teacher_features = normal(7, 2, b, 9, d)
-        pairs = list(zip(self.boxes, sizes, strict=True))
-        self.centers = [patch_centers(box, size, 8).unflatten(0, (-1, b)) for box, size in pairs]
-        self.halves = [squared_half_diagonals(box, size, 8).unflatten(0, (-1, b)) for box, size in pairs]
+        self.boxes = [box.unflatten(0, (-1, b)) for box in self.boxes]
 
-    def match(self, matching, **options):
-        return match_views(
-            matching,
-            centers=self.centers,
-            squared_halves=self.halves,
-            student_features=self.features,
-            teacher_features=self.teacher_features,
-            **options,
-        )
+    def match(self, matching, *, hinge=True, hinge_factor=1.0, geometric_weight=1.0, similarity_weight=1.0):
+        place = geometric_match(self.boxes, self.sizes, stride=8, hinge=hinge, hinge_factor=hinge_factor)
+        alike = similarity_match(self.features, self.teacher_features)
+        found = {"geometric": (place, geometric_weight), "similarity": (alike, similarity_weight)}
+        return list(found.values()) if matching == "both" else [found[matching]]
 
     @property
     def views(self):
@@ -117,7 +106,7 @@ def test_global_loss_equals_the_loops(v, g):
 
 
 def test_a_single_crop_has_no_pair():
-    assert view_pairs(2, 3) == [(0, 1), (0, 2), (1, 0), (1, 2)]
+    assert num_pairs(2, 3) == 4  # (0, 1), (0, 2), (1, 0), (1, 2)
     ps, pt, center = heads()
     with pytest.raises(UserError, match="at least 2"):
         global_loss(normal(1, 1, 3, 4), normal(2, 1, 3, 4), ps, pt, center=center, **TEMPS)
@@ -139,24 +128,21 @@ def test_local_loss_equals_the_loops(matching, mean, num_local):
     for a, b in zip(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(got.teacher_mean, (example.teacher.flatten(0, 2) @ pt.T).mean(0))
-    weights = [(found[0].weight > 0).double().flatten() for found in matches.values()]  # of the first matcher
+    patches = [view.shape[1] for view in example.views]
+    weights = [(weight > 0).double().flatten() for _, weight in apart(matches[0][0], patches).values()]
     torch.testing.assert_close(got.matched_share, torch.cat(weights).mean())
 
 
 def test_the_example_accepts_some_and_rejects_some():
-    weights = torch.cat(
-        [m.weight.flatten() for found in Example().match("geometric").values() for m in found]
-    )
-    assert 0.1 < weights.mean() < 0.9
+    ((match, _),) = Example().match("geometric")
+    assert 0.1 < match.weight.mean() < 0.8
 
 
 def test_nothing_accepted_gives_zero_loss_and_zero_gradient():
     example = Example(0)
     ps, pt, center = heads()
-    matches = {
-        pair: tuple(Match(m.index, torch.zeros_like(m.weight)) for m in found)
-        for pair, found in example.match("geometric").items()
-    }
+    ((match, _),) = example.match("geometric")
+    matches = [(Match(match.index, torch.zeros_like(match.weight)), 1.0)]
     for mean in ("all", "accepted"):
         result = local_loss(
             example.groups, example.teacher, ps, pt, matches=matches, center=center, mean=mean, **TEMPS
@@ -180,28 +166,27 @@ def test_both_is_the_weighted_sum_of_the_two():
     torch.testing.assert_close(both, 0.3 * loss("geometric") + 0.6 * loss("similarity"))
 
 
-def test_matches_of_every_pair_and_options_reach_the_matcher():
+def test_options_reach_the_matcher():
     example = Example()
-    matches = example.match("geometric", hinge=False)
-    assert list(matches) == view_pairs(2, 5)
-    assert all(m.weight.min() == 1 for found in matches.values() for m in found)
-    narrow = example.match("geometric", hinge_factor=1e-3)
-    assert sum(float(m.weight.sum()) for found in narrow.values() for m in found) < 3
-    with pytest.raises(UserError, match="did you mean 'geometric'"):
-        example.match("geometrik")
+    ((match, _),) = example.match("geometric", hinge=False)
+    pairs = apart(match, [9, 9, 4, 4, 4])
+    assert len(pairs) == num_pairs(2, 5)
+    assert all(weight.min() == 1 for _, weight in pairs.values())
+    ((narrow, _),) = example.match("geometric", hinge_factor=1e-3)
+    assert float(narrow.weight.sum()) < 3
 
 
 def test_permuting_images_changes_nothing():
     example, ps_pt_center = Example(), heads()
     ps, pt, center = ps_pt_center
     order = [1, 0]
-    matches = example.match("geometric")
-    permuted = {
-        pair: tuple(Match(m.index[order], m.weight[order]) for m in found) for pair, found in matches.items()
-    }
-    a = local_loss(example.groups, example.teacher, ps, pt, matches=matches, center=center, **TEMPS)
+    ((match, _),) = example.match("geometric")
+    permuted = Match(match.index[order], match.weight[order])
+    a = local_loss(example.groups, example.teacher, ps, pt, matches=[(match, 1.0)], center=center, **TEMPS)
     groups = [group[:, order] for group in example.groups]
-    b = local_loss(groups, example.teacher[:, order], ps, pt, matches=permuted, center=center, **TEMPS)
+    b = local_loss(
+        groups, example.teacher[:, order], ps, pt, matches=[(permuted, 1.0)], center=center, **TEMPS
+    )
     torch.testing.assert_close(a.loss, b.loss)
 
 
@@ -210,10 +195,10 @@ def test_a_perfect_student_of_coincident_crops_reaches_the_teacher_entropy():
     vectors = F.normalize(normal(1, 2, 2, 9, 4), dim=-1)
     vectors[1] = vectors[0]
     prototypes = normal(2, 6, 4)
-    match = Match(torch.arange(9).expand(2, 9), torch.ones(2, 9).double())
-    matches: Matches = {(0, 1): (match,), (1, 0): (match,)}
+    pair = torch.arange(9).expand(2, 9), torch.ones(2, 9).double()
+    match = joined({(0, 1): pair, (1, 0): pair}, 9)
     result = local_loss(
-        [vectors], vectors, prototypes, prototypes, matches=matches,
+        [vectors], vectors, prototypes, prototypes, matches=[(match, 1.0)],
         center=torch.zeros(6).double(), student_temp=0.2, teacher_temp=0.2,
     )  # fmt: skip
     torch.testing.assert_close(result.loss, result.teacher_entropy)

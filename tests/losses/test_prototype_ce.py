@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from glsd.geometry import needed_rows
 from glsd.losses import prototype_ce as module
-from glsd.losses import row_plan
 from glsd.losses.logit_terms import student_terms
 from glsd.losses.prototype_ce import prototype_ce
 from glsd.precision import product
@@ -56,15 +56,19 @@ def gradients(inputs: dict, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [inputs["student"], inputs["student_prototypes"]]))
 
 
+def needed_of(inputs, groups=1):
+    """What the host plans for the entries with a weight."""
+    return needed_rows(inputs["index"], inputs["weight"] > 0, len(inputs["teacher"]), groups)
+
+
 @pytest.mark.parametrize("rows", [64, 2])  # student rows at a time
 @pytest.mark.parametrize("m", [1, 3])
-@pytest.mark.parametrize("on_host", [True, False])
-def test_equals_the_equation(monkeypatch, rows, m, on_host):
+@pytest.mark.parametrize("planned", [True, False])
+def test_equals_the_equation(monkeypatch, rows, m, planned):
     monkeypatch.setattr(module, "MIN_ROWS", rows)
     monkeypatch.setattr(module, "memory_budget", lambda device: 0)
-    monkeypatch.setattr(row_plan, "on_host", lambda index: on_host)
     inputs = example(m=m)
-    result = prototype_ce(**inputs, **TEMPS)
+    result = prototype_ce(**inputs, **TEMPS, needed=needed_of(inputs) if planned else None)
     expected = literal(**inputs, ts=TEMPS["student_temp"], tt=TEMPS["teacher_temp"])
     torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
     for got, want in zip(gradients(inputs, result.loss), gradients(inputs, expected), strict=True):
@@ -89,13 +93,13 @@ def images(b=5, r=30, s=20, k=48, e=8, m=2, seed=0) -> dict:
 
 
 @pytest.mark.parametrize("budget", [0, 48 * 8 * 4 * 25, 2**24])  # one image, two images, all at a time
-@pytest.mark.parametrize("on_host", [True, False])
-def test_groups_rejected_and_unmatched_rows(monkeypatch, budget, on_host):
+@pytest.mark.parametrize("planned", [True, False])
+def test_groups_rejected_and_unmatched_rows(monkeypatch, budget, planned):
     monkeypatch.setattr(module, "MIN_ROWS", 7)
     monkeypatch.setattr(module, "memory_budget", lambda device: budget)
-    monkeypatch.setattr(row_plan, "on_host", lambda index: on_host)
     inputs = images()
-    result = prototype_ce(**inputs, **TEMPS, groups=5)
+    needed = needed_of(inputs, 5) if planned else None
+    result = prototype_ce(**inputs, **TEMPS, groups=5, needed=needed)
     expected = plain(**inputs, ts=TEMPS["student_temp"], tt=TEMPS["teacher_temp"])
     torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
     for got, want in zip(gradients(inputs, result.loss), gradients(inputs, expected), strict=True):
@@ -112,18 +116,19 @@ def test_only_needed_rows_are_multiplied(monkeypatch):
         return product(a, b, out=out)
 
     monkeypatch.setattr(module, "product", counted)
-    prototype_ce(**inputs, **TEMPS, groups=5)
+    prototype_ce(**inputs, **TEMPS, groups=5, needed=needed_of(inputs, 5))
     kept = inputs["weight"] > 0
     assert seen[inputs["student_prototypes"].data_ptr()] == int(kept.any(1).sum()) < 150
     used = len(inputs["index"][kept].unique())
     assert seen[inputs["teacher_prototypes"].data_ptr()] == used < 50
-    assert prototype_ce(**inputs, **TEMPS, groups=5).teacher_rows == used
+    assert prototype_ce(**inputs, **TEMPS, groups=5, needed=needed_of(inputs, 5)).teacher_rows == used
 
 
-def test_nothing_kept():
+@pytest.mark.parametrize("planned", [True, False])
+def test_nothing_kept(planned):
     inputs = images()
     inputs["weight"] *= 0
-    result = prototype_ce(**inputs, **TEMPS, groups=5)
+    result = prototype_ce(**inputs, **TEMPS, groups=5, needed=needed_of(inputs, 5) if planned else None)
     assert result.loss == 0
     assert all(gradient.abs().max() == 0 for gradient in gradients(inputs, result.loss))
     assert result.teacher_mean.abs().max() > 0  # the center follows all rows

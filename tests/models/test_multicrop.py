@@ -26,9 +26,10 @@ def network(local: str = "own", batch_norm: bool = False, num_layers: int = 2) -
     return MultiCrop(backbone, global_head, heads[local]).double()
 
 
-def crops(rows: int, size: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(rows * size)
-    return torch.randn(rows, 3, size, size, dtype=torch.float64, generator=generator)
+def crops(views: int, size: int) -> torch.Tensor:
+    """Views of three images."""
+    generator = torch.Generator().manual_seed(views * size)
+    return torch.randn(views, 3, 3, size, size, dtype=torch.float64, generator=generator)
 
 
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
@@ -37,53 +38,53 @@ CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
 @pytest.mark.parametrize("local", ["own", "shared"])
 @pytest.mark.parametrize("local_size", [32, 64])
 def test_equals_one_crop_at_a_time(local, local_size):
-    """Rows are view-major and the patches of a crop stay with it, whatever ran together."""
+    """The patches of a crop stay with it, whatever ran together."""
     net = network(local)
-    global_crops, local_crops = crops(2 * 3, 64), crops(4 * 3, local_size)
-    views = net(global_crops, local_crops, num_images=3)
+    global_crops, local_crops = crops(2, 64), crops(4, local_size)
+    views = net(global_crops, local_crops)
     assert net.local_head is not None
-    for row in range(18):
-        crop = global_crops[row] if row < 6 else local_crops[row - 6]
-        cls, patches = net.backbone(crop[None])
-        own_patches = views.global_patches if row < 6 else views.local_patches
-        own_features = views.global_features if row < 6 else views.local_features
-        at = row if row < 6 else row - 6
-        torch.testing.assert_close(views.cls[row], net.global_head(cls)[0], **CLOSE)
-        torch.testing.assert_close(own_features[at], patches[0], **CLOSE)
-        torch.testing.assert_close(own_patches[at], net.local_head(patches[0]), **CLOSE)
+    for view in range(6):
+        resolution, number = (0, view) if view < 2 else (1, view - 2)
+        for image in range(3):
+            crop = (global_crops, local_crops)[resolution][number, image]
+            cls, patches = net.backbone(crop[None])
+            torch.testing.assert_close(views.cls[view, image], net.global_head(cls)[0], **CLOSE)
+            torch.testing.assert_close(views.features[resolution][number, image], patches[0], **CLOSE)
+            want = net.local_head(patches[0])
+            torch.testing.assert_close(views.patches[resolution][number, image], want, **CLOSE)
+    assert torch.equal(views.cls_prototypes, net.global_head.prototypes.weight())
+    assert torch.equal(views.patch_prototypes, net.local_head.prototypes.weight())
 
 
 def test_batch_norm_sees_the_rows_of_all_views_at_once():
     net = network(batch_norm=True)
-    global_crops, local_crops = crops(6, 64), crops(12, 32)
-    views = net(global_crops, local_crops, num_images=3)
+    global_crops, local_crops = crops(2, 64), crops(4, 32)
+    views = net(global_crops, local_crops)
     assert net.local_head is not None
-    rows = torch.cat([net.backbone(c)[1].flatten(0, 1) for c in (global_crops, local_crops)])
+    rows = torch.cat([net.backbone(c.flatten(0, 1))[1].flatten(0, 1) for c in (global_crops, local_crops)])
     expected = net.local_head(rows)
-    torch.testing.assert_close(views.global_patches.flatten(0, 1), expected[: 6 * 16], **CLOSE)
-    torch.testing.assert_close(views.local_patches.flatten(0, 1), expected[6 * 16 :], **CLOSE)
+    torch.testing.assert_close(views.patches[0].flatten(0, 2), expected[: 6 * 16], **CLOSE)
+    torch.testing.assert_close(views.patches[1].flatten(0, 2), expected[6 * 16 :], **CLOSE)
     apart = net.local_head(rows[: 6 * 16])
     assert not torch.allclose(apart, expected[: 6 * 16])  # the statistics do differ
     counted = net.local_head.mlp[1].num_batches_tracked
     assert counted == 3  # one call for the views, two for this test
 
 
-@pytest.mark.parametrize("local_crops", [None, torch.zeros(0, 3, 32, 32, dtype=torch.float64)])
+@pytest.mark.parametrize("local_crops", [None, torch.zeros(0, 3, 3, 32, 32, dtype=torch.float64)])
 def test_no_local_crops(local_crops):
-    views = network()(crops(6, 64), local_crops, num_images=3)
-    assert views.cls.shape == (6, 6)
-    assert views.global_patches.shape == (6, 16, 6)
-    assert views.local_patches is None
-    assert views.local_features is None
+    views = network()(crops(2, 64), local_crops)
+    assert views.cls.shape == (2, 3, 6)
+    assert [patches.shape for patches in views.patches] == [(2, 3, 16, 6)]
+    assert [features.shape for features in views.features] == [(2, 3, 16, 48)]
 
 
 def test_no_local_head():
-    views = network("none")(crops(6, 64), crops(3, 32), num_images=3)
-    assert views.cls.shape == (9, 6)
-    assert views.global_patches is None
-    assert views.local_patches is None
-    assert views.global_features.shape == (6, 16, 48)
-    assert views.local_features.shape == (3, 4, 48)
+    views = network("none")(crops(2, 64), crops(1, 32))
+    assert views.cls.shape == (3, 3, 6)
+    assert views.patches == []
+    assert views.patch_prototypes is None
+    assert [features.shape for features in views.features] == [(2, 3, 16, 48), (1, 3, 4, 48)]
 
 
 def test_shared_head_has_its_weights_once():
@@ -98,14 +99,9 @@ def test_shared_head_has_its_weights_once():
 
 def test_gradients_reach_every_parameter_but_the_prototypes():
     net = network()
-    views = net(crops(6, 64), crops(6, 32), num_images=3)
-    for part in (views.cls, views.global_patches, views.local_patches):
+    views = net(crops(2, 64), crops(2, 32))
+    for part in (views.cls, *views.patches):
         weights = torch.randn(part.shape, dtype=part.dtype, generator=torch.Generator().manual_seed(0))
         (part * weights).sum().backward(retain_graph=True)
     lacking = [name for name, p in net.named_parameters() if p.grad is None]
     assert sorted({name.split(".")[1] for name in lacking}) == ["prototypes"]
-
-
-def test_rows_must_be_whole_views():
-    with pytest.raises(ValueError, match="5 crop rows are not a multiple of 3"):
-        network()(crops(6, 64), crops(5, 32), num_images=3)

@@ -204,10 +204,10 @@ def test_a_run_that_dies_in_a_probe_has_lost_no_step(tiny_run, digit_shards, mon
     straight = train(tiny_run("straight", optim__max_steps=6, **options))
     probe = story.probe
 
-    def dies(cfg, sets, meters, state, accelerator):
-        if state.step == 4:
+    def dies(t, sets):
+        if t.state.step == 4:
             raise TimeoutError("the time is up")
-        return probe(cfg, sets, meters, state, accelerator)
+        return probe(t, sets)
 
     monkeypatch.setattr(story, "probe", dies)
     with pytest.raises(TimeoutError):
@@ -288,19 +288,20 @@ def test_what_a_run_leaves_behind(tiny_run, digit_shards):
 def test_a_bad_gradient_stops_before_the_weights_move(tiny_run, monkeypatch):
     """Gradients go bad at the 4th step, the check comes at the 6th: by then the student is still that of step 3."""
     import glsd.pretrain.train as story
+    import glsd.runtime.loop as loop
 
     seen = {}
-    real_step, real_check = story.train_step, story.check_gradients
+    real_step, real_check = story.train_step, loop.check_gradients
 
-    def step_with_a_bad_one(cfg, plan, rates, state, *rest):
-        if state.step == 3:
-            broken = next(state.student.parameters())
+    def step_with_a_bad_one(t, rates, batches):
+        if t.state.step == 3:
+            broken = next(t.state.student.parameters())
             handle = broken.register_hook(lambda gradient: gradient * float("nan"))
             try:
-                return real_step(cfg, plan, rates, state, *rest)
+                return real_step(t, rates, batches)
             finally:
                 handle.remove()
-        return real_step(cfg, plan, rates, state, *rest)
+        return real_step(t, rates, batches)
 
     def check_and_remember(state, *rest):
         seen.update({name: tensor.clone() for name, tensor in state.student.state_dict().items()})
@@ -308,7 +309,7 @@ def test_a_bad_gradient_stops_before_the_weights_move(tiny_run, monkeypatch):
 
     three = train(tiny_run("three", optim__max_steps=3))
     monkeypatch.setattr(story, "train_step", step_with_a_bad_one)
-    monkeypatch.setattr(story, "check_gradients", check_and_remember)
+    monkeypatch.setattr(loop, "check_gradients", check_and_remember)
     with pytest.raises(UserError, match="step 4: the gradient is not finite"):
         train(tiny_run("bad", watch__log_every=6))
     good = load_file(three / "checkpoints/latest/student.safetensors")

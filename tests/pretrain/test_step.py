@@ -14,13 +14,16 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import glsd.pretrain.objective
-import glsd.pretrain.train as story
+import glsd.pretrain.step as story
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
 from glsd.data import photometric
 from glsd.pretrain.networks import State, build
 from glsd.pretrain.plan import make_plan, rates_at
+from glsd.pretrain.train import make_batches
+from glsd.runtime.loop import Training
 from glsd.runtime.meters import Meters
+from glsd.runtime.run import Run
 from glsd.shards.store import open_shards
 
 META = torch.device("meta")
@@ -94,14 +97,13 @@ def take_steps(argv, folder, count=2) -> tuple[Waits, Meters, State]:
     shards = open_shards(cfg.data.shards)
     plan = make_plan(cfg, len(shards))
     state = build(cfg, accelerator)
-    batches = story.make_batches(cfg, shards, 0)
+    batches = make_batches(cfg, state, shards)
     waits = Waits()
     with contextlib.closing(Meters(folder, total_steps=count, start_step=0, device=META)) as meters:
+        t = Training(cfg=cfg, plan=plan, state=state, run=Run(folder), accelerator=accelerator, meters=meters)
         for _ in range(count):
             with waits:
-                story.train_step(
-                    cfg, plan, rates_at(cfg, plan, state.step), state, batches, meters, accelerator
-                )
+                story.train_step(t, rates_at(cfg, plan, state.step), batches)
             state.step += 1
     return waits, meters, state
 
@@ -147,11 +149,11 @@ def test_a_step_that_waits_is_found_out(tiny_run, tmp_path, meta_device, monkeyp
 
     def and_read(outs, shares):
         notes.append("before")
-        read(outs[0].loss)
+        read(outs[0].total)
         notes.append("after")
-        return glsd.pretrain.objective.mean_values(outs, shares)
+        return glsd.pretrain.objective.step_values(outs, shares)
 
-    monkeypatch.setattr(story, "mean_values", and_read)
+    monkeypatch.setattr(story, "step_values", and_read)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         take_steps(tiny_run(), tmp_path, count=1)
     assert notes == ["before"]
@@ -159,10 +161,10 @@ def test_a_step_that_waits_is_found_out(tiny_run, tmp_path, meta_device, monkeyp
 
 def test_a_copy_that_waits_is_found_out(tiny_run, tmp_path, meta_device, monkeypatch):
     def and_copy(outs, shares):
-        torch.tensor([1.0, 2.0], device=outs[0].loss.device)
-        torch.ones(2).to(outs[0].loss.device)
-        return glsd.pretrain.objective.mean_values(outs, shares)
+        torch.tensor([1.0, 2.0], device=outs[0].total.device)
+        torch.ones(2).to(outs[0].total.device)
+        return glsd.pretrain.objective.step_values(outs, shares)
 
-    monkeypatch.setattr(story, "mean_values", and_copy)
+    monkeypatch.setattr(story, "step_values", and_copy)
     waits, _, _ = take_steps(tiny_run(), tmp_path, count=1)
     assert len(waits.seen) == 2, waits.seen
