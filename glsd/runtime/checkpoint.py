@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or absent: written aside, fsynced, renamed, verified on load.
+"""Atomic checkpoints: written under a temporary name, flushed to disk, renamed, and verified on load.
 
-folder/latest -> step_00000012            for people; loading looks at the folders themselves
+folder/latest -> step_00000012            for people; loading reads the folder names
 folder/step_00000012/<name>.safetensors   one per named state dict (student, teacher, ...)
                      optimizer.pt         torch state dict, read with weights_only=True
                      state.json           plain values: step, samples consumed, ...
@@ -43,7 +43,7 @@ class Checkpoint:
 
 
 class _Damaged(Exception):
-    """Something in a checkpoint folder is missing, cut or changed."""
+    """A file of a checkpoint is missing, truncated or changed."""
 
 
 def save(
@@ -55,13 +55,12 @@ def save(
     optimizer: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write folder/step_<step> atomically and return it; every rank calls, rank 0 writes, all return when
-    it is on disk.
+    """Write folder/step_<step> atomically and return it.
 
-    tensors: name -> state dict, on any device; tensors that share memory are written once each. state: JSON
-    values; optimizer: a torch optimizer's state dict. The keep newest checkpoints stay; older ones and those
-    of a later step (the run went back before them) are deleted only after the new one is safe. Raises
-    UserError on every rank if the disk refuses; earlier checkpoints are intact then.
+    Collective: rank 0 writes, and all ranks return when the checkpoint is on disk. tensors: name -> state dict, on any
+    device; tensors that share memory are written separately. state: JSON values. optimizer: a torch optimizer's state dict.
+    keep: number of checkpoints that stay. Older ones, and those of a later step (from before the run was rewound), are
+    deleted after the new one is on disk. Raises UserError on every rank if it cannot be written; earlier ones stay intact.
     """
     final = folder / _name(step)
     error = None
@@ -72,9 +71,9 @@ def save(
             _write(final, step=step, tensors=tensors, state=state, optimizer=optimizer)
             _point_latest(folder, final.name)
             _delete_old(folder, step=step, keep=keep)
-        except (OSError, SafetensorError) as problem:  # safetensors reports a full disk with its own type
+        except (OSError, SafetensorError) as problem:  # safetensors reports a full disk by its own type
             _delete_leftovers(folder)
-            advice = "free space or make it writable, earlier checkpoints are intact"
+            advice = "free space or make it writable; earlier checkpoints are intact"
             error = f"cannot write checkpoint {final}: {problem}; {advice}"
     error = dist.broadcast_object(error)
     if error:
@@ -83,41 +82,38 @@ def save(
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint folder (or the ``latest`` link) after verifying it; UserError naming the file if
-    it is not intact."""
+    """Verify and read one checkpoint folder (or the ``latest`` link); UserError naming the file if it is damaged."""
     try:
         _verify(path)
         return _read(path)
     except _Damaged as problem:
         raise UserError(
-            f"checkpoint {path} is not intact: {problem}; use another one of {path.parent}"
+            f"checkpoint {path} is not intact: {problem}; use another one in {path.parent}"
         ) from problem
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """Read the newest intact checkpoint of ``folder``, or return None if there is none at all; every rank
-    calls.
+    """Read the newest intact checkpoint in ``folder``; None if there is no checkpoint at all.
 
-    Rank 0 verifies and chooses, so all ranks take the same one. A damaged one is passed over with a warning
-    on stderr; if all are damaged, UserError on every rank.
+    Collective: rank 0 verifies and chooses, so all ranks read the same one. A damaged checkpoint is skipped with a warning
+    on stderr. If all are damaged, every rank raises UserError.
     """
     chosen: str | None = None
     error: str | None = None
     if dist.is_main():
-        complaints = []
+        damaged = []
         for path in reversed(_complete(folder)):
             try:
                 _verify(path)
                 chosen = path.name
                 break
             except _Damaged as problem:
-                complaints.append(f"checkpoint {path} is not intact: {problem}")
-        fate = f"going back to {chosen}" if chosen else "no earlier one is intact"
-        if complaints and chosen:
-            for complaint in complaints:
-                print(f"warning: {complaint}; {fate}", file=sys.stderr, flush=True)
-        elif complaints:
-            error = f"{complaints[0]}; {fate}: move {folder} away to start anew"
+                damaged.append(f"checkpoint {path} is not intact: {problem}")
+        if chosen:
+            for line in damaged:
+                print(f"warning: {line}; going back to {chosen}", file=sys.stderr, flush=True)
+        elif damaged:
+            error = f"{damaged[0]}; no earlier one is intact: move {folder} away to start again"
     chosen, error = dist.broadcast_object((chosen, error))
     if error:
         raise UserError(error)
@@ -125,24 +121,26 @@ def load_latest(folder: Path) -> Checkpoint | None:
         return None
     try:
         return _read(folder / chosen)
-    except _Damaged as problem:  # verified a moment ago on rank 0: another machine sees another folder
+    except _Damaged as problem:  # rank 0 has just verified it, so this host sees another folder
         raise UserError(
             f"rank {dist.rank()} cannot read {folder / chosen}: {problem}; is the run folder shared?"
         ) from problem
 
 
 def restore(module: nn.Module, saved: Mapping[str, Tensor], *, source: str) -> None:
-    """Load ``saved`` into ``module``; UserError naming source, tensor and both shapes if it is of another
-    architecture."""
-    own = module.state_dict()
-    advice = "it is a checkpoint of another architecture: use the configuration it was made with"
-    for name, tensor in own.items():
+    """Load the state dict ``saved`` into ``module``.
+
+    Raises UserError with source, tensor and both shapes if it belongs to another architecture.
+    """
+    expected_state = module.state_dict()
+    advice = "it belongs to another architecture: use the configuration of its run"
+    for name, tensor in expected_state.items():
         if name not in saved:
             raise UserError(f"{source} has no tensor {name}, expected {tuple(tensor.shape)}; {advice}")
         if saved[name].shape != tensor.shape:
             expected, found = tuple(tensor.shape), tuple(saved[name].shape)
             raise UserError(f"{source}: tensor {name} is {found}, expected {expected}; {advice}")
-    unknown = sorted(saved.keys() - own.keys())
+    unknown = sorted(saved.keys() - expected_state.keys())
     if unknown:
         found = tuple(saved[unknown[0]].shape)
         raise UserError(f"{source} has a tensor {unknown[0]} {found} that this model lacks; {advice}")
@@ -163,7 +161,7 @@ def _step_of(path: Path) -> int:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first; folders that were being written have another name."""
+    """Return the finished checkpoints, oldest first; an unfinished one has a temporary name."""
     found = [p for p in folder.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdigit()]
     return sorted(found, key=_step_of)
 
@@ -186,7 +184,7 @@ def _write(final: Path, *, step: int, tensors, state, optimizer) -> None:
     for path in [*temporary.iterdir(), temporary]:
         sync(path)
     replaced = final.with_name(f"{final.name}.tmp-{os.getpid()}-replaced")
-    if final.exists():  # a directory cannot be renamed over a full one
+    if final.exists():  # a folder cannot be renamed over a folder with files
         os.rename(final, replaced)
     os.rename(temporary, final)
     sync(final.parent)
@@ -194,7 +192,7 @@ def _write(final: Path, *, step: int, tensors, state, optimizer) -> None:
 
 
 def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Host copies that share no memory: safetensors refuses aliases, such as one head under two names."""
+    """Return copies on the host that share no memory: safetensors rejects one tensor under two names."""
     result: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in named.items():
@@ -224,9 +222,7 @@ def _delete_old(folder: Path, *, step: int, keep: int) -> None:
 
 
 def _delete_leftovers(folder: Path) -> None:
-    """Remove what interrupted saves left; ignores errors because it also runs while another one is
-    reported.
-    """
+    """Remove the files of interrupted saves. Errors are ignored, as it also runs while another error is reported."""
     for path in folder.glob("step_*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     for link in folder.glob("latest.tmp-*"):
@@ -239,7 +235,7 @@ def _verify(path: Path) -> None:
         version, files = manifest["version"], dict(manifest["files"])
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
         if version != VERSION or not {_OPTIMIZER, _STATE} <= expected.keys():
-            raise _Damaged(f"{_MANIFEST} is of version {version!r}, expected {VERSION}")
+            raise _Damaged(f"{_MANIFEST} has version {version!r}, expected {VERSION}")
         for name, (size, digest) in expected.items():
             actual = (path / name).stat().st_size
             if actual != size:
@@ -248,12 +244,8 @@ def _verify(path: Path) -> None:
                 raise _Damaged(f"{name} does not match its checksum")
     except OSError as problem:
         raise _Damaged(f"cannot read {problem.filename or path}: {one_line(problem)}") from problem
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as problem:  # the shapes a broken manifest can take
+    # The errors that a damaged manifest can cause.
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise _Damaged(f"{_MANIFEST} is not readable") from problem
 
 

@@ -161,10 +161,10 @@ def _devices() -> str:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Drop the rows of later steps from metrics, quarantine and samples.jsonl, atomically; rank 0 only does anything.
+    """Remove the rows of later steps from metrics, quarantine and samples.jsonl, atomically, on rank 0.
 
-    The probe row of ``step`` itself goes too: a checkpoint is saved before the probe of its step, which is made again.
-    A row that is not whole (the machine died while it was written) is dropped too, with a warning.
+    The probe row of ``step`` itself is removed, too: a checkpoint is saved before the probe of its step, which runs again.
+    So is an incomplete row, which a crash left, with a warning.
     """
     if not dist.is_main():
         return
@@ -176,11 +176,11 @@ def rewind(folder: Path, step: int) -> None:
 
 
 def _rows_until(step: int, lines: Iterable[str], path: Path) -> Iterator[str]:
-    """The rows to keep, one after the other: a long run's samples.jsonl may be larger than the memory."""
+    """Yield the rows to keep; a long run's samples.jsonl may not fit into memory."""
     for number, line in enumerate(lines, start=1):
         row = _row(line)
         if row is None:
-            print(f"warning: {path} line {number} is not a whole row: dropped", file=sys.stderr, flush=True)
+            print(f"warning: {path} line {number} is incomplete: removed", file=sys.stderr, flush=True)
         elif row["step"] < step or (row["step"] == step and "probe" not in row):
             yield line if line.endswith("\n") else f"{line}\n"
 
@@ -194,7 +194,7 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to a .jsonl of the run, each with a ``step`` so that a resumed run can rewind; rank 0 only does anything."""
+    """Append rows to a .jsonl file of the run, on rank 0; each needs a ``step``, so that a resumed run can rewind."""
     lines = [json.dumps(dict(row)) + "\n" for row in rows]
     if not lines or not dist.is_main():
         return

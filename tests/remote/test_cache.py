@@ -227,7 +227,7 @@ def test_a_user_without_a_home_is_asked_for_a_folder(monkeypatch):
 def test_a_shard_without_index_is_refused_until_it_is_made(server, folder):
     address = names(server)[3]
     Path(f"{folder}/s3-000000.tar.index").unlink()
-    with pytest.raises(UserError, match=r"has no index beside it.*pack\.py index http"):
+    with pytest.raises(UserError, match=r"has no readable index beside it.*pack\.py index http"):
         open_shards(address)
     assert index_remote(address, upload=False) == 1
     assert open_shards(address).label(0) == 3

@@ -129,7 +129,7 @@ def test_rewind_drops_later_rows_and_half_rows(tmp_path, capsys):
     rewind(tmp_path, 2)
     assert run.metrics.read_text() == "\n".join(rows[:2]) + "\n"
     assert [json.loads(line)["key"] for line in run.quarantine.read_text().splitlines()] == ["a"]
-    assert capsys.readouterr().err == f"warning: {run.metrics} line 5 is not a whole row: dropped\n"
+    assert capsys.readouterr().err == f"warning: {run.metrics} line 5 is incomplete: removed\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "quarantine.jsonl"]
 
 
