@@ -1,29 +1,28 @@
-"""The door of every launch script: the user's mistakes become one line and exit code 2, our bugs keep their traceback."""
+"""How every command ends: a mistake of the user becomes one line and exit code 2, a bug keeps its traceback."""
 
 import io
 import os
 import sys
 from collections.abc import Callable
 
-# Where another host goes, torch's store would add forty lines of its own stack to the one that says who is missing.
+# When another host goes, torch's store would add forty lines of its own stack to the line that says which rank is missing.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from glsd.errors import StoppedEarly, UserError
 
-STOPPED_CODE = (
-    "GLSD_STOPPED_CODE"  # environment: exit code of a run that was asked to stop and saved, by default 0
-)
+# Environment variable: the exit code of a run that was asked to stop and saved, 0 by default.
+STOPPED_CODE = "GLSD_STOPPED_CODE"
 
 
 def run(main: Callable[[list[str]], int | None], words: list[str] | None = None) -> None:
-    """Run ``main(argv)`` and exit with its code (None = 0); a UserError is printed as one line, exit code 2.
+    """Run ``main(argv)`` and exit with its code (None = 0); a UserError is printed as one line, with exit code 2.
 
-    Whatever ends one rank ends all of them, and what several ranks have to say is said once. Where another rank is lost,
-    each says who is missing; exit code shutdown.EXIT_LOST.
+    What ends one rank ends all ranks, and only one of them prints the error. If a rank is lost, every other rank says which one
+    and exits with shutdown.EXIT_LOST. words: the arguments, by default those of the command line.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # What a terminal cannot show, such as a file name of another encoding, must not end a program.
+            # A character that the terminal cannot show, as in a file name of another encoding, must not end the program.
             stream.reconfigure(errors="backslashreplace")
     try:
         when_stopped = stopped_code()
@@ -53,7 +52,7 @@ def run(main: Callable[[list[str]], int | None], words: list[str] | None = None)
 
 
 def stopped_code() -> int:
-    """Return the exit code of a run that was asked to stop: what a scheduler's script can tell from the end of the run."""
+    """Return the exit code of a run that was asked to stop, by which the script of a scheduler recognizes it."""
     word = os.environ.get(STOPPED_CODE, "0")
     if not word.isdecimal() or int(word) > 255:
         raise UserError(f"{STOPPED_CODE} is {word!r}: expected an exit code, 0 to 255")
@@ -61,5 +60,5 @@ def stopped_code() -> int:
 
 
 def printable(text: object) -> str:
-    r"""Return a text as one line that a terminal only shows: line ends, escape sequences and the like as \n, \x1b."""
+    r"""Return a text as one line of printable characters, with line ends and escape sequences as \n and \x1b."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

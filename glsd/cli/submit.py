@@ -1,15 +1,15 @@
-"""Submit a stage, a sweep or the whole way to SLURM, after a look at the flags; prints every line that sbatch gets.
+"""Submit a stage, a sweep or a pipeline to SLURM. All flags are checked first, and every sbatch line is printed.
 
 python launch/slurm/submit.py pretrain --nodes 2 --gpus_per_node 8 --time 1-0 -- --config configs/pretrain/... --out runs/x
-python launch/slurm/submit.py pretrain --time 4:00:00 --chain 6 -- ...       six jobs in a row, where SLURM does not requeue
+python launch/slurm/submit.py pretrain --time 4:00:00 --chain 6 -- ...       six jobs in a row, for clusters that do not requeue
 python launch/slurm/submit.py array --file sweep.txt --out runs/sweep --limit 4 --time 8:00:00 -- --config ...
 python launch/slurm/submit.py pipeline --gpus_per_node 1 --time 4:00:00 \\
     --pretrain '--nodes 4 --gpus_per_node 8 --time 2-0 -- --config ... --out runs/x' \\
     --finetune '--config ... --out runs/x-dml' --evaluate '--protocol retrieval ...'
 
-What stands behind -- goes to the stage (pretrain, finetune, evaluate). In a pipeline each text is what stands behind
-`submit.py STAGE`: options of its own and --, or the flags alone; --init and --model are the run folder of the stage before
-where they are not given. All options: submit.py STAGE --help.
+Flags after -- go to the stage (pretrain, finetune, evaluate). In a pipeline each text holds the arguments of `submit.py STAGE`:
+options of its own and --, or the flags alone. --init and --model are the run folder of the stage before, unless given.
+All options: submit.py STAGE --help.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from glsd.slurm.resources import (
 from glsd.slurm.sbatch import Job, submit
 
 SWEEPABLE = ("pretrain", "finetune")
-# What a stage learns from, where the flags do not say it: field and flag.
+# The field and flag that name the run a stage starts from.
 SOURCE = {"finetune": "init", "evaluate": "model"}
 
 
@@ -48,38 +48,38 @@ def main(argv: list[str]) -> None:
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
-    """Return what stands before and behind the first ``--``."""
+    """Return the words before and after the first ``--``."""
     place = words.index("--") if "--" in words else len(words)
     return words[:place], words[place + 1 :]
 
 
 def stage(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], bool]:
-    """Plan one stage, in several jobs where it is a chain."""
+    """Plan one stage: one job, or several for a chain."""
     args = stage_parser(name).parse_args(options)
     check_flags(name, flags)
     return stage_jobs(name, args, flags), args.dry_run
 
 
 def stage_parser(name: str) -> Parser:
-    parser = Parser(name, f"Submit launch/slurm/{name}.sbatch; what stands behind -- goes to it.")
+    parser = Parser(name, f"Submit launch/slurm/{name}.sbatch; flags after -- go to it.")
     add_resources(parser)
     parser.add_argument(
         "--chain",
         type=int,
         default=1,
         metavar="N",
-        help="N jobs in a row, none of which is requeued: each goes on where the one before stopped",
+        help="N jobs in a row, which are not requeued: each resumes where the one before stopped",
     )
     return parser
 
 
 def stage_jobs(name: str, args: argparse.Namespace, flags: list[str]) -> list[Job]:
-    """Return the jobs of one stage, whose flags are checked; the first one waits for nobody."""
+    """Return the jobs of one stage, whose flags have been checked; the first job waits for no other."""
     if args.chain < 1:
         raise UserError(f"--chain is {args.chain}: expected 1 or more jobs")
     if args.chain > 1 and name == "evaluate":
         raise UserError(
-            f"--chain is {args.chain}: an evaluation saves nothing on the way, one job must do it"
+            f"--chain is {args.chain}: an evaluation saves nothing before its end, so one job must do it"
         )
     options = sbatch_options(args, training=name != "evaluate")
     return [
@@ -95,24 +95,24 @@ def stage_jobs(name: str, args: argparse.Namespace, flags: list[str]) -> list[Jo
 
 
 def array(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], bool]:
-    """Plan a sweep: one task for each line of a file."""
-    parser = Parser(name, "Submit launch/slurm/array.sbatch; what stands behind -- is common to all tasks.")
+    """Plan a sweep: an array of jobs with one task for each line of a file."""
+    parser = Parser(name, "Submit launch/slurm/array.sbatch; flags after -- are common to all tasks.")
     add_resources(parser)
     parser.add_argument(
         "--file",
         required=True,
         metavar="FILE",
-        help="one line of flags for each task; # and empty ones do not count",
+        help="one line of flags for each task; empty lines and lines that begin with # do not count",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="task N writes into FOLDER/N")
     parser.add_argument(
         "--stage", choices=SWEEPABLE, default="pretrain", help="what each task runs (pretrain)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="so many tasks at the same time")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N tasks at the same time")
     args = parser.parse_args(options)
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}: expected 1 or more tasks at the same time")
-    refuse_out(flags, "what stands behind --")
+    refuse_out(flags, "the command line after --")
     tasks = sweep_tasks(args.file)
     for number, words in enumerate(tasks, start=1):
         try:
@@ -131,9 +131,9 @@ def array(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], b
 
 
 def keep_sweep(file: str, kept: Path) -> None:
-    """Copy the file of a sweep to where its tasks read it, at each of their starts: a later edit of the file changes nothing.
+    """Copy the file of a sweep to where its tasks read it at each start, so that a later edit changes nothing.
 
-    Raises UserError where the folder has another sweep, whose tasks may still wait, or cannot be written.
+    Raises UserError if the folder has another sweep, whose tasks may still wait, or cannot be written.
     """
     text = Path(file).read_bytes()
     try:
@@ -147,18 +147,18 @@ def keep_sweep(file: str, kept: Path) -> None:
 
 
 def pipeline(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], bool]:
-    """Plan stages of which each starts when the one before it is finished."""
+    """Plan a pipeline: each stage starts when the stage before it has finished."""
     parser = Parser(
-        name, "Submit several stages; each waits for the one before, and goes with it if that fails."
+        name, "Submit several stages; each waits for the stage before, and is canceled if that fails."
     )
     add_resources(parser)
     for each in CONFIGS:
-        parser.add_argument(f"--{each}", metavar="TEXT", help=f"what stands behind submit.py {each}")
+        parser.add_argument(f"--{each}", metavar="TEXT", help=f"the arguments of submit.py {each}")
     args = parser.parse_args(options)
     texts = {each: vars(args).pop(each) for each in CONFIGS}
     if flags:
         raise UserError(
-            "a pipeline takes no flags behind --: give each stage its own, --pretrain '--config ...'"
+            "a pipeline takes no flags after --: give each stage its own, --pretrain '--config ...'"
         )
     if not any(texts.values()):
         raise UserError(f"a pipeline needs at least one of {', '.join(f'--{each}' for each in CONFIGS)}")
@@ -179,7 +179,7 @@ def pipeline(name: str, options: list[str], flags: list[str]) -> tuple[list[Job]
         dry_run = dry_run or stage_args.dry_run
         before = len(jobs)
         for job in stage_jobs(each, stage_args, stage_flags):
-            # Each of a chain needs the stage before: where the first is cancelled, the next must not start either.
+            # Every job of a chain needs the stage before: if its first job is canceled, the next must not start either.
             after_any = None if job.after_any is None else before + job.after_any
             jobs.append(
                 dataclasses.replace(job, after_any=after_any, after_ok=before - 1 if before else None)

@@ -1,6 +1,6 @@
-"""The flags of a stage, checked before anything waits in a queue: ``flags.py pretrain --config ...`` prints the run folder.
+"""Check the flags of a stage before a job waits in a queue: ``flags.py pretrain --config ...`` prints the run folder.
 
-``flags.py line FILE N`` prints the words of task N of a sweep, a zero byte behind each.
+``flags.py line FILE N`` prints the flags of task N of a sweep, each followed by a zero byte.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ CONFIGS: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConf
 
 
 def check_flags(stage: str, flags: list[str]) -> Any:
-    """Return the configuration of a stage's command line; UserError as the stage itself would, but no data is looked at."""
+    """Return the configuration of a stage's command line, without a look at the data. Raises UserError as the stage would."""
     config = pick(CONFIGS, stage, "stage")
     for word in flags:
         if word.partition("=")[0] in ("--help", "--print_config", "--dry_run"):
-            raise UserError(f"{word} is no job: give it to launch/{stage} itself")
+            raise UserError(f"{word} is not for a job: give it to launch/{stage} itself")
     with contextlib.redirect_stdout(sys.stderr):
         return load(config, flags)
 
 
 def sweep_tasks(file: str) -> list[list[str]]:
-    """Return the words of each task of a sweep; lines that are empty or begin with # do not count.
+    """Return the flags of each task of a sweep, one line each; empty lines and lines that begin with # do not count.
 
-    Raises UserError where the file cannot be read, has no task, or one with quotes without an end or an --out of its own.
+    Raises UserError if the file cannot be read or has no task, or if a task has an unclosed quote or its own --out.
     """
     try:
         lines = Path(file).read_text().splitlines()
@@ -39,7 +39,7 @@ def sweep_tasks(file: str) -> list[list[str]]:
         raise UserError(f"cannot read {file}: {one_line(problem)}") from problem
     lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
-        raise UserError(f"{file} has no line of flags: expected one for each task")
+        raise UserError(f"{file} has no line of flags: expected one line for each task")
     tasks = [words_of(line, f"{file}, task {number}") for number, line in enumerate(lines, start=1)]
     for number, words in enumerate(tasks, start=1):
         refuse_out(words, f"{file}, task {number}")
@@ -47,18 +47,16 @@ def sweep_tasks(file: str) -> list[list[str]]:
 
 
 def refuse_out(words: list[str], where: str) -> None:
-    """Raise UserError for an --out among the flags of a sweep."""
+    """Raise UserError if the flags of a sweep contain --out."""
     if any(word.partition("=")[0] == "--out" for word in words):
-        raise UserError(
-            f"{where} has --out: each task of a sweep writes into a folder of its own, leave it out"
-        )
+        raise UserError(f"{where} has --out: remove it, each task of a sweep writes into its own folder")
 
 
 def print_line(file: str, number: str) -> None:
-    """Print the words of one task of a sweep; UserError where there is no such task."""
+    """Print the flags of one task of a sweep. Raises UserError if there is no such task."""
     tasks = sweep_tasks(file)
     if not number.isdecimal() or not 1 <= int(number) <= len(tasks):
-        raise UserError(f"{file} has no task {number}: there are {len(tasks)}, counted from 1 on")
+        raise UserError(f"{file} has no task {number}: expected 1 to {len(tasks)}")
     print(*tasks[int(number) - 1], sep="\0", end="\0")
 
 

@@ -1,4 +1,4 @@
-"""Jobs that depend on each other, and how they get to SLURM."""
+"""Jobs that depend on each other, and their submission to SLURM."""
 
 import os
 import shlex
@@ -14,17 +14,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One line for sbatch."""
+    """One call of sbatch."""
 
-    script: str  # in this folder
+    script: str  # in launch/slurm
     options: list[str]
-    words: list[str]  # for the script
-    requeues: bool = True  # itself; in a chain the next job goes on
-    after_any: int | None = None  # which of the jobs before this one must have ended, in any way
-    after_ok: int | None = None  # which must have succeeded; when that fails, this one is cancelled
+    words: list[str]  # arguments of the script
+    requeues: bool = True  # itself; in a chain the next job resumes instead
+    after_any: int | None = None  # the earlier job that must have ended, in whatever way
+    after_ok: int | None = None  # the earlier job that must have succeeded; if it fails, this job is canceled
 
     def line(self, ids: list[str]) -> list[str]:
-        """Return the command line; ids: of the jobs submitted before."""
+        """Return the command line; ids: of the earlier jobs."""
         export = f"--export=ALL,GLSD_ROOT={ROOT}" + ("" if self.requeues else ",GLSD_REQUEUE=0")
         line = ["sbatch", "--parsable", *self.options, export]
         if not self.requeues:
@@ -39,14 +39,14 @@ class Job:
 
 
 def submit(jobs: list[Job], *, dry_run: bool) -> None:
-    """Give the jobs to sbatch one after the other and print each line and the number of the job; a dry run only prints.
+    """Submit jobs one after the other and print each sbatch line and job id; a dry run only prints.
 
-    Raises UserError with what sbatch says where it refuses one; those before it are cancelled then. Also for a checkout
-    whose path cannot be handed to a job.
+    If sbatch refuses a job, the earlier jobs are canceled, and UserError says what sbatch said. Raises UserError also if the path
+    of the checkout has a comma.
     """
     if "," in str(ROOT):
         raise UserError(
-            f"the path of the checkout, {ROOT}, has a comma, at which sbatch --export would cut it: move it"
+            f"the path of the checkout, {ROOT}, has a comma, where sbatch --export would cut it: move the checkout"
         )
     ids: list[str] = []
     for number, job in enumerate(jobs, start=1):
@@ -57,7 +57,7 @@ def submit(jobs: list[Job], *, dry_run: bool) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the variables for sbatch, which hands them on: those of a job that this shell is in are not for the new one."""
+    """Return the environment for sbatch, which passes it on, without the variables of a job that this shell runs in."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -70,16 +70,16 @@ def _submitted(job: Job, before: list[str]) -> str:
         done = subprocess.run(job.line(before), capture_output=True, text=True, env=environment())
     except FileNotFoundError as problem:
         raise UserError(
-            "sbatch is not found: submit from a machine of the cluster (--dry_run only prints the lines)"
+            "sbatch is not found: submit from a machine of the cluster (--dry_run prints the lines anywhere)"
         ) from problem
     if done.returncode == 0:
         print(done.stderr, end="", file=sys.stderr)
         return done.stdout.strip().split(";")[0]
     fate = "nothing was submitted"
     if before:
-        cancelled = subprocess.run(["scancel", *before], capture_output=True, text=True)
+        canceled = subprocess.run(["scancel", *before], capture_output=True, text=True)
         fate = (
-            f"jobs {' '.join(before)} were {'cancelled' if cancelled.returncode == 0 else 'submitted before'}"
+            f"jobs {' '.join(before)} were {'canceled' if canceled.returncode == 0 else 'submitted before'}"
         )
     said = one_line(done.stderr.replace("sbatch: error: ", ""))
     raise UserError(f"sbatch refuses {job.script}: {said}; {fate}")

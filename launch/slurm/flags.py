@@ -1,4 +1,4 @@
-"""What job.sh asks before a job: ``flags.py STAGE ...`` checks flags, ``flags.py line FILE N`` prints a task of a sweep."""
+"""Check flags for job.sh: ``flags.py STAGE ...`` prints the run folder, ``flags.py line FILE N`` a task of a sweep."""
 
 from glsd.cli.door import run
 from glsd.slurm.flags import main

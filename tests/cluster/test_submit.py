@@ -136,7 +136,7 @@ def test_a_task_of_a_sweep_gets_the_words_that_were_checked(tmp_path):
     assert first.stdout == b"--a\0x y\0--b=\\q\0"
     assert second.stdout == b"--c\0#\0d\0"
     assert (third.returncode, third.stdout) == (2, b"")
-    assert third.stderr.decode().endswith("has no task 3: there are 2, counted from 1 on\n")
+    assert third.stderr.decode().endswith("has no task 3: expected 1 to 2\n")
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_a_checkout_that_sbatch_would_cut_is_refused(planned, monkeypatch):
         (
             {"SLURM_JOB_ID": "1"},
             ["array", "pretrain", "f", "out"],
-            "no task of an array: give sbatch --array=1-N",
+            "this is no task of an array: give sbatch --array=1-N",
         ),
         (
             {"SLURM_JOB_ID": "1", "GLSD_PYTHON": "/no/python"},
@@ -222,19 +222,22 @@ def test_no_limit_is_longer_than_any_warning():
 MISTAKES = {
     "no such command": (["pretrian"], "did you mean 'pretrain'"),
     "flag": (["pretrain", "--node", "2"], "unrecognized arguments: --node"),
-    "no --": (["pretrain", "--nodes", "2", "--config", "a.yaml"], "flags of the stage stand behind --"),
+    "no --": (["pretrain", "--nodes", "2", "--config", "a.yaml"], "put the flags of the stage after --"),
     "slash": (["pretrain", "--name", "a/b"], "--name is 'a/b'"),
-    "export": (["pretrain", "--extra", "--export=NONE"], "submit.py gives --export to sbatch itself"),
-    "export file": (["pretrain", "--extra", "--export-file=f"], "submit.py gives --export to sbatch itself"),
-    "short": (["pretrain", "--extra", "-a1-3"], "submit.py gives --array to sbatch itself"),
-    "cut": (["pretrain", "--extra", "--depend=afterok:1"], "submit.py gives --dependency to sbatch itself"),
-    "out for all": (["array", "--file", "good.txt", "--out", "x", "--", "--out=y"], "behind -- has --out"),
+    "export": (["pretrain", "--extra", "--export=NONE"], "submit.py sets --export itself"),
+    "export file": (["pretrain", "--extra", "--export-file=f"], "submit.py sets --export itself"),
+    "short": (["pretrain", "--extra", "-a1-3"], "submit.py sets --array itself"),
+    "cut": (["pretrain", "--extra", "--depend=afterok:1"], "submit.py sets --dependency itself"),
+    "out for all": (["array", "--file", "good.txt", "--out", "x", "--", "--out=y"], "after -- has --out"),
     "out of one": (["array", "--file", "out.txt", "--out", "x"], "out.txt, task 2 has --out"),
     "not a number": (["pretrain", "--gpus_per_node", "two"], "--gpus_per_node: invalid int value: 'two'"),
     "no node": (["pretrain", "--nodes", "0"], "--nodes is '0'"),
     "less than the least": (["pretrain", "--nodes", "4-2"], "--nodes is '4-2'"),
     "minus one GPU": (["pretrain", "--gpus_per_node=-1"], "--gpus_per_node is -1: expected 0 or more"),
-    "two ways to say ranks": (["pretrain", "--gpus_per_node=2", "--ranks_per_node=2"], "give one of them"),
+    "two ways to say ranks": (
+        ["pretrain", "--gpus_per_node=2", "--ranks_per_node=2"],
+        "give only one of them",
+    ),
     "memory": (["pretrain", "--memory", "much"], "--memory is 'much'"),
     "time": (["pretrain", "--time", "1h"], "--time is '1h'"),
     "no time": (["pretrain", "--time", "2"], "asked to stop 120 s before its limit"),
@@ -245,10 +248,10 @@ MISTAKES = {
     "no option": (["pretrain", "--extra", "exclusive"], "--extra has 'exclusive'"),
     "quotes": (["pretrain", "--extra", "'--x"], "No closing quotation"),
     "chain of none": (["pretrain", "--chain", "0"], "--chain is 0"),
-    "chain of evaluations": (["evaluate", "--chain", "2"], "saves nothing on the way"),
+    "chain of evaluations": (["evaluate", "--chain", "2"], "saves nothing before its end"),
     "a flag of the stage": (["pretrain", "--", "--optim.lrr", "1"], "did you mean '--optim.lr'"),
     "no such file": (["pretrain", "--", "--config", "b.yaml"], "cannot read config file b.yaml"),
-    "not a job": (["pretrain", "--", "--dry_run"], "--dry_run is no job"),
+    "not a job": (["pretrain", "--", "--dry_run"], "--dry_run is not for a job"),
     "no sweep": (["array", "--file", "b.txt", "--out", "x"], "cannot read b.txt: No such file"),
     "an empty sweep": (["array", "--file", "empty.txt", "--out", "x"], "no line of flags"),
     "a line of a sweep": (["array", "--file", "bad.txt", "--out", "x"], "bad.txt, task 2: unknown flag --lr"),
@@ -257,7 +260,7 @@ MISTAKES = {
     "an empty pipeline": (["pipeline"], "at least one of --pretrain"),
     "flags of nobody": (
         ["pipeline", "--evaluate", "--model x", "--", "--seed", "1"],
-        "takes no flags behind --",
+        "takes no flags after --",
     ),
     "a stage's option": (["pipeline", "--pretrain", "--nodes 0 -- --seed 1"], "--nodes is '0'"),
     "a stage's flag": (["pipeline", "--evaluate", "--modell x"], "did you mean '--model'"),
@@ -291,7 +294,7 @@ def test_what_was_submitted_is_cancelled_when_a_later_job_is_refused(monkeypatch
         (tmp_path / program).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(
-        UserError, match=r"refuses evaluate\.sbatch: no such partition; jobs 41 were cancelled"
+        UserError, match=r"refuses evaluate\.sbatch: no such partition; jobs 41 were canceled"
     ):
         submit.main(["pipeline", "--pretrain", "--out a", "--evaluate", "--protocol knn"])
     assert (tmp_path / "cancelled").read_text() == "41\n"
