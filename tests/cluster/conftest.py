@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import hosts, slurm_cluster, slurm_jobs, tiny_run
+from tests.cluster import hosts, slurm_cluster, slurm_jobs
+from tests.helpers import uneven_run
 
 ROOT = Path(__file__).parents[2]
 # SLURM looks at time limits twice a minute. The second job is not warned: TERM is the first that it hears.
@@ -108,7 +109,7 @@ def stand_ins(jobs) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def uneven_shards(tmp_path_factory) -> str:
     """The pattern of a few small shards of very different sizes."""
-    return tiny_run.pack_uneven(tmp_path_factory.mktemp("uneven"))
+    return uneven_run.pack_uneven(tmp_path_factory.mktemp("uneven"))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

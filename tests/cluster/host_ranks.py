@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.cluster.hosts import Host, Started, wait_until
 from tests.cluster.launch_lines import SCRIPT
 from tests.cluster.namespaces import stat_of
-from tests.cluster.tiny_run import steps_written
+from tests.helpers.uneven_run import steps_written
 
 ERROR = re.compile(
     r"^error: rank (\d+) on (\w+) stops: (.*) (?:is|are) missing since (\d+-\d+-\d+ \d+:\d+:\d+) \(([\d.]+) s"

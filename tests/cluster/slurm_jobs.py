@@ -11,7 +11,7 @@ import pytest
 from glsd.cli import submit
 from tests.cluster import check_run
 from tests.cluster.slurm_cluster import Cluster
-from tests.cluster.tiny_run import steps_written
+from tests.helpers.uneven_run import steps_written
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"GLSD_PYTHON={ROOT}/tests/cluster/stand_in.sh"

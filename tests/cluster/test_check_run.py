@@ -16,7 +16,7 @@ from glsd.data.order import EpochOrder, epoch_length
 from glsd.runtime import checkpoint
 from glsd.shards.store import open_shards
 from tests.cluster import check_run
-from tests.cluster.tiny_run import pack_uneven
+from tests.helpers.uneven_run import pack_uneven
 
 SIZE, EVERY, PROBE_EVERY, STEPS = 12, 3, 7, 45  # two epochs of 20 steps and a quarter of the third
 Rows = list[dict[str, Any]]

@@ -15,8 +15,8 @@ from tests.cluster.hosts import (
     made_hosts,
     wait_until,
 )
-from tests.cluster.tiny_run import pack_uneven
 from tests.helpers.doctor_rank import good_packages
+from tests.helpers.uneven_run import pack_uneven
 
 ROOT = Path(__file__).parents[2]
 DOCTOR, RANK = str(ROOT / "launch" / "doctor.py"), str(ROOT / "tests" / "helpers" / "doctor_rank.py")

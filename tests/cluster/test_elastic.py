@@ -15,7 +15,7 @@ from tests.cluster.launch_lines import (
     accelerate_launch,
     elastic,
 )
-from tests.cluster.tiny_run import argv_of, steps_written
+from tests.helpers.uneven_run import argv_of, steps_written
 
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 

@@ -18,7 +18,7 @@ from tests.cluster.host_ranks import (
 )
 from tests.cluster.hosts import Host, Started, made_hosts
 from tests.cluster.launch_lines import ENVIRONMENT, accelerate_launch, torchrun
-from tests.cluster.tiny_run import argv_of, steps_written
+from tests.helpers.uneven_run import argv_of, steps_written
 
 pytestmark = [pytest.mark.slow, pytest.mark.multinode]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm_jobs import ROOT, Jobs, check
-from tests.cluster.tiny_run import argv_of
+from tests.helpers.uneven_run import argv_of
 
 pytestmark = pytest.mark.slurm
 

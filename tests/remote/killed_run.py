@@ -6,11 +6,11 @@ from pathlib import Path
 
 from glsd.data.order import EpochOrder, epoch_length
 from glsd.shards.store import open_shards
-from tests.helpers import small_shards
+from tests.helpers import small_shards, uneven_run
+from tests.helpers.uneven_run import steps_written
 from tests.remote.warm import Started, Warm
 
-SIZES = (5, 13, 2, 9, 17, 1, 7, 3, 11, 4)  # samples a shard: 72, 12 batches of 6, 1.6 MB
-NAMES = "train-{000000..000009}.tar"
+SIZES = (5, 13, 2, 9, 17, 1, 7, 3, 11, 4)  # samples per shard: 72, 12 batches of 6, 1.6 MB
 CACHE_BYTES = 1_100_000  # the largest two windows fit, all shards do not
 ROOMY = 100_000_000
 
@@ -25,31 +25,9 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def argv_of(out: Path, shards: str, **changes: object) -> list[str]:
-    """The command line of a run that goes on if there is something to go on with; ``changes`` have __ for the dot."""
-    values: dict[str, object] = {
-        "out": out,
-        "resume": "auto",
-        "data.shards": shards,
-        "data.num_workers": 1,
-        "data.window_shards": 2,
-        "data.global_size": 32,
-        "data.local_size": 16,
-        "data.num_local": 2,
-        "model.backbone": "vit_tiny_patch16_224",
-        "model.timm_args": "{patch_size: 8, depth: 2, embed_dim: 32, num_heads: 2}",
-        "model.drop_path": 0.2,
-        "head.num_prototypes": 64,
-        "head.hidden_dim": 32,
-        "head.bottleneck_dim": 16,
-        "optim.epochs": 11,
-        "optim.batch_size": 6,
-        "optim.warmup_epochs": 1,
-        "watch.log_every": 3,
-        "watch.checkpoint_every": 4,
-        "watch.sample_log": "true",
-    }
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"--{key}={value}" for key, value in values.items()]
+    """The command line of a run with a loader process, for two windows of shards; it goes on if there is a checkpoint."""
+    ours = {"data__num_workers": 1, "data__window_shards": 2, "optim__epochs": 11, "optim__batch_size": 6}
+    return uneven_run.argv_of(out, shards, **(ours | changes))
 
 
 def cache_environment(cache: Path, *, num_bytes: int = CACHE_BYTES, timeout: float = 60) -> dict[str, str]:
@@ -78,18 +56,6 @@ def expected_samples(
         found += [(epoch, opened.key(order[position])) for position in range(length)]
         epoch += 1
     return found[: steps * batch_size]
-
-
-def steps_written(run: Path) -> int:
-    """How far a run has come by its log of samples, which may end in half a line."""
-    file = run / "samples.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue  # it is being written
-    return 0
 
 
 def wait_for_step(run: Path, step: int, started: list[Started], seconds: float = 60) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from glsd.runtime import checkpoint
+from tests.helpers.uneven_run import NAMES, steps_written
 from tests.pretrain.test_pretrain import assert_same_run
 from tests.remote.faulty import FaultyServer
 from tests.remote.killed_run import (
     CACHE_BYTES,
-    NAMES,
     ROOMY,
     argv_of,
     assert_copies,
@@ -21,7 +21,6 @@ from tests.remote.killed_run import (
     partial_files,
     samples,
     shard_files,
-    steps_written,
     wait_for_step,
 )
 from tests.remote.servers import free_port

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.uneven_run import NAMES
 from tests.pretrain.test_pretrain import assert_same_run
 from tests.remote.killed_run import (
     CACHE_BYTES,
-    NAMES,
     SIZES,
     argv_of,
     assert_copies,
