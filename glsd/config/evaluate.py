@@ -49,7 +49,7 @@ class EvalConfig:
             (Recall@K, MAP@R, R-precision, NMI).
         k: Numbers of neighbors that vote.
         temperature: A neighbor votes with weight exp(cosine / temperature). Raise it for more even votes; 0.07 is published.
-        backend: Neighbor search by 'faiss' or 'torch', with the same numbers; 'auto' = faiss on the CPU if it is installed.
+        backend: k-NN search by 'faiss' or 'torch', with the same numbers; 'auto' = faiss on the CPU if it is installed.
         recall_at: The K of Recall@K. Take those of the benchmark, e.g. [1, 10, 100, 1000].
         distance: Compare embeddings by 'cosine' or 'euclidean' distance (retrieval); unset = as the run was trained, cosine
             otherwise.

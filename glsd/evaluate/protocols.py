@@ -105,9 +105,7 @@ def by_retrieval(cfg: EvalConfig, loaded: Loaded, sets: dict[str, Embedded], dev
         distances = loaded.config.distances
     if cfg.distance:
         distances = (cfg.distance,)
-    result = score_retrieval(
-        sets, recall_at=cfg.recall_at, distances=distances, device=device, backend=cfg.backend
-    )
+    result = score_retrieval(sets, recall_at=cfg.recall_at, distances=distances, device=device)
     text = "; ".join(describe_search(sets, distance) for distance in distances)
     if cfg.nmi_seeds:
         searched = sets["test"] if "test" in sets else sets["gallery"]
@@ -136,7 +134,6 @@ def score_retrieval(
     recall_at: list[int],
     distances: tuple[str, ...],
     device: torch.device,
-    backend: str = "auto",
 ) -> dict[str, dict[str, Any]]:
     """Return {distance: {'recall@1': share, ..., 'map_at_r', 'r_precision'}} of {'test'} or {'query', 'gallery'}.
 
@@ -155,7 +152,6 @@ def score_retrieval(
                     None if gallery is None else gallery.labels,
                     recall_at=recall_at,
                     distance=distance,
-                    backend=backend,
                 )
                 scores[distance] = {
                     **{f"recall@{k}": share for k, share in found.recall.items()},

@@ -1,14 +1,17 @@
 """A linear classifier on frozen, cached features: what one hyperplane per class can read off them."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from glsd.errors import UserError
+from glsd.metrics.search import check_labeled
 from glsd.rng import Stream, permutation, philox
 
 _MOMENTUM = 0.9
@@ -32,10 +35,10 @@ def linear_probe(
     val_features: Float[Tensor, "q d"],
     val_labels: Int64[Tensor, " q"],
     *,
-    lr_list: Sequence[float] = (0.001, 0.01, 0.1, 1.0, 10.0),
-    epochs: int = 100,
-    batch_size: int = 256,
-    seed: int = 0,
+    lr_list: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    seed: int,
 ) -> LinearProbe:
     """Train a linear softmax classifier on the train set and return how many of the val images it finds.
 
@@ -48,8 +51,7 @@ def linear_probe(
     Raises UserError for features that are not finite, a missing label, too small a set, settings out of
     range.
     """
-    _check(train_features, train_labels, "train")
-    _check(val_features, val_labels, "val")
+    check_labeled(train=(train_features, train_labels), val=(val_features, val_labels))
     check_settings(lr_list, epochs=epochs, batch_size=batch_size, seed=seed)
     classes, train_classes = train_labels.unique(return_inverse=True)
     val_classes = torch.searchsorted(classes, val_labels).clamp(max=len(classes) - 1)
@@ -61,7 +63,7 @@ def linear_probe(
     if len(lr_list) > 1:
         if len(train_features) < 10:
             raise UserError(
-                "linear probe: fewer than 10 train images cannot choose a learning rate: give one only"
+                "lr_list holds several rates, but fewer than 10 train images cannot choose one: give one rate"
             )
         order = torch.from_numpy(permutation(len(train_features), seed=seed, stream=Stream.PROBE_SPLIT)).to(
             train_features.device
@@ -92,6 +94,7 @@ def check_settings(lr_list: Sequence[float], *, epochs: int, batch_size: int, se
         raise UserError(f"seed is {seed}: expected 0 to {MAX_SEED}")
 
 
+@torch.enable_grad()
 def _train(
     features: Float32[Tensor, "n d"],
     classes: Int64[Tensor, " n"],
@@ -104,30 +107,27 @@ def _train(
     """Train one classifier per learning rate side by side: same batches, same initial weights."""
     device, num_rates = features.device, len(lr_list)
     normal = np.random.Generator(philox(seed=seed, stream=Stream.PROBE_WEIGHTS))
-    start = normal.standard_normal((features.shape[1], num_classes))
-    weight = torch.tensor(start * _INIT_STD, dtype=torch.float32, device=device).repeat(num_rates, 1, 1)
-    bias = torch.zeros(num_rates, 1, num_classes, device=device)
-    weight_speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
-    rates = torch.tensor(lr_list, device=device).reshape(-1, 1, 1) * batch_size / 256
+    start = normal.standard_normal((features.shape[1], num_classes)) * _INIT_STD
+    weight = torch.tensor(start, dtype=torch.float32, device=device).repeat(num_rates, 1, 1).requires_grad_()
+    bias = torch.zeros(num_rates, 1, num_classes, device=device, requires_grad=True)
+    optimizer = torch.optim.SGD([weight, bias], momentum=_MOMENTUM)
+    rates = torch.tensor(lr_list, device=device) * batch_size / 256
     num_steps, step = epochs * -(-len(features) // batch_size), 0
     for epoch in range(epochs):
         order = torch.from_numpy(permutation(len(features), seed=seed, stream=epoch + 1)).to(device)
         for rows in order.split(batch_size):
-            x = features[rows]
-            logits = x @ weight + bias
+            logits = features[rows] @ weight + bias
             # A probability below e^-60 changes nothing but the speed: CPUs crawl on subnormal numbers.
-            logits = torch.maximum(logits, logits.amax(dim=2, keepdim=True) - _FAR_BELOW)
-            # Gradient of the mean cross-entropy by hand: softmax minus target.
-            error = logits.softmax(dim=2)
-            error[:, torch.arange(len(rows), device=device), classes[rows]] -= 1
-            error /= len(rows)
-            weight_speed = _MOMENTUM * weight_speed + x.T @ error
-            bias_speed = _MOMENTUM * bias_speed + error.sum(dim=1, keepdim=True)
-            share = (1 + np.cos(np.pi * step / num_steps)) / 2
-            weight -= share * rates * weight_speed
-            bias -= share * rates * bias_speed
+            logits = torch.maximum(logits, logits.detach().amax(dim=2, keepdim=True) - _FAR_BELOW)
+            targets = classes[rows].expand(num_rates, -1)
+            losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
+            optimizer.zero_grad()
+            # The optimizer has one rate for all classifiers, so each one's own rate scales its loss.
+            (rates * losses).sum().backward()
+            optimizer.param_groups[0]["lr"] = (1 + math.cos(math.pi * step / num_steps)) / 2
+            optimizer.step()
             step += 1
-    return weight, bias[:, 0]
+    return weight.detach(), bias.detach()[:, 0]
 
 
 def _shares(
@@ -142,16 +142,3 @@ def _shares(
         return 0.0, 0.0
     found = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]
     return found[:, 0].double().mean().item(), found.any(dim=1).double().mean().item()
-
-
-def _check(features: Tensor, labels: Tensor, name: str) -> None:
-    if len(features) == 0:
-        raise UserError(f"linear probe: the {name} set is empty")
-    if not features.isfinite().all():
-        raise UserError(
-            f"linear probe: {name} features are not finite: the network diverged, take an earlier checkpoint"
-        )
-    if (labels < 0).any():
-        raise UserError(
-            f"linear probe: {int((labels < 0).sum())} of {len(labels)} {name} images have no label"
-        )

@@ -1,11 +1,10 @@
-"""The exact order of retrieval: one number per pair of images, and what follows from the order for a query.
+"""Where each query's positives stand among its references, exactly, from few float64 products.
 
-The similarity of a pair is a rounded float64 inner product (Search.keys), so it depends on neither backend, tile,
-nor threads. Packed with the index it becomes one integer, the key: a larger key comes earlier. Float32 products
-(rank_tiles, rank_faiss) only decide which pairs need not be looked at.
+A float32 product is off by at most ``Search.band``. So a tile of products tells for most pairs on which side of the
+query's first positive they are; the few other pairs are computed in float64. The tile also keeps the largest product
+of every CHUNK references: only chunks whose largest product reaches the first R can hold what MAP@R needs.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,10 +13,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
-NOTHING = -(2**63 - 1)  # below every key
-_INDEX_BITS = 26
-_NUMBERS_HELD = 2**23  # numbers of a float64 block: 64 MiB
-_ROWS = 256
+from glsd.metrics.search import NOTHING, Search, comparable, full_float32, least_keys
+
+CHUNK = 64
+_TILE = {"cpu": 2048, "cuda": 8192}  # queries and references at a time
+_NUMBERS_HELD = 2**22  # coordinates gathered in float64 at a time: 32 MiB
+_PAIRS_HELD = 2**17  # pairs of a query and a chunk at a time: at most 64 MiB of keys
+_PRODUCTS_HELD = 2**23  # float64 products of queries with all references: 64 MiB
+_ROW_COST = 8  # a query without a pair is held as well
+_ROWS = 4096
+_CLASS_ROWS = 256
 
 
 class QueryRanks(NamedTuple):
@@ -36,54 +41,14 @@ class QueryRanks(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
-    """Queries and references as float32 vectors of length <= 1, their labels, and how they are compared."""
+class LabeledSearch(Search):
+    """A search with the labels of both sides."""
 
-    query: Float32[Tensor, "q d"]
     query_labels: Int64[Tensor, " q"]
-    gallery: Float32[Tensor, "n d"]
     gallery_labels: Int64[Tensor, " n"]
     own: Int64[Tensor, " q"]  # the query's own row in the gallery, which is no reference of it; -1 = none
-    euclidean: bool
 
-    @property
-    def steps(self) -> float:
-        """Similarities are compared in steps of 1 / steps: closer ones are equal."""
-        return 2.0**35 if self.euclidean else 1e9
-
-    @property
-    def band(self) -> float:
-        """By how much a float32 product may be off: every one of its roundings in the same direction."""
-        size = 2.0 if self.euclidean else 1.0  # of the sum of the products' absolute values
-        return (self.query.shape[1] + 8) * 2**-24 * size + 2 / self.steps
-
-    def left(self, rows: Int64[Tensor, " m"] | slice) -> Float64[Tensor, "m e"]:
-        """Return queries such that left @ right.T is the similarity: the cosine, or -(squared distance) / 2."""
-        x = self.query[rows].double()
-        if not self.euclidean:
-            return x
-        half = x.square().sum(dim=1, keepdim=True) / 2
-        return torch.cat([x, -half, torch.ones_like(half)], dim=1)
-
-    def right(self, rows: Int64[Tensor, " m"] | slice) -> Float64[Tensor, "m e"]:
-        """Return references, see left."""
-        x = self.gallery[rows].double()
-        if not self.euclidean:
-            return x
-        half = x.square().sum(dim=1, keepdim=True) / 2
-        return torch.cat([x, torch.ones_like(half), -half], dim=1)
-
-    def keys(
-        self, similarity: Float64[Tensor, "*shape"], column: Int64[Tensor, "..."]
-    ) -> Int64[Tensor, "*shape"]:
-        """Return one integer per pair: larger = more similar, or as similar and of a lower index."""
-        return ((similarity * self.steps).round().long() << _INDEX_BITS) + (2**_INDEX_BITS - 1 - column)
-
-    def similarity(self, keys: Int64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
-        """Return the rounded similarity that a key holds."""
-        return (keys >> _INDEX_BITS).double() / self.steps
-
-    def subset(self, rows: Int64[Tensor, " m"]) -> "Search":
+    def subset(self, rows: Int64[Tensor, " m"]) -> "LabeledSearch":
         """Return the search of some of the queries."""
         return replace(self, query=self.query[rows], query_labels=self.query_labels[rows], own=self.own[rows])
 
@@ -102,23 +67,15 @@ def as_search(
     gallery_labels: Int64[Tensor, " n"] | None,
     *,
     euclidean: bool,
-) -> Search:
-    """Return the search with vectors normalized (cosine), or scaled by one power of two (Euclidean: exact)."""
-    query = query.float()
-    if euclidean:
-        peak = max(float(x.abs().max()) for x in (query, gallery) if x is not None) * query.shape[1] ** 0.5
-        scale = 2.0 ** -max(-100, min(126, math.frexp(peak)[1]))
-        query = query * scale
-        gallery = None if gallery is None else gallery.float() * scale
-    else:
-        query = F.normalize(query, dim=1)
-        gallery = None if gallery is None else F.normalize(gallery.float(), dim=1)
+) -> LabeledSearch:
+    """Return the search of the queries in the gallery, or without a gallery in the other queries."""
     own = torch.arange(len(query), device=query.device)
     if gallery is None or gallery_labels is None:
         gallery, gallery_labels = query, query_labels
     else:
         own = torch.full_like(own, -1)
-    return Search(
+    query, gallery = comparable(query, gallery, euclidean=euclidean)
+    return LabeledSearch(
         query=query,
         query_labels=query_labels.to(query.device),
         gallery=gallery,
@@ -129,7 +86,7 @@ def as_search(
 
 
 def positive_keys(
-    search: Search, relevant: Int64[Tensor, " q"], wanted: Bool[Tensor, " q"]
+    search: LabeledSearch, relevant: Int64[Tensor, " q"], wanted: Bool[Tensor, " q"]
 ) -> Int64[Tensor, "q r"]:
     """Return the keys of every wanted query's positives, descending, filled up with NOTHING.
 
@@ -144,8 +101,8 @@ def positive_keys(
     labels, row_labels = search.gallery_labels[columns], search.query_labels[rows]
     starts = torch.searchsorted(labels, row_labels).tolist()
     stops = torch.searchsorted(labels, row_labels, right=True).tolist()
-    for first in range(0, len(rows), _ROWS):
-        block = rows[first : first + _ROWS]
+    for first in range(0, len(rows), _CLASS_ROWS):
+        block = rows[first : first + _CLASS_ROWS]
         met = columns[starts[first] : stops[first + len(block) - 1]]
         found = search.keys(search.left(block) @ search.right(met).T, met)
         other = search.query_labels[block, None] != search.gallery_labels[met]
@@ -173,7 +130,7 @@ def precision_at_r(
     """
     i = torch.arange(1, positives.shape[1] + 1, device=positives.device)
     backwards = (-negatives).contiguous()
-    least = (positives >> _INDEX_BITS) << _INDEX_BITS  # the smallest key of the same similarity
+    least = least_keys(positives)
     both = []
     for ahead in (
         torch.searchsorted(backwards, -positives),
@@ -191,18 +148,20 @@ def ahead_of(
     keys: Int64[Tensor, "*shape"], first: Int64[Tensor, "..."]
 ) -> tuple[Bool[Tensor, "*shape"], Bool[Tensor, "*shape"]]:
     """Return which negatives precede the first positive: in the order of keys, and pessimistically."""
-    return keys > first, (keys >> _INDEX_BITS) >= (first >> _INDEX_BITS)
+    return keys > first, keys >= least_keys(first)
 
 
 def rank_every_pair(
-    search: Search, relevant: Int64[Tensor, " q"], rows: Int64[Tensor, " m"], ranks: QueryRanks
+    search: LabeledSearch, relevant: Int64[Tensor, " q"], rows: Int64[Tensor, " m"], ranks: QueryRanks
 ) -> None:
     """Write the ranks of some queries, each pair computed in float64: for huge classes and masses of ties."""
     n = len(search.gallery)
-    for block in rows.split(max(1, _NUMBERS_HELD // n)) if len(rows) else ():
+    for block in rows.split(max(1, _PRODUCTS_HELD // n)) if len(rows) else ():
         keys = torch.empty(len(block), n, dtype=torch.int64, device=rows.device)
         left = search.left(block)
-        for columns in torch.arange(n, device=rows.device).split(max(1, _NUMBERS_HELD // 2 // left.shape[1])):
+        for columns in torch.arange(n, device=rows.device).split(
+            max(1, _PRODUCTS_HELD // 2 // left.shape[1])
+        ):
             piece = slice(int(columns[0]), int(columns[-1]) + 1)
             keys[:, piece] = search.keys(left @ search.right(piece).T, columns)
         same = search.query_labels[block, None] == search.gallery_labels
@@ -227,3 +186,213 @@ def write(
     ranks.pessimistic_first_rank[rows] = pessimistic_ahead + 1
     for name in Precision._fields:
         getattr(ranks, name)[rows] = 0.0 if precision is None else getattr(precision, name)
+
+
+def rank_by_tiles(
+    search: LabeledSearch,
+    relevant: Int64[Tensor, " q"],
+    positives: Int64[Tensor, "q r"],
+    ranks: QueryRanks,
+    furthest: int | None,
+) -> Int64[Tensor, " m"]:
+    """Write the ranks of the queries that have positives; return those with too many pairs left open.
+
+    A first rank known to be beyond ``furthest`` and R is not counted to its end.
+    """
+    enough = relevant.clamp(min=len(search.gallery) if furthest is None else furthest)
+    sweep = Sweep(search, positives[:, 0], enough, _TILE.get(search.query.device.type, 2048))
+    with torch.no_grad(), full_float32():
+        sweep.run()
+    known = (positives[:, 0] != NOTHING) & ~sweep.given_up
+    rows = known.nonzero()[:, 0]
+    write(ranks, rows, sweep.ahead[rows], sweep.pessimistic_ahead[rows])
+    rows = (known & (sweep.ahead < relevant)).nonzero()[:, 0]
+    if len(rows):
+        negatives = first_negatives(search, rows, relevant, positives, sweep.maxima)
+        precision = precision_at_r(positives[rows], negatives, relevant[rows])
+        write(ranks, rows, sweep.ahead[rows], sweep.pessimistic_ahead[rows], precision)
+    return sweep.given_up.nonzero()[:, 0]
+
+
+class Sweep:
+    """One pass over all products: negatives ahead of each query's first positive, and the chunks' largest."""
+
+    def __init__(
+        self, search: LabeledSearch, first: Int64[Tensor, " q"], enough: Int64[Tensor, " q"], tile: int
+    ) -> None:
+        self.search, self.first, self.enough = search, first, enough
+        self.tile = -(-min(tile, max(len(search.query), len(search.gallery))) // CHUNK) * CHUNK
+        self.symmetric = search.query is search.gallery
+        q, n, device = len(search.query), len(search.gallery), search.query.device
+        self.ahead = torch.zeros(q, dtype=torch.int64, device=device)
+        self.pessimistic_ahead = torch.zeros_like(self.ahead)
+        self.open = torch.zeros_like(self.ahead)  # pairs left open so far
+        self.most_open = max(CHUNK, n // CHUNK)  # beyond, all pairs of a query cost less
+        self.given_up = torch.zeros(q, dtype=torch.bool, device=device)
+        self.maxima = torch.empty(q, -(-n // CHUNK), device=device)
+        middle = search.similarity(first).masked_fill(first == NOTHING, torch.inf)
+        self.above, self.below = (middle + search.band).float(), (middle - search.band).float()
+        self.marks = torch.empty(self.tile * self.tile, device=device)
+        self.left, self.right = search.float32_factors()
+
+    def run(self) -> None:
+        q, n, tile = len(self.search.query), len(self.search.gallery), self.tile
+        for i in range(0, q, tile):
+            rows = slice(i, min(i + tile, q))
+            left = _multiplicand(_padded(self.left[rows]))
+            for j in range(i if self.symmetric else 0, n, tile):
+                columns = slice(j, min(j + tile, n))
+                product = _product(left, _padded(self.right[columns]))
+                self._leave_out(product, rows, columns)
+                high, wide = product.shape
+                marks = self.marks[: high * wide].view_as(product)
+                self._look(rows, j, *(x.view(high, -1, CHUNK) for x in (product, marks)))
+                if self.symmetric and j > i:
+                    turned = (x.view(-1, CHUNK, wide).permute(2, 0, 1) for x in (product, marks))
+                    self._look(columns, i, *turned)
+
+    def _leave_out(self, product: Float32[Tensor, "h w"], rows: slice, columns: slice) -> None:
+        product[rows.stop - rows.start :] = -torch.inf
+        product[:, columns.stop - columns.start :] = -torch.inf
+        own = self.search.own[rows]
+        inside = ((own >= columns.start) & (own < columns.stop)).nonzero()[:, 0]
+        product[inside, own[inside] - columns.start] = -torch.inf
+
+    def _look(
+        self,
+        rows: slice,
+        column: int,
+        product: Float32[Tensor, "h c m"],
+        marks: Float32[Tensor, "h c m"],
+    ) -> None:
+        """Take in the products of some queries with the references from ``column`` on, chunk by chunk."""
+        product, marks = product[: rows.stop - rows.start], marks[: rows.stop - rows.start]
+        chunk = column // CHUNK
+        maxima = self.maxima[rows, chunk : chunk + product.shape[1]]
+        maxima.copy_(_amax(product)[:, : maxima.shape[1]])
+        live = self.above[rows].isfinite().nonzero()[:, 0]
+        queries = rows.start + live
+        if not len(live):
+            return
+        if 2 * len(live) < len(product):  # leave out those that are settled
+            product = product[live]
+            marks = torch.empty_like(product)
+        else:
+            queries = torch.arange(rows.start, rows.stop, device=live.device)
+        above, below = self.above[queries, None, None], self.below[queries, None, None]
+        sure = _sum(torch.gt(product, above, out=marks))
+        left_open = _sum(torch.gt(product, below, out=marks)) - sure
+        count = sure.sum(dim=1).long()
+        self.ahead[queries] += count
+        self.pessimistic_ahead[queries] += count
+        self.open[queries] += left_open.sum(dim=1).long()
+        too_many = self.open[queries] > self.most_open
+        self.given_up[queries] |= too_many
+        done = too_many | (self.ahead[queries] >= self.enough[queries])
+        row, part = ((left_open > 0) & ~done[:, None]).nonzero(as_tuple=True)
+        near = product[row, part]
+        near = (near > below[row, 0]) & (near <= above[row, 0])
+        which, member = near.nonzero(as_tuple=True)
+        self.above[queries[done]] = torch.inf
+        self.below[queries[done]] = torch.inf
+        self._compute(queries[row[which]], column + part[which] * CHUNK + member)
+
+    def _compute(self, rows: Int64[Tensor, " m"], columns: Int64[Tensor, " m"]) -> None:
+        """Decide pairs in float64."""
+        search = self.search
+        negative = search.query_labels[rows] != search.gallery_labels[columns]
+        rows, columns = rows[negative], columns[negative]
+        piece = max(1, _NUMBERS_HELD // search.query.shape[1])
+        for r, c in zip(rows.split(piece), columns.split(piece), strict=True):
+            keys = search.keys((search.left(r) * search.right(c)).sum(dim=1), c)
+            ahead, pessimistic = ahead_of(keys, self.first[r])
+            self.ahead.index_add_(0, r, ahead.long())
+            self.pessimistic_ahead.index_add_(0, r, pessimistic.long())
+
+
+def first_negatives(
+    search: LabeledSearch,
+    rows: Int64[Tensor, " m"],
+    relevant: Int64[Tensor, " q"],
+    positives: Int64[Tensor, "q r"],
+    maxima: Float32[Tensor, "q c"],
+) -> Int64[Tensor, "m r"]:
+    """Return the keys of each query's first negatives, descending: all that can be among its first R.
+
+    R chunks hold a reference each that is at least as similar as the R-th largest chunk, so nothing below it is
+    among the first R; nor does anything matter that is below the last positive.
+    """
+    counts = torch.empty_like(rows)
+    floors = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    most = min(positives.shape[1], maxima.shape[1])
+    for place in torch.arange(len(rows), device=rows.device).split(_ROWS):
+        r, largest = relevant[rows[place]], maxima[rows[place]]
+        kth = largest.topk(most, dim=1).values.gather(1, (r - 1).clamp(max=most - 1)[:, None])[:, 0]
+        kth = torch.where(r <= most, kth.double(), -torch.inf)
+        last = search.similarity(positives[rows[place]].gather(1, r[:, None] - 1)[:, 0])
+        floors[place] = torch.maximum(kth - 2 * search.band, last - search.band)
+        counts[place] = (largest >= floors[place, None].float()).sum(dim=1)
+    negatives = torch.full((len(rows), positives.shape[1]), NOTHING, device=rows.device)
+    groups = ((counts + _ROW_COST).cumsum(0) // _PAIRS_HELD).unique_consecutive(return_counts=True)[1]
+    for place in torch.arange(len(rows), device=rows.device).split(groups.tolist()):
+        near = maxima[rows[place]] >= floors[place, None].float()
+        found = _negatives_of(search.subset(rows[place]), near, floors[place])
+        negatives[place] = _first_of_each(*found, len(place), positives.shape[1])
+    return negatives
+
+
+def _negatives_of(
+    search: LabeledSearch, near: Bool[Tensor, "m c"], floors: Float64[Tensor, " m"]
+) -> tuple[Int64[Tensor, " k"], Int64[Tensor, " k"]]:
+    """Return row and key of every negative above its row's floor in the chunks near it, chunk by chunk."""
+    chunk, row = near.T.nonzero(as_tuple=True)
+    rows, keys = [row[:0]], [row[:0]]
+    for c, block in zip(
+        chunk.unique().tolist(), row.split(near.sum(dim=0)[near.any(dim=0)].tolist()), strict=True
+    ):
+        members = slice(c * CHUNK, min((c + 1) * CHUNK, len(search.gallery)))
+        similarity = search.left(block) @ search.right(members).T
+        negative = search.query_labels[block, None] != search.gallery_labels[members]
+        i, j = (negative & (similarity >= floors[block, None])).nonzero(as_tuple=True)
+        rows.append(block[i])
+        keys.append(search.keys(similarity[i, j], members.start + j))
+    return torch.cat(rows), torch.cat(keys)
+
+
+def _first_of_each(
+    rows: Int64[Tensor, " k"], keys: Int64[Tensor, " k"], num_rows: int, width: int
+) -> Int64[Tensor, "m r"]:
+    """Return the largest keys of every row, descending, filled up with NOTHING."""
+    order = keys.argsort(descending=True)
+    order = order[rows[order].argsort(stable=True)]
+    rows, keys = rows[order], keys[order]
+    place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
+    first = torch.full((num_rows, width), NOTHING, device=rows.device)
+    kept = place < width
+    first[rows[kept], place[kept]] = keys[kept]
+    return first
+
+
+def _sum(x: Float32[Tensor, "h c m"]) -> Float32[Tensor, "h c"]:
+    # Over the layout in memory: into a result of another layout it is ten times slower.
+    return x.sum(dim=2) if x.stride(2) == 1 else x.permute(1, 2, 0).sum(dim=1).T
+
+
+def _amax(x: Float32[Tensor, "h c m"]) -> Float32[Tensor, "h c"]:
+    return x.amax(dim=2) if x.stride(2) == 1 else x.permute(1, 2, 0).amax(dim=1).T
+
+
+def _padded(x: Float32[Tensor, "m e"]) -> Float32[Tensor, "k e"]:
+    """Fill up with zero rows to whole chunks."""
+    return F.pad(x, (0, 0, 0, -len(x) % CHUNK))
+
+
+def _multiplicand(x: Tensor) -> Tensor:
+    # On the CPU, oneDNN multiplies in float32 up to twice as fast as what torch.mm calls.
+    return x.to_mkldnn() if x.device.type == "cpu" and torch.backends.mkldnn.is_available() else x
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right.T as an ordinary tensor."""
+    product = F.linear(left, right)
+    return product.to_dense() if product.is_mkldnn else product

@@ -1,7 +1,6 @@
-"""Retrieval metrics: Recall@K (hit@K), MAP@R and R-precision, exact, in bounded memory, with ties told apart."""
+"""Retrieval metrics: Recall@K (hit@K), MAP@R and R-precision, exact, in bounded memory, with and without luck in ties."""
 
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,26 +9,19 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from glsd.errors import UserError, pick
-from glsd.metrics.rank_faiss import rank_by_faiss
-from glsd.metrics.rank_tiles import rank_by_tiles
-from glsd.metrics.ranks import (
-    QueryRanks,
-    as_search,
-    positive_keys,
-    rank_every_pair,
-)
+from glsd.metrics.ranks import QueryRanks, as_search, positive_keys, rank_by_tiles, rank_every_pair
+from glsd.metrics.search import check_labeled
 
 DISTANCES = {"cosine": False, "euclidean": True}
-BACKENDS: dict[str, Callable[..., Tensor]] = {"faiss": rank_by_faiss, "torch": rank_by_tiles}
-# Of classes with more positives a query looks at every reference anyway.
+# A query with more positives looks at every reference anyway.
 _MOST_RELEVANT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalScores:
-    """Means over the queries; ``recall[k]`` is hit@k: the share with a positive among the first k references.
+    """Means over the queries; ``recall[k]`` is hit@k: the share of queries with a positive among the first k references.
 
-    A *lone* query has no positive: it counts as a miss in recall, and is left out of the other means. References of
+    A *lone* query has no positive: it counts as a miss in recall, and the other means leave it out. References of
     equal similarity are in the order of their indices; ``pessimistic_*`` puts the negatives first.
     """
 
@@ -48,7 +40,7 @@ class RetrievalScores:
         return asdict(self)
 
     def tie_gap(self) -> float:
-        """Return how much of recall or MAP@R rests on the order of equally similar references."""
+        """Return by how much recall or MAP@R depends on the order of equally similar references."""
         gaps = [self.recall[k] - self.pessimistic_recall[k] for k in self.recall]
         return max([*gaps, self.map_at_r - self.pessimistic_map_at_r])
 
@@ -61,10 +53,8 @@ def retrieval_scores(
     *,
     recall_at: Sequence[int],
     distance: str = "cosine",
-    backend: str = "auto",
-    tile: int | None = None,
 ) -> RetrievalScores:
-    """Return Recall@K, MAP@R and R-precision; arguments and errors as in rank_queries, and every K is 1 or more.
+    """Return Recall@K, MAP@R and R-precision; arguments and errors as in rank_queries; every K is 1 or more.
 
     Source: Musgrave et al. (arXiv 2003.08505, section 3.2) for MAP@R and R-precision.
     """
@@ -77,8 +67,6 @@ def retrieval_scores(
         gallery_labels,
         furthest=max(recall_at),
         distance=distance,
-        backend=backend,
-        tile=tile,
     )
     return scores(ranks, recall_at=recall_at)
 
@@ -112,44 +100,34 @@ def rank_queries(
     *,
     furthest: int | None = None,
     distance: str = "cosine",
-    backend: str = "auto",
-    tile: int | None = None,
 ) -> QueryRanks:
     """Return (on the CPU) the ranks of every query among the gallery, or among the other queries (leave-one-out).
 
-    References are in the order of (similarity descending, index ascending); without a gallery the query itself,
-    known by its index, is no reference. distance: "cosine" = products of float32-normalized vectors in float64,
-    rounded to 1e-9; "euclidean" = squared distances of the float32 vectors in float64, rounded to 2^-34 of the square
-    of a power of two that bounds all lengths, so those of integers below 2^17 in length are exact. backend: "auto" =
-    "torch" (where the gallery is the queries themselves it needs half of the products) or "faiss"; tile: references
-    at a time. Neither changes the result. furthest: of a first rank beyond it and beyond R only that is said, by some
-    number that is beyond (less work, most of all with an untrained network); None = every first rank is exact.
-    Raises UserError for an empty set, missing labels (-1), features that are not
-    finite, no positive for any query, an unknown distance or backend.
+    References are in the order of (similarity descending, index ascending). Without a gallery a query is not its own
+    reference; it is excluded by index. distance: "cosine" = products of float32-normalized vectors in float64, rounded
+    to 1e-9; "euclidean" = squared distances of the float32 vectors in float64, rounded to 2^-34 of the square of a
+    power of two that bounds all lengths, so those of integers below 2^17 in length are exact. furthest: a first rank
+    beyond it and beyond R is only reported as some number beyond, which saves work, most of all with an untrained
+    network; None = every first rank is exact. Raises UserError for an empty set, missing labels (-1), features that
+    are not finite, no positive for any query, an unknown distance.
     """
     euclidean = pick(DISTANCES, distance, "distance")
-    if backend == "faiss" and importlib.util.find_spec("faiss") is None:
-        raise UserError(
-            "retrieval backend 'faiss' is not installed: pip install faiss-cpu, or use backend torch"
-        )
-    ranked_by = pick(BACKENDS, "torch" if backend == "auto" else backend, "retrieval backend")
     if (gallery is None) != (gallery_labels is None):
-        raise UserError("retrieval: give the gallery's features together with its labels, or neither of them")
-    _check(query, query_labels, "query")
+        raise UserError("give the gallery's features together with its labels, or neither of them")
+    sets = {"query": (query, query_labels)}
     if gallery is not None and gallery_labels is not None:
-        _check(gallery, gallery_labels, "gallery")
+        sets["gallery"] = gallery, gallery_labels
+    check_labeled(**sets)
     search = as_search(query, query_labels, gallery, gallery_labels, euclidean=euclidean)
     relevant = search.num_relevant()
     if not relevant.any():
-        raise UserError(
-            "retrieval: no query has another image of its class to find: check the labels, or the gallery"
-        )
+        raise UserError("no query has another image of its class to find: check the labels, or the gallery")
     ranks = _all_lone(relevant)
     wanted = (relevant > 0) & (relevant <= _MOST_RELEVANT)
     rest = (relevant > _MOST_RELEVANT).nonzero()[:, 0]
     if wanted.any():
         positives = positive_keys(search, relevant, wanted)
-        rest = torch.cat([rest, ranked_by(search, relevant, positives, ranks, tile, furthest)])
+        rest = torch.cat([rest, rank_by_tiles(search, relevant, positives, ranks, furthest)])
     rank_every_pair(search, relevant, rest, ranks)
     return QueryRanks(*(values.cpu() for values in ranks))
 
@@ -166,16 +144,3 @@ def _all_lone(relevant: Int64[Tensor, " q"]) -> QueryRanks:
         pessimistic_map_at_r=none.clone(),
         pessimistic_r_precision=none.clone(),
     )
-
-
-def _check(features: Tensor, labels: Tensor, name: str) -> None:
-    if not features.numel():
-        raise UserError(f"retrieval: the {name} set is empty")
-    if not features.isfinite().all():
-        raise UserError(
-            f"retrieval: {name} features are not finite: the network diverged, take an earlier checkpoint"
-        )
-    if (labels < 0).any():
-        raise UserError(
-            f"retrieval: {int((labels < 0).sum())} of {len(labels)} {name} images lack a label: pack folders of classes"
-        )

@@ -15,6 +15,7 @@ from glsd.evaluate.sets import choose_sizes, embed_set
 from glsd.geometry import geometric_match, grid_side
 from glsd.losses.distill import similarity_match
 from glsd.metrics.knn import knn_accuracy
+from glsd.metrics.rankme import rankme
 from glsd.models.backbone import Backbone
 from glsd.models.blocks import run_uncompiled
 from glsd.pretrain.networks import State
@@ -185,7 +186,7 @@ def probe(t: Training[PretrainConfig, Plan, State], sets: tuple[ShardSet, ShardS
     scores: dict[str, Any] = {}
     if dist.is_main():
         found = knn_accuracy(train.features, train.labels, val.features, val.labels, k_list=(k,))
-        scores = {f"knn{k}_top1": found[k]["top1"], "rankme": health.rankme(val.features)}
+        scores = {f"knn{k}_top1": found[k]["top1"], "rankme": rankme(val.features)}
         t.meters.write({"step": step, "probe": scores})
         t.meters.say(
             f"probe at step {step}: k-NN (k={k}) {found[k]['top1']:.2%}, RankMe {scores['rankme']:.1f}"

@@ -4,10 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 
 class Finding(NamedTuple):
     """One warning: ``kind`` stays the same from row to row, so that a story can say each once."""
@@ -129,18 +125,3 @@ def _data_wait(share: int | float | None, early: bool) -> list[Finding]:
         "(resize the photographs before launch/pack.py)"
     )
     return [Finding("data_wait", line)]
-
-
-@torch.no_grad()
-def rankme(features: Float[Tensor, "n d"]) -> float:
-    """Return RankMe, the smooth rank of a feature matrix: 1 (all rows along one direction) to min(n, d);
-    nan if not finite.
-
-    With singular values s it is exp(-sum p log p), p = s / sum(s) + 1e-7, in float64. Take n of several
-    times d for a value that does not depend on n. Source: RankMe (Garrido et al. 2023), equations 1 and 2.
-    """
-    if not bool(torch.isfinite(features).all()):
-        return math.nan
-    values = torch.linalg.svdvals(features.double())
-    p = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny) + 1e-7
-    return float(torch.exp(-(p * p.log()).sum()))

@@ -72,13 +72,16 @@ def test_cosine_ignores_length_euclidean_does_not():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"features": torch.zeros(0, 2), "labels": torch.zeros(0, dtype=torch.int64)}, "the set is empty"),
-        ({"labels": torch.tensor([0, 1, -1])}, "1 of 3 images lack a label"),
+        (
+            {"features": torch.zeros(0, 2), "labels": torch.zeros(0, dtype=torch.int64)},
+            "the clustered set is empty",
+        ),
+        ({"labels": torch.tensor([0, 1, -1])}, "1 of 3 clustered images have no label"),
         ({"features": torch.full((3, 2), torch.nan)}, "not finite"),
-        ({"seeds": ()}, "list of seeds is empty"),
+        ({"seeds": ()}, "seeds is empty"),
         ({"distance": "l2"}, "unknown distance"),
     ],
 )
 def test_mistakes_are_named(change, says):
     with pytest.raises(UserError, match=says):
-        kmeans_nmi(**{"features": torch.eye(3)[:, :2], "labels": torch.arange(3), **change})
+        kmeans_nmi(**{"features": torch.eye(3)[:, :2], "labels": torch.arange(3), "seeds": (0,), **change})

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
 from glsd.errors import UserError
-from glsd.metrics import knn
+from glsd.metrics import knn, search
 from glsd.metrics.knn import knn_accuracy, nearest_neighbors
 
 
@@ -50,12 +50,11 @@ def coarse(n, *, dim=3, seed=0):
 @pytest.mark.parametrize("backend", ["torch", "faiss"])
 @pytest.mark.parametrize("make", [clusters, coarse])
 @pytest.mark.parametrize("num_val", [1, 7, 99, 130])
-def test_equals_literal_twin(make, backend, num_val):
+def test_equals_literal_twin(make, backend, num_val, monkeypatch):
     train, train_labels = make(210, seed=1)
     val, val_labels = make(num_val, seed=2)
-    got = knn_accuracy(
-        train, train_labels, val, val_labels, k_list=(1, 10, 20, 200), backend=backend, chunk=50
-    )
+    monkeypatch.setattr(knn, "_QUERIES", 50)
+    got = knn_accuracy(train, train_labels, val, val_labels, k_list=(1, 10, 20, 200), backend=backend)
     assert list(got) == [1, 10, 20, 200]
     for k, shares in got.items():
         assert shares == twin(train, train_labels, val, val_labels, k, 0.07), k
@@ -103,9 +102,10 @@ def test_backends_and_chunks_give_the_same_bits(make, monkeypatch):
     cosines, rows = nearest_neighbors(val, train, k=50, backend="torch")
     for backend in ("torch", "faiss"):
         for chunk in (1, 13, 64, 1000):
-            for held in (knn._NUMBERS_HELD, 5000):
-                monkeypatch.setattr(knn, "_NUMBERS_HELD", held)
-                got = nearest_neighbors(val, train, k=50, backend=backend, chunk=chunk)
+            for held in (2**24, 5000):
+                monkeypatch.setattr(search, "_QUERIES", chunk)
+                monkeypatch.setattr(search, "_NUMBERS_HELD", held)
+                got = nearest_neighbors(val, train, k=50, backend=backend)
                 assert torch.equal(got[0], cosines)
                 assert torch.equal(got[1], rows)
 

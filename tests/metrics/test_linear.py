@@ -1,5 +1,7 @@
 """The linear probe against torch's own SGD, and what it must be able to do and must not."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glsd.errors import UserError
 from glsd.metrics import linear
-from glsd.metrics.linear import linear_probe
 from glsd.rng import permutation
+
+SETTINGS: dict[str, Any] = {
+    "lr_list": (0.001, 0.01, 0.1, 1.0, 10.0),
+    "epochs": 100,
+    "batch_size": 256,
+    "seed": 0,
+}
+
+
+def linear_probe(*sets, **changes):
+    return linear.linear_probe(*sets, **{**SETTINGS, **changes})
 
 
 def clusters(n, *, dim=12, num_classes=7, spread=0.5, seed=0):

@@ -7,11 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from glsd.errors import UserError
-from glsd.metrics import rank_tiles, retrieval
+from glsd.metrics import ranks as ranking
+from glsd.metrics import retrieval
 from glsd.metrics.ranks import QueryRanks
 from glsd.metrics.retrieval import rank_queries, retrieval_scores, scores
+from glsd.metrics.search import check_labeled
 
-BACKENDS = ("torch", "faiss")
+
+@pytest.fixture
+def tile(monkeypatch):
+    """A function that sets how many queries and references make a tile."""
+    return lambda size: monkeypatch.setitem(ranking._TILE, "cpu", size)
 
 
 def sorted_by_hand(query, query_labels, gallery=None, gallery_labels=None, *, distance):
@@ -67,7 +73,7 @@ def vectors(kind, count, dim, generator):
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 @pytest.mark.parametrize("kind", ["random", "duplicates", "integers", "equal"])
 @pytest.mark.parametrize(("seed", "count", "dim", "classes"), [(0, 131, 5, 30), (1, 75, 3, 4), (2, 2, 2, 1)])
-def test_equals_sorting(distance, kind, seed, count, dim, classes):
+def test_equals_sorting(distance, kind, seed, count, dim, classes, tile):
     generator = torch.Generator().manual_seed(seed)
     x = vectors(kind, count, dim, generator)
     labels = torch.randint(classes, (count,), generator=generator)
@@ -77,22 +83,21 @@ def test_equals_sorting(distance, kind, seed, count, dim, classes):
     gallery_labels[0] = labels[0]
     for sets in ((x, labels), (x, labels, gallery, gallery_labels)):
         want = sorted_by_hand(*sets, distance=distance)
-        for backend in BACKENDS:
-            for tile in (64, 100, None):
-                assert_same_ranks(rank_queries(*sets, distance=distance, backend=backend, tile=tile), want)
+        for size in (64, 100, 2048):
+            tile(size)
+            assert_same_ranks(rank_queries(*sets, distance=distance), want)
 
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
-def test_many_tiles_equal_every_pair_in_float64(distance, monkeypatch):
+def test_many_tiles_equal_every_pair_in_float64(distance, tile, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(250, (1500,), generator=generator)
     x = torch.randn(250, 24, generator=generator)[labels] + torch.randn(1500, 24, generator=generator)
     x[100:180] = x[700:780]  # equally similar references in other tiles
-    by_tiles = [
-        rank_queries(x, labels, distance=distance, backend=b, tile=t)
-        for b in BACKENDS
-        for t in (128, 448, 4096)
-    ]
+    by_tiles = []
+    for size in (128, 448, 4096):
+        tile(size)
+        by_tiles.append(rank_queries(x, labels, distance=distance))
     monkeypatch.setattr(retrieval, "_MOST_RELEVANT", 0)
     want = rank_queries(x, labels, distance=distance)
     assert 0.1 < (want.first_rank == 1).double().mean() < 0.9
@@ -105,9 +110,9 @@ def test_groups_of_pairs_do_not_change_the_ranks(monkeypatch):
     labels = torch.randint(40, (600,), generator=generator)
     x = torch.randn(40, 8, generator=generator)[labels] + 0.5 * torch.randn(600, 8, generator=generator)
     want = rank_queries(x, labels)
-    monkeypatch.setattr(rank_tiles, "_PAIRS_HELD", 50)
-    monkeypatch.setattr(rank_tiles, "_ROWS", 33)
-    monkeypatch.setattr(rank_tiles, "_NUMBERS_HELD", 100)
+    monkeypatch.setattr(ranking, "_PAIRS_HELD", 50)
+    monkeypatch.setattr(ranking, "_ROWS", 33)
+    monkeypatch.setattr(ranking, "_NUMBERS_HELD", 100)
     assert_same_ranks(rank_queries(x, labels), want)
 
 
@@ -118,7 +123,6 @@ def test_few_huge_classes():
     x = torch.randn(8, 6, generator=generator)[labels] + torch.randn(1000, 6, generator=generator)
     got = rank_queries(x, labels)
     assert int(got.num_relevant.max()) > retrieval._MOST_RELEVANT > 3 == int(got.num_relevant.min())
-    assert_same_ranks(got, rank_queries(x, labels, backend="faiss"))
     some = torch.arange(0, 1000, 50)
     unit = F.normalize(x, dim=1).double()
     for i in some.tolist():
@@ -179,9 +183,8 @@ def test_distances_do_not_depend_on_the_unit(scale):
 def test_neighboring_integers_far_from_the_origin_are_told_apart():
     # Squared distances of 10^8 + 1 and 10^8: float32 products of such vectors are multiples of 8.
     x, labels = torch.tensor([[0.0, 0.0], [10000.0, 1.0], [10000.0, 0.0]]), torch.tensor([0, 1, 0])
-    for backend in BACKENDS:
-        got = rank_queries(x[:1], labels[:1], x[1:], labels[1:], distance="euclidean", backend=backend)
-        assert got.first_rank.item() == got.pessimistic_first_rank.item() == 1
+    got = rank_queries(x[:1], labels[:1], x[1:], labels[1:], distance="euclidean")
+    assert got.first_rank.item() == got.pessimistic_first_rank.item() == 1
 
 
 def test_reduced_precision_of_products_is_switched_off_and_back_on():
@@ -199,28 +202,29 @@ def test_reduced_precision_of_products_is_switched_off_and_back_on():
     assert_same_ranks(got, want)
 
 
-def test_half_the_products_suffice_without_a_gallery(monkeypatch):
+def test_half_the_products_suffice_without_a_gallery(tile, monkeypatch):
     multiplied: list[int] = []
-    product = rank_tiles._product
+    product = ranking._product
 
     def counted(left, right):
         multiplied.append(len(right))
         return product(left, right)
 
-    monkeypatch.setattr(rank_tiles, "_product", counted)
+    monkeypatch.setattr(ranking, "_product", counted)
     x, labels = torch.randn(640, 8, generator=torch.Generator().manual_seed(9)), torch.arange(640) % 100
-    rank_queries(x, labels, tile=64)
+    tile(64)
+    rank_queries(x, labels)
     assert len(multiplied) == 10 * 11 / 2
     multiplied.clear()
-    rank_queries(x, labels, x.clone(), labels, tile=64)
+    rank_queries(x, labels, x.clone(), labels)
     assert len(multiplied) == 100
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("furthest", [1, 20])
-def test_ranks_beyond_the_furthest_are_only_known_to_be_beyond(backend, furthest):
+def test_ranks_beyond_the_furthest_are_only_known_to_be_beyond(tile, furthest):
+    tile(64)
     x, labels = torch.randn(700, 8, generator=torch.Generator().manual_seed(11)), torch.arange(700) % 200
-    want, got = (rank_queries(x, labels, furthest=f, backend=backend, tile=64) for f in (None, furthest))
+    want, got = (rank_queries(x, labels, furthest=f) for f in (None, furthest))
     near = want.first_rank <= furthest
     assert near.any()
     assert (got.first_rank[~near] > furthest).all()
@@ -228,9 +232,7 @@ def test_ranks_beyond_the_furthest_are_only_known_to_be_beyond(backend, furthest
     first_rank = torch.where(near, got.first_rank, want.first_rank)
     pessimistic = torch.where(near, got.pessimistic_first_rank, want.pessimistic_first_rank)
     assert_same_ranks(got._replace(first_rank=first_rank, pessimistic_first_rank=pessimistic), want)
-    assert retrieval_scores(x, labels, recall_at=(1, furthest), tile=64) == scores(
-        want, recall_at=(1, furthest)
-    )
+    assert retrieval_scores(x, labels, recall_at=(1, furthest)) == scores(want, recall_at=(1, furthest))
 
 
 def test_means_are_over_queries():
@@ -259,7 +261,7 @@ X, LABELS = torch.eye(4), torch.tensor([0, 0, 1, 1])
     ("change", "says"),
     [
         ({"query": X[:0], "query_labels": LABELS[:0]}, "query set is empty"),
-        ({"query_labels": torch.tensor([0, 0, -1, 1])}, "1 of 4 query images lack a label"),
+        ({"query_labels": torch.tensor([0, 0, -1, 1])}, "1 of 4 query images have no label"),
         ({"query_labels": torch.arange(4)}, "no query has another image of its class"),
         ({"query": X / 0}, "query features are not finite"),
         ({"gallery": X}, "together with its labels"),
@@ -268,12 +270,18 @@ X, LABELS = torch.eye(4), torch.tensor([0, 0, 1, 1])
         ({"recall_at": (0, 1)}, r"recall_at is \[0, 1\]"),
         ({"recall_at": ()}, r"recall_at is \[\]"),
         ({"distance": "euclid"}, "did you mean 'euclidean'"),
-        ({"backend": "fais"}, "did you mean 'faiss'"),
     ],
 )
 def test_mistakes_are_named(change, says):
     with pytest.raises(UserError, match=says):
         retrieval_scores(**{"query": X, "query_labels": LABELS, "recall_at": (1,), **change})
+
+
+def test_features_must_be_floats_of_one_width():
+    with pytest.raises(UserError, match=r"different widths: \{'train': 4, 'val': 3\}"):
+        check_labeled(train=(X, LABELS), val=(X[:, :3], LABELS))
+    with pytest.raises(UserError, match=r"val features are torch\.int64: expected floating-point"):
+        check_labeled(val=(X.long(), LABELS))
 
 
 @pytest.mark.gpu
@@ -283,5 +291,5 @@ def test_cuda_gives_the_same_ranks():
     labels = torch.randint(300, (2000,), generator=generator)
     x = torch.randn(300, 64, generator=generator)[labels] + 2 * torch.randn(2000, 64, generator=generator)
     for distance in ("cosine", "euclidean"):
-        got = rank_queries(x.cuda(), labels.cuda(), distance=distance, tile=512)
+        got = rank_queries(x.cuda(), labels.cuda(), distance=distance)
         assert_same_ranks(got, rank_queries(x, labels, distance=distance))

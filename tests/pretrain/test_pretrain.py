@@ -222,9 +222,9 @@ def test_a_run_that_dies_in_a_probe_has_lost_no_step(tiny_run, digit_shards, mon
 
 @pytest.mark.slow
 def test_a_collapsed_probe_names_the_knob(tiny_run, digit_shards, monkeypatch, capsys):
-    import glsd.runtime.health as health
+    import glsd.pretrain.report as report
 
-    monkeypatch.setattr(health, "rankme", lambda features: 1.0)
+    monkeypatch.setattr(report, "rankme", lambda features: 1.0)
     options = {"watch__probe_train_shards": f"{digit_shards}/train-*.tar", "optim__warmup_epochs": 0}
     options |= {"watch__probe_val_shards": f"{digit_shards}/val-*.tar", "optim__freeze_prototypes_epochs": 0}
     train(tiny_run(watch__probe_every=1, watch__probe_k=5, optim__max_steps=2, **options))
