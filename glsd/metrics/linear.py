@@ -108,26 +108,30 @@ def _train(
     device, num_rates = features.device, len(lr_list)
     normal = np.random.Generator(philox(seed=seed, stream=Stream.PROBE_WEIGHTS))
     start = normal.standard_normal((features.shape[1], num_classes)) * _INIT_STD
-    weight = torch.tensor(start, dtype=torch.float32, device=device).repeat(num_rates, 1, 1).requires_grad_()
-    bias = torch.zeros(num_rates, 1, num_classes, device=device, requires_grad=True)
-    optimizer = torch.optim.SGD([weight, bias], momentum=_MOMENTUM)
-    rates = torch.tensor(lr_list, device=device) * batch_size / 256
+    # One matrix for all classifiers: a batched product of small matrices takes several times as long.
+    weight = torch.tensor(start, dtype=torch.float32, device=device).repeat(1, num_rates).requires_grad_()
+    bias = torch.zeros(num_rates * num_classes, device=device, requires_grad=True)
+    # Not torch.optim, whose first step imports torch's compiler for seconds.
+    speeds = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    rates = torch.tensor(lr_list, device=device).repeat_interleave(num_classes) * batch_size / 256
     num_steps, step = epochs * -(-len(features) // batch_size), 0
     for epoch in range(epochs):
         order = torch.from_numpy(permutation(len(features), seed=seed, stream=epoch + 1)).to(device)
         for rows in order.split(batch_size):
-            logits = features[rows] @ weight + bias
-            # A probability below e^-60 changes nothing but the speed: CPUs crawl on subnormal numbers.
-            logits = torch.maximum(logits, logits.detach().amax(dim=2, keepdim=True) - _FAR_BELOW)
-            targets = classes[rows].expand(num_rates, -1)
-            losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=1)
-            optimizer.zero_grad()
-            # The optimizer has one rate for all classifiers, so each one's own rate scales its loss.
-            (rates * losses).sum().backward()
-            optimizer.param_groups[0]["lr"] = (1 + math.cos(math.pi * step / num_steps)) / 2
-            optimizer.step()
+            logits = torch.addmm(bias, features[rows], weight).view(-1, num_classes)
+            # Raise probabilities below e^-60, because CPUs crawl on subnormal numbers. The gradient passes as it is.
+            floor = logits.detach().amax(dim=1, keepdim=True) - _FAR_BELOW
+            logits = logits + (floor - logits.detach()).clamp(min=0)
+            targets = classes[rows].repeat_interleave(num_rates)
+            losses = F.cross_entropy(logits, targets, reduction="sum") / len(rows)
+            gradients = torch.autograd.grad(losses, [weight, bias])
+            share = (1 + math.cos(math.pi * step / num_steps)) / 2
+            with torch.no_grad():
+                for parameter, speed, gradient in zip([weight, bias], speeds, gradients, strict=True):
+                    parameter -= share * rates * speed.mul_(_MOMENTUM).add_(gradient)
             step += 1
-    return weight.detach(), bias.detach()[:, 0]
+    weights = weight.detach().view(-1, num_rates, num_classes).transpose(0, 1)
+    return weights, bias.detach().view(num_rates, num_classes)
 
 
 def _shares(
