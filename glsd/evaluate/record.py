@@ -1,4 +1,4 @@
-"""evals.json: every evaluation of a model with its protocol, one record after the other."""
+"""evals.json: a list of all evaluations of a model, each with its protocol."""
 
 import json
 import tempfile
@@ -35,7 +35,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def cannot_write(folder: Path) -> UserError | None:
-    """Return why evals.json cannot be written there, to know it before the long part; makes the folder."""
+    """Create the folder; return the error that writing evals.json there would raise, None if it can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / LOCK_FILE), tempfile.TemporaryFile(dir=folder):

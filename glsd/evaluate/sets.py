@@ -1,4 +1,4 @@
-"""Labeled sets at the door of an evaluation: opened, checked, and turned into features."""
+"""Labeled image sets: open them, check them, and embed them on all ranks."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -26,20 +26,23 @@ RESIZE_TO_CROP = 256 / 224  # the margin around the center crop in DINO's protoc
 
 
 class Sizes(NamedTuple):
-    """What is done to an image, in pixels: short side resized, square cut from the center."""
+    """Preprocessing in pixels: resize the short side, then cut a square from the center."""
 
     resize: int
     crop: int
 
 
 def choose_sizes(native: int, *, crop: int | None = None, resize: int | None = None) -> Sizes:
-    """Return the configured sizes; by default ``native`` and the protocol's margin around it."""
+    """Return the configured sizes; the default crop is ``native``, with the protocol's margin around it."""
     crop = native if crop is None else crop
     return Sizes(round(crop * RESIZE_TO_CROP) if resize is None else resize, crop)
 
 
 def open_labeled(patterns: str | list[str], key: str) -> ShardSet:
-    """Open one set; UserError naming the key if it is not given, empty, or an image has no label."""
+    """Open one labeled set.
+
+    Raises UserError, naming ``key``, if no shards are given, they hold no image, or an image has no label.
+    """
     if not patterns:
         example = f"shards/{key.rpartition('.')[2].removesuffix('_shards')}-*.tar"
         raise UserError(f"{key} is not set: give labeled shards, e.g. --{key} '{example}'")
@@ -52,7 +55,10 @@ def open_labeled(patterns: str | list[str], key: str) -> ShardSet:
 
 
 def open_retrieval(data: EvalDataConfig | FinetuneDataConfig) -> dict[str, ShardSet]:
-    """Open {'test'} (leave-one-out) or {'query', 'gallery'}; UserError if the keys given are neither, or overlap."""
+    """Open {'test'} (leave-one-out) or {'query', 'gallery'}.
+
+    Raises UserError if other sets are given, if they overlap, or if no image has another one of its class to find.
+    """
     given = [role for role in ("test", "query", "gallery") if getattr(data, f"{role}_shards")]
     if given not in (["test"], ["query", "gallery"]):
         raise UserError(
@@ -68,7 +74,7 @@ def open_retrieval(data: EvalDataConfig | FinetuneDataConfig) -> dict[str, Shard
         findable = np.unique(sets["test"].labels(), return_counts=True)[1].max() > 1
     if not findable:
         raise UserError(
-            f"{' and '.join(f'data.{role}_shards' for role in given)}: no image has another one of its class to find: "
+            f"{' and '.join(f'data.{role}_shards' for role in given)}: no image has another image of its class to find: "
             "check the labels"
         )
     return sets
@@ -90,12 +96,11 @@ def embed(
     device: torch.device,
     precision: str = "no",
 ) -> Embedded:
-    """Return the feature of every image of all ranks' loaders; every rank gets the whole, by index.
+    """Embed the images of all ranks' loaders; every rank returns all features, sorted by index.
 
-    forward: images (b 3 h w) -> features (b d), a network in evaluation mode; loader: this rank's batches, rows
-    with index -1 are padding or unreadable and left out; precision: "no" or "bf16" (autocast).
-    Raises UserError if there is no batch at all, RuntimeError if an index comes twice, which would be a fault
-    of the loader.
+    forward: images (b 3 h w) -> features (b d), a network in evaluation mode. loader: this rank's batches; rows with
+    index -1 are padding or unreadable, and are left out. precision: "no" or "bf16" (autocast). Raises UserError if
+    there is no batch at all, RuntimeError if an index comes twice, which is a bug of the loader.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in loader:
@@ -104,7 +109,7 @@ def embed(
         parts.append((features.float().cpu(), batch.labels, batch.indices))
     if not parts:
         raise UserError("no images to embed: the shards are empty")
-    # Gathered on the device, where the process group's backend can reach it, and brought back to the CPU.
+    # Some backends gather only what is on the device.
     features, labels, indices = (
         dist.gather_rows(torch.cat(column).to(device)).cpu() for column in zip(*parts, strict=True)
     )
@@ -130,10 +135,10 @@ def embed_set(
     limit: int = 0,
     chosen: np.ndarray | None = None,
 ) -> Embedded:
-    """Return the features of every readable image of a set, or of those ``chosen``, on every rank.
+    """Embed every readable image of a set, or of its ``chosen`` images; every rank returns all features.
 
-    forward: images (b 3 h w) -> features (b d). Images that cannot be read are named in a warning; UserError if there
-    is no other.
+    forward: images (b 3 h w) -> features (b d). A warning names the number of images that cannot be read, and one of
+    them. Raises UserError if no image can be read.
     """
     loader = eval_loader(
         shards,
@@ -157,7 +162,7 @@ def embed_set(
         raise RuntimeError(f"{name}: {found} features and {len(broken)} unreadable of {expected} images")
     if broken and dist.is_main():
         print(
-            f"warning: {len(broken)} {name} images cannot be read, as {broken[0].key!a}: {broken[0].reason}"
+            f"warning: {len(broken)} {name} images cannot be read, e.g. {broken[0].key!a}: {broken[0].reason}"
         )
     if not found:
         raise UserError(f"{name} set: none of the {expected} images can be read")

@@ -1,4 +1,4 @@
-"""From configuration to networks: the backbone that --init names, its embedding layer, the losses, the optimizer."""
+"""The network, losses and optimizer of a metric-learning run, built from its configuration."""
 
 import copy
 import dataclasses
@@ -53,7 +53,7 @@ class State:
     scores: dict[str, Any] = field(default_factory=dict)  # measurements by epoch
 
     def loss_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters outside of the network: proxies, margins, levels."""
+        """Return the parameters outside the network: proxies, margins, levels."""
         return [*self.ranking.parameters(), self.levels]
 
 
@@ -75,7 +75,7 @@ def resolve(cfg: FinetuneConfig) -> tuple[FinetuneConfig, str]:
 
 
 def filled(cfg: FinetuneConfig, network: Architecture, *, init: str) -> FinetuneConfig:
-    """Return the configuration with what it leaves open taken from ``network``."""
+    """Return the configuration; ``network`` fills in what it leaves open."""
     m = cfg.model
     other = m.backbone not in ("", network.backbone)
     model = dataclasses.replace(
@@ -96,8 +96,8 @@ def build(cfg: FinetuneConfig, source: str, num_classes: int, accelerator: Accel
     normalized = any(isinstance(module, _BatchNorm) for module in student.modules())
     if normalized and not cfg.model.freeze_batch_norm and dist.world_size() > 1:
         raise UserError(
-            "model.freeze_batch_norm false on several ranks: each would have statistics of its own; train on one rank, or "
-            "set it to true"
+            "model.freeze_batch_norm is false on several ranks: each rank would keep its own statistics; train on one rank, "
+            "or set it to true"
         )
     teacher = None
     if cfg.distills:

@@ -1,4 +1,4 @@
-"""A linear classifier on frozen, cached features: what one hyperplane per class can read off them."""
+"""The linear probe: a linear classifier trained on frozen, cached features."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ MAX_SEED = 2**63 - 1
 
 
 class LinearProbe(NamedTuple):
-    """Shares of val images found, the learning rate, and the held-out top-1 shares that chose it (if any)."""
+    """Accuracy on the val set, the learning rate, and the held-out top-1 accuracy by rate that chose it (if any)."""
 
     top1: float
     top5: float
@@ -40,16 +40,15 @@ def linear_probe(
     batch_size: int,
     seed: int,
 ) -> LinearProbe:
-    """Train a linear softmax classifier on the train set and return how many of the val images it finds.
+    """Train a linear softmax classifier on the train set, and return its accuracy on the val set.
 
-    The settings of DINO's linear evaluation (arXiv 2104.14294): SGD with momentum 0.9, no weight decay,
-    lr * batch_size / 256 falling to 0 by a cosine over the epochs, weights from N(0, 0.01), features not
-    normalized. Two differences: the features are computed once, so train images are not augmented; and as the
-    published rate 0.001 is made for 10^5 steps, several may be tried: the one that does best on a held-out
-    tenth of the train set trains on all of it. The val set chooses nothing. Order and initial weights are a
-    function of ``seed``; runs in float32 on the device of the features.
-    Raises UserError for features that are not finite, a missing label, too small a set, settings out of
-    range.
+    The settings are those of DINO's linear evaluation (arXiv 2104.14294): SGD with momentum 0.9, no weight decay,
+    lr * batch_size / 256 falling to 0 by a cosine over the epochs, weights from N(0, 0.01), features not normalized.
+    There are two differences. The features are computed once, so train images are not augmented. The published rate
+    0.001 suits 10^5 steps, so several rates may be tried: the best one on a held-out tenth of the train set trains on
+    all of it. The val set chooses nothing. Order and initial weights are a function of ``seed``. Computes in float32 on
+    the device of the features. Raises UserError for features that are not finite, a missing label, too small a set,
+    or settings out of range.
     """
     check_labeled(train=(train_features, train_labels), val=(val_features, val_labels))
     check_settings(lr_list, epochs=epochs, batch_size=batch_size, seed=seed)
@@ -140,7 +139,7 @@ def _shares(
     features: Float32[Tensor, "q d"],
     classes: Int64[Tensor, " q"],
 ) -> tuple[float, float]:
-    """Top-1 and top-5 shares; a classifier that diverged has none right."""
+    """Return top-1 and top-5 accuracy; a classifier that diverged has none right."""
     logits = features @ weight + bias
     if not logits.isfinite().all():
         return 0.0, 0.0

@@ -26,7 +26,7 @@ _CLASS_ROWS = 256
 
 
 class QueryRanks(NamedTuple):
-    """What the order of its references says about every query (a query without a positive is *lone*).
+    """First rank and precision of every query; a query without a positive is *lone*.
 
     ``pessimistic`` puts the negatives first among references of equal similarity; else the lower index is first.
     """
@@ -90,7 +90,7 @@ def positive_keys(
 ) -> Int64[Tensor, "q r"]:
     """Return the keys of every wanted query's positives, descending, filled up with NOTHING.
 
-    Queries and references go class by class, so that a block of queries meets little but its positives.
+    Queries and references are sorted by class, so that a block of queries is compared with little but its positives.
     """
     width = int(relevant[wanted].max())
     keys = torch.full((len(relevant), width), NOTHING, device=relevant.device)
@@ -113,7 +113,7 @@ def positive_keys(
 
 
 class Precision(NamedTuple):
-    """MAP@R and R-precision of some queries, in both conventions of QueryRanks."""
+    """MAP@R and R-precision of some queries, for both orders of ties."""
 
     map_at_r: Float64[Tensor, " m"]
     r_precision: Float64[Tensor, " m"]
@@ -154,7 +154,7 @@ def ahead_of(
 def rank_every_pair(
     search: LabeledSearch, relevant: Int64[Tensor, " q"], rows: Int64[Tensor, " m"], ranks: QueryRanks
 ) -> None:
-    """Write the ranks of some queries, each pair computed in float64: for huge classes and masses of ties."""
+    """Write the ranks of some queries from all their pairs in float64: for huge classes and many ties."""
     n = len(search.gallery)
     for block in rows.split(max(1, _PRODUCTS_HELD // n)) if len(rows) else ():
         keys = torch.empty(len(block), n, dtype=torch.int64, device=rows.device)
@@ -181,7 +181,7 @@ def write(
     pessimistic_ahead: Int64[Tensor, " m"],
     precision: Precision | None = None,
 ) -> None:
-    """Write what is known of some queries; without precision it is 0: no positive among the first R."""
+    """Write the ranks of some queries; without ``precision`` it is 0, as no positive is among the first R."""
     ranks.first_rank[rows] = ahead + 1
     ranks.pessimistic_first_rank[rows] = pessimistic_ahead + 1
     for name in Precision._fields:
@@ -195,9 +195,9 @@ def rank_by_tiles(
     ranks: QueryRanks,
     furthest: int | None,
 ) -> Int64[Tensor, " m"]:
-    """Write the ranks of the queries that have positives; return those with too many pairs left open.
+    """Write the ranks of the queries that have positives; return those with too many undecided pairs.
 
-    A first rank known to be beyond ``furthest`` and R is not counted to its end.
+    Counting stops once a first rank is known to be beyond ``furthest`` and R.
     """
     enough = relevant.clamp(min=len(search.gallery) if furthest is None else furthest)
     sweep = Sweep(search, positives[:, 0], enough, _TILE.get(search.query.device.type, 2048))
@@ -215,7 +215,7 @@ def rank_by_tiles(
 
 
 class Sweep:
-    """One pass over all products: negatives ahead of each query's first positive, and the chunks' largest."""
+    """One pass over all products: negatives ahead of each query's first positive, and the largest of each chunk."""
 
     def __init__(
         self, search: LabeledSearch, first: Int64[Tensor, " q"], enough: Int64[Tensor, " q"], tile: int
@@ -265,7 +265,7 @@ class Sweep:
         product: Float32[Tensor, "h c m"],
         marks: Float32[Tensor, "h c m"],
     ) -> None:
-        """Take in the products of some queries with the references from ``column`` on, chunk by chunk."""
+        """Count the products of some queries with the references from ``column`` on, chunk by chunk."""
         product, marks = product[: rows.stop - rows.start], marks[: rows.stop - rows.start]
         chunk = column // CHUNK
         maxima = self.maxima[rows, chunk : chunk + product.shape[1]]
@@ -298,7 +298,7 @@ class Sweep:
         self._compute(queries[row[which]], column + part[which] * CHUNK + member)
 
     def _compute(self, rows: Int64[Tensor, " m"], columns: Int64[Tensor, " m"]) -> None:
-        """Decide pairs in float64."""
+        """Decide pairs by their float64 products."""
         search = self.search
         negative = search.query_labels[rows] != search.gallery_labels[columns]
         rows, columns = rows[negative], columns[negative]
@@ -319,8 +319,8 @@ def first_negatives(
 ) -> Int64[Tensor, "m r"]:
     """Return the keys of each query's first negatives, descending: all that can be among its first R.
 
-    R chunks hold a reference each that is at least as similar as the R-th largest chunk, so nothing below it is
-    among the first R; nor does anything matter that is below the last positive.
+    The R chunks with the largest maxima hold R references at least as similar as the R-th maximum, so nothing below it
+    is among the first R. Negatives below the last positive do not matter either.
     """
     counts = torch.empty_like(rows)
     floors = torch.empty(len(rows), dtype=torch.float64, device=rows.device)

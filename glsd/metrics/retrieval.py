@@ -1,4 +1,4 @@
-"""Retrieval metrics: Recall@K (hit@K), MAP@R and R-precision, exact, in bounded memory, with and without luck in ties."""
+"""Retrieval metrics: Recall@K (hit@K), MAP@R and R-precision, exact, in bounded memory, for both orders of ties."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

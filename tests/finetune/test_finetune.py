@@ -491,7 +491,7 @@ def test_batch_norm_that_learns_is_refused_on_several_ranks(tiny_finetune, monke
     argv = tiny_finetune(model__backbone="resnet10t", model__timm_args="{}", model__freeze_batch_norm=False)
     monkeypatch.setattr("glsd.finetune.networks.dist.world_size", lambda: 2)
     cfg, source = resolve(load(FinetuneConfig, argv))
-    with pytest.raises(UserError, match=r"model\.freeze_batch_norm false on several ranks"):
+    with pytest.raises(UserError, match=r"model\.freeze_batch_norm is false on several ranks"):
         build(cfg, source, 6, start("no", "x"))
 
 
