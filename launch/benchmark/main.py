@@ -7,12 +7,13 @@ python launch/benchmark data --workers 0 1 2
 python launch/benchmark eval --images 60502 --dim 512
 python launch/benchmark dml --backbone vit_small_patch16_224
 python launch/benchmark scale --ranks 1 2 4
+python launch/benchmark road
 python launch/benchmark table runs/grid-*
 """
 
 import argparse
 
-from launch.benchmark import data, dml, loss, scale, step, table
+from launch.benchmark import data, dml, loss, road, scale, step, table
 from launch.benchmark import eval as evaluation
 
 # Subcommand -> module with add_arguments(parser) and benchmark(args).
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "eval": evaluation,
     "dml": dml,
     "scale": scale,
+    "road": road,
     "table": table,
 }
 
