@@ -21,7 +21,7 @@ from glsd.doctor.line import Line, plain, who
 from glsd.errors import one_line
 
 OLDEST, NEWEST = (3, 11), (3, 13)  # of Python
-IMPORTED = ("torch", "torchvision", "numpy", "safetensors", "timm", "accelerate", "webdataset", "jaxtyping")
+IMPORTED = ("torch", "torchvision", "numpy", "safetensors", "timm", "accelerate", "jaxtyping")
 IMPORT_SECONDS = 180.0  # the first import from a cold network disk takes minutes
 # Other ranks may try their imports, and then import everything once more, from a cold disk.
 ARRIVE_SECONDS = IMPORT_SECONDS + 120.0

@@ -4,7 +4,9 @@ Beside the shards lie an index of each, ``classes.json`` (class names in label o
 file of each key).
 """
 
+import io
 import os
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -186,8 +188,6 @@ def _write_shards(
     A shard ends before the image that would make it larger than ``shard_megabytes``. source: names the files in the table,
     None = no table. has_sizes: the table has a column with the original sizes of resized images.
     """
-    from webdataset import TarWriter
-
     if shard_megabytes < 1:
         raise UserError(f"shard_megabytes is {shard_megabytes}: expected at least 1")
     done = staging.progress[prefix]
@@ -207,9 +207,9 @@ def _write_shards(
         shard: list[tuple[int, Loaded]] = []
         size = 0
         with open(path, "wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as tar:
+            with tarfile.open(fileobj=file, mode="w|") as tar:
                 while row is not None and (not size or size + len(row[1].raw) <= shard_megabytes * 2**20):
-                    tar.write(_members(done.num_images + len(shard), row[1]))
+                    _add_sample(tar, done.num_images + len(shard), row[1])
                     size += len(row[1].raw) + SAMPLE_OVERHEAD
                     shard.append((row[0], row[1]._replace(raw=b"")))
                     row = next(rows, None)
@@ -233,9 +233,14 @@ def _write_shards(
     staging.note(prefix, unreadable=[gone[1:] for gone in left_out])
 
 
-def _members(number: int, image: Loaded) -> dict[str, str | bytes]:
+def _add_sample(tar: tarfile.TarFile, number: int, image: Loaded) -> None:
+    """Add the members of a sample; their headers are those that webdataset writes."""
     label = {} if image.label < 0 else {"cls": b"%d" % image.label}
-    return {"__key__": sample_key(number), image.extension: image.raw, **label}
+    for extension, content in sorted({image.extension: image.raw, **label}.items()):
+        member = tarfile.TarInfo(f"{sample_key(number)}.{extension}")
+        member.size, member.mode = len(content), 0o444
+        member.uname = member.gname = "bigdata"
+        tar.addfile(member, io.BytesIO(content))
 
 
 def _append_table(

@@ -32,7 +32,6 @@ PACKAGES = (
     "numpy",
     "pillow",
     "safetensors",
-    "webdataset",
     "faiss-cpu",
 )
 VARIABLES = ("WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")

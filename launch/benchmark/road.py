@@ -15,7 +15,7 @@ import glsd
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
 from glsd.packing.embedded import digit_canvases
-from glsd.packing.folder import pack_samples
+from glsd.packing.write import pack_samples
 from glsd.pretrain.train import pretrain
 from launch.benchmark.tools import add_json, finish
 
@@ -42,7 +42,9 @@ def benchmark(args: argparse.Namespace) -> None:
         lines[str(Path(code.co_filename).relative_to(ROOT))] += length(code)
     for file, count in lines.most_common():
         print(f"{count:5}  {file}")
-    print(f"One step runs through {len(lines)} files, {len(found)} functions and {lines.total()} lines of glsd.")
+    print(
+        f"One step runs through {len(lines)} files, {len(found)} functions and {lines.total()} lines of glsd."
+    )
     finish(args, "road", torch.device("cpu"), files=len(lines), functions=len(found), lines=lines.total())
 
 
@@ -69,5 +71,5 @@ def counting(found: set[CodeType]):
 
 
 def length(code: CodeType) -> int:
-    """Return the lines of a function from its name to its last statement."""
+    """Return the lines of a function from its first line to the start of its last statement."""
     return max(line for _, _, line in code.co_lines() if line) - code.co_firstlineno + 1

@@ -2,18 +2,20 @@
 
 import json
 import math
+from types import CodeType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from glsd.errors import UserError
+from glsd.errors import UserError, nearest, pick
 from glsd.losses.distill import global_loss, local_loss
 from glsd.packing.write import pack_samples
 from launch.benchmark import floor as benchmark_floor
 from launch.benchmark import loss as benchmark_loss
 from launch.benchmark import main as benchmark
+from launch.benchmark import road as benchmark_road
 from launch.benchmark import step as benchmark_step
 from launch.benchmark import sweep as benchmark_sweep
 from launch.benchmark import tools as benchmark_tools
@@ -288,3 +290,20 @@ def test_every_benchmark_has_help(capsys):
         with pytest.raises(SystemExit):
             benchmark.main([name, "--help"])
         assert "--json" in capsys.readouterr().out
+
+
+def test_the_road_is_what_runs_between_two_optimizer_steps():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    found: set[CodeType] = set()
+    with benchmark_road.counting(found):
+        for step in range(benchmark_road.FIRST + 3):
+            weight.grad = torch.ones(1)
+            if step == benchmark_road.FIRST:
+                pick({"a": 1}, "a", "letter")
+            else:
+                nearest("a", ["b"])
+            optimizer.step()
+    by_name = {code.co_name: code for code in found if code.co_filename.endswith("errors.py")}
+    assert by_name.keys() == {"pick"}
+    assert benchmark_road.length(by_name["pick"]) == 6

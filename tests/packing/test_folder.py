@@ -86,6 +86,23 @@ def test_webdataset_reads_it(photos_folder, tmp_path):
     assert [row["__key__"] for row in rows] == [f"{number:08d}" for number in range(10)]
 
 
+def test_a_shard_is_byte_for_byte_what_webdataset_writes(photos_folder, tmp_path):
+    shard = pack_folder(photos_folder, tmp_path / "out").shards[0]
+    with tarfile.open(shard) as tar:
+        members = [(*member.name.split("."), tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    samples: dict[str, dict[str, bytes]] = {}
+    for key, extension, content in members:
+        samples.setdefault(key, {})[extension] = content
+    with (
+        open(tmp_path / "theirs.tar", "wb") as file,
+        webdataset.TarWriter(file, encoder=False, mtime=0) as writer,
+    ):
+        for key, sample in samples.items():
+            writer.write({"__key__": key, **sample})
+    assert len(samples) == 10
+    assert shard.read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
 def test_flat_folder_has_no_labels(tmp_path):
     src = tmp_path / "src"
     (src / "sub").mkdir(parents=True)
