@@ -1,8 +1,8 @@
-"""Endless batches of crops for pretraining: resume-exact, the same whatever the workers and prefetching."""
+"""Endless batches of crops for pretraining: exact on resume, the same for any number of workers."""
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from glsd.batches import NUM_GLOBAL, BrokenSample, CropBatch
 from glsd.data.crops import CroppedSample, CropSpec, crop_sample
@@ -20,7 +20,7 @@ from glsd.data.order import (
     epoch_samples,
     rank_positions,
 )
-from glsd.data.workers import make_loader, raised
+from glsd.data.workers import make_loader
 from glsd.errors import BrokenImage, UserError
 from glsd.geometry import geometric_match
 from glsd.rng import Stream, random_words
@@ -39,20 +39,19 @@ class MatchRule(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PretrainSample:
-    """The crops of one image, and which image that was."""
+    """The crops of one image, and its place in the data set."""
 
     crops: CroppedSample
     index: int
     key: str
-    broken: tuple[BrokenSample, ...]  # the samples that could not be read in its place
+    broken: tuple[BrokenSample, ...]  # the unreadable samples that it replaces
 
 
-class PretrainDataset(Dataset):
+class PretrainDataset:
     """Cropped samples by (epoch, position).
 
-    A sample that cannot be read is replaced by another one, drawn from (seed, epoch, position, attempt); the
-    stand-in keeps the crops of the position. So each item is a function of the shards, the seed and (epoch,
-    position) alone.
+    An unreadable sample is replaced by another one, drawn from (seed, epoch, position, attempt). The stand-in keeps the
+    crops of the position. So each item is a function of the shards, the seed and (epoch, position) alone.
     """
 
     def __init__(self, shards: ShardSet, *, seed: int, window_shards: int, crop_spec: CropSpec):
@@ -62,7 +61,7 @@ class PretrainDataset(Dataset):
         self.crop_spec = crop_spec
         self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
         self._announced: tuple[int, int] | None = None
-        self._order(0)  # refuses a window of no shards now, not in a worker
+        self._order(0)  # refuses a window_shards below 1 here, not in a worker
 
     def __getitem__(self, place: tuple[int, int]) -> PretrainSample:
         """Raises UserError if the sample and all its stand-ins are unreadable."""
@@ -84,13 +83,6 @@ class PretrainDataset(Dataset):
             f"of the {MAX_STAND_INS} drawn in its place: check the shards"
         )
 
-    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[PretrainSample] | UserError:
-        """Return a batch of samples, or the UserError as a value: the DataLoader would wrap it otherwise."""
-        try:
-            return [self[place] for place in places]
-        except UserError as error:
-            return error
-
     def _order(self, epoch: int) -> EpochOrder:
         if epoch not in self._orders:
             self._orders[epoch] = EpochOrder(
@@ -100,12 +92,12 @@ class PretrainDataset(Dataset):
                 window_shards=self.window_shards,
                 shard_weights=self.shards.shard_weights,
             )
-            if len(self._orders) > 2:  # a batch may straddle two epochs, and the next one is looked ahead to
+            if len(self._orders) > 2:  # a batch may span two epochs, and prefetching looks at the next one
                 self._orders.popitem(last=False)
         return self._orders[epoch]
 
     def _announce(self, epoch: int, position: int) -> None:
-        """Have the shards of a new window and of the one after it downloaded, where they are remote."""
+        """Start the download of the remote shards of a new window and of the one after it."""
         order = self._order(epoch)
         window = order.window_of(position)
         if self._announced == (epoch, window):
@@ -114,7 +106,7 @@ class PretrainDataset(Dataset):
         last = window + 1 == order.num_windows
         after = self._order(epoch + 1).shards_of(0) if last else order.shards_of(window + 1)
         now = order.shards_of(window)
-        # Every process begins elsewhere, so that they download different shards at a time.
+        # Every process starts at another shard, so that they download different ones at a time.
         first = os.getpid() % len(now)
         self.shards.prefetch([*now[first:], *now[:first], *after])
 
@@ -124,7 +116,7 @@ class PretrainDataset(Dataset):
         words = random_words(
             MAX_STAND_INS, seed=self.seed, stream=Stream.STAND_INS, epoch=epoch, part=position
         )
-        # Of the window's own shards, which are at hand; if these are hopeless, of the whole epoch.
+        # First from the window's shards, which are already local. If all of these fail, from the whole epoch.
         window, whole = order.bounds(order.window_of(position)), range(len(order))
         for number, word in enumerate(words):
             places = window if number < MAX_STAND_INS // 2 else whole
@@ -148,13 +140,13 @@ def pretrain_loader(
 ) -> Iterator[CropBatch]:
     """Return this rank's endless micro-batches from sample number ``consumed`` on.
 
-    ``consumed`` counts over all epochs and ranks; ``batch_size`` is that of one optimizer step over all ranks,
-    ``micro_batch`` what comes out at a time. Epochs hold whole batches (order.epoch_length). Raises UserError
-    for sizes that do not divide each other, and while iterating for a shard that vanished or samples that
-    cannot be replaced.
+    ``consumed`` counts samples over all epochs and ranks. ``batch_size`` is the global batch of an optimizer step,
+    ``micro_batch`` the most images of one forward pass. Epochs hold whole batches (order.epoch_length).
+    Raises UserError for sizes that do not fit together. While iterating it raises UserError for a missing shard, and for
+    samples that cannot be replaced.
     """
     dataset = PretrainDataset(shards, seed=seed, window_shards=window_shards, crop_spec=crop_spec)
-    shards.check_room(2 * window_shards, f"two windows of data.window_shards {window_shards}")
+    shards.check_room(2 * window_shards, f"two windows of window_shards {window_shards}")
     batches = rank_positions(
         consumed=consumed,
         epoch_length=epoch_length(epoch_samples(shards.shard_sizes, shards.shard_weights), batch_size),
@@ -163,21 +155,17 @@ def pretrain_loader(
         world_size=world_size,
         micro_batch=micro_batch,
     )
-    return raised(
-        make_loader(
-            dataset,
-            batches,
-            collate=partial(collate, match_rule=match_rule),
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-        )
+    return make_loader(
+        dataset,
+        batches,
+        collate=partial(collate, match_rule=match_rule),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
     )
 
 
-def collate(samples: list[PretrainSample] | UserError, match_rule: MatchRule | None) -> CropBatch | UserError:
+def collate(samples: list[PretrainSample], match_rule: MatchRule | None) -> CropBatch:
     """Return one batch, its patches matched by place if there is a rule."""
-    if isinstance(samples, UserError):
-        return samples
     crops = [sample.crops for sample in samples]
     boxes = _views([crop.boxes for crop in crops]).split([NUM_GLOBAL, len(crops[0].boxes) - NUM_GLOBAL])
     photometric = _views([crop.photometric for crop in crops])

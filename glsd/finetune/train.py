@@ -79,6 +79,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
     return run.folder
 
 
+@config_keys({"num_workers": "data.num_workers"})
 def make_batches(cfg: FinetuneConfig, plan: Plan, sets: Sets, first_step: int) -> Iterator[LabeledCrops]:
     """Return this rank's endless share of the batches from step ``first_step`` on."""
     return balanced_loader(

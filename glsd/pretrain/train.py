@@ -99,6 +99,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     return run.folder
 
 
+@config_keys({name: f"data.{name}" for name in ("window_shards", "num_workers")})
 def make_batches(cfg: PretrainConfig, state: State, shards: ShardSet) -> Iterator[CropBatch]:
     """Return this rank's endless micro-batches from the state's step on."""
     d = cfg.data

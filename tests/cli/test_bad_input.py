@@ -73,6 +73,8 @@ CASES = {
     ),
     "batch larger than the data": ({"optim.batch_size": lambda *_: 64}, "optim.batch_size"),
     "negative micro-batch": ({"optim.micro_batch": lambda *_: -1}, "optim.micro_batch is -1"),
+    "negative workers": ({"data.num_workers": lambda *_: -1}, "data.num_workers is -1"),
+    "no window": ({"data.window_shards": lambda *_: 0}, "data.window_shards is 0: expected at least 1"),
     "no patience": ({"cluster.lost_after": lambda *_: 0}, "cluster.lost_after is 0.0: expected 1 or more"),
     "warm-up longer than the run": ({"optim.warmup_epochs": lambda *_: 9}, "optim.warmup_epochs"),
     "impossible scale": ({"data.global_scale": lambda *_: "[0.9, 0.1]"}, "data.global_scale"),

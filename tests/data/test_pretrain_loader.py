@@ -14,7 +14,7 @@ import torch
 from glsd.batches import BrokenSample, CropBatch
 from glsd.data.crops import crop_sample
 from glsd.data.order import EpochOrder
-from glsd.data.pretrain_loader import MatchRule, PretrainDataset, collate, pretrain_loader
+from glsd.data.pretrain_loader import MatchRule, PretrainDataset, pretrain_loader
 from glsd.errors import UserError
 from glsd.geometry import geometric_match
 from glsd.packing.write import pack_samples
@@ -277,11 +277,6 @@ def test_workers_end_when_the_training_process_is_killed(make_shards):
     os.waitpid(child, 0)
     assert len(workers) == 2
     assert not psutil.wait_procs(workers, timeout=20)[1]
-
-
-def test_collate_hands_errors_on():
-    problem = UserError("one line")
-    assert collate(problem, None) is problem
 
 
 @pytest.mark.photos
