@@ -136,7 +136,6 @@ def build_embedder(config: FinetuneConfig, weights: str) -> Embedder:
         timm_args=dict(m.timm_args),
         seed=config.seed,
         allow_partial=m.allow_partial,
-        size_key="data.crop",
     )
     return Embedder(
         backbone,

@@ -15,7 +15,7 @@ from glsd.evaluate.protocols import PROTOCOLS, describe_scores
 from glsd.evaluate.record import append_record, cannot_write
 from glsd.evaluate.sets import Embedded, Sizes, choose_sizes, embed_set
 from glsd.load import Loaded, load_network
-from glsd.models.backbone import check_crop_size
+from glsd.models.backbone import check_image_size
 from glsd.models.embedder import Embedder
 from glsd.shards.store import ShardSet
 
@@ -91,7 +91,8 @@ def load_model(cfg: EvalConfig) -> tuple[Loaded, Sizes]:
     # The resize of a run belongs to the run's own crop.
     resize = loaded.resize if cfg.data.crop is None and cfg.data.resize is None else cfg.data.resize
     sizes = choose_sizes(loaded.crop, crop=cfg.data.crop, resize=resize)
-    check_crop_size(sizes.crop, loaded.network.stride, "data.crop")
+    with config_keys(KEYS):
+        check_image_size(sizes.crop, loaded.network.stride)
     return loaded, sizes
 
 

@@ -36,6 +36,14 @@ from glsd.runtime.run import Run
 OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
+# Arguments of build_backbone -> configuration keys.
+KEYS = {
+    "image_size": "data.crop",
+    "allow_partial": "--model.allow_partial",
+    **{name: f"model.{name}" for name in ("backbone", "drop_path", "pool", "timm_args")},
+}
+
+
 @dataclass(kw_only=True)
 class State:
     """Everything that changes while training."""
@@ -92,7 +100,8 @@ def filled(cfg: FinetuneConfig, network: Architecture, *, init: str) -> Finetune
 def build(cfg: FinetuneConfig, source: str, num_classes: int, accelerator: Accelerator) -> State:
     """Make the network, its teacher, the losses and the optimizer, on this rank's device."""
     device = accelerator.device
-    student = build_embedder(cfg, source).to(device)
+    with config_keys(KEYS):
+        student = build_embedder(cfg, source).to(device)
     normalized = any(isinstance(module, _BatchNorm) for module in student.modules())
     if normalized and not cfg.model.freeze_batch_norm and dist.world_size() > 1:
         raise UserError(

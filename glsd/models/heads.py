@@ -1,4 +1,4 @@
-"""The projection head: features -> bottleneck vectors of length 1, and the prototypes they meet."""
+"""The projection head, which maps features to bottleneck vectors of length 1, and its prototypes."""
 
 import torch
 import torch.nn.functional as F
@@ -12,23 +12,23 @@ from glsd.precision import widened
 class Prototypes(nn.Module):
     """The last layer of a head: logit k = <vector, prototype k>, prototype = gain * direction / |direction|.
 
-    With the gain frozen at 1 (the papers' norm_last_layer = true) and vectors of length 1 logits are cosines.
+    With the gain frozen at 1 (the papers' norm_last_layer = true) and vectors of length 1, logits are cosines.
     Source: DINO (arXiv 2104.14294), weight normalization (arXiv 1602.07868).
     """
 
-    def __init__(self, num_prototypes: int, dim: int, *, trainable_gain: bool = False):
+    def __init__(self, num_prototypes: int, dim: int, *, trainable_gain: bool):
         super().__init__()
-        bound = dim**-0.5  # what a linear layer without bias starts with
+        bound = dim**-0.5  # as a linear layer without bias
         self.direction = nn.Parameter(torch.empty(num_prototypes, dim).uniform_(-bound, bound))
         self.gain = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=trainable_gain)
 
     def weight(self) -> Float[Tensor, "k e"]:
-        """Return the prototypes in float32 or better: the rows that ``losses.prototype_ce`` takes."""
+        """Return the prototypes in float32 or better, as ``losses.prototype_ce`` takes them."""
         with torch.autocast(self.direction.device.type, enabled=False):
             return widened(self.gain) * F.normalize(widened(self.direction), dim=1, eps=1e-12)
 
     def forward(self, vectors: Float[Tensor, "r e"]) -> Float[Tensor, "r k"]:
-        """Return the logits of bottleneck vectors; only for small r * k, training goes through the loss."""
+        """Return the logits of bottleneck vectors; for small r * k only, as training uses ``losses.prototype_ce``."""
         weight = self.weight()
         return F.linear(vectors.to(weight.dtype), weight)
 
@@ -36,10 +36,10 @@ class Prototypes(nn.Module):
 class ProjectionHead(nn.Module):
     """A small MLP whose output has length 1, and its prototypes.
 
-    num_layers linear layers before the normalization, GELU (and batch normalization before it) between them.
-    Linear weights start N(0, 0.02), biases 0; the start is a function of ``seed`` alone and leaves the global
-    random state untouched. Give the global and the local head different seeds. Raises UserError for sizes
-    below 1. Source: DINO (arXiv 2104.14294), projection head; golden files head_*.
+    The MLP has num_layers linear layers, with GELU between them (after batch normalization if batch_norm). Weights start
+    as N(0, 0.02), biases as 0. The start depends on ``seed`` alone and leaves the global random state untouched: give the
+    global and the local head different seeds. Raises UserError for sizes below 1.
+    Source: DINO (arXiv 2104.14294), projection head.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class ProjectionHead(nn.Module):
         in_dim: int,
         *,
         num_prototypes: int,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
-        num_layers: int = 3,
-        batch_norm: bool = False,
-        trainable_gain: bool = False,
-        seed: int = 0,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        num_layers: int,
+        batch_norm: bool,
+        trainable_gain: bool,
+        seed: int,
     ):
         super().__init__()
         sizes = {
@@ -61,13 +61,11 @@ class ProjectionHead(nn.Module):
             "bottleneck_dim": bottleneck_dim,
             "num_layers": num_layers,
         }
-        for key, value in sizes.items():
+        for name, value in sizes.items():
             if value < 1:
-                raise UserError(f"head.{key} is {value}: expected at least 1")
+                raise UserError(f"{name} is {value}: expected at least 1")
         self.in_dim, self.bottleneck_dim, self.num_prototypes = in_dim, bottleneck_dim, num_prototypes
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the layers are made on the CPU: no other generator is touched
+        with torch.random.fork_rng(devices=[]):  # built on the CPU: other devices draw nothing
             torch.default_generator.manual_seed(seed)
             self.mlp = _mlp(in_dim, hidden_dim, bottleneck_dim, num_layers, batch_norm)
             self.prototypes = Prototypes(num_prototypes, bottleneck_dim, trainable_gain=trainable_gain)

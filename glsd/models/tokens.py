@@ -1,9 +1,10 @@
-"""From images to the tokens of a timm network, and from tokens to one vector per image."""
+"""The tokens of a timm network for images of any size, and the pooling of tokens to one vector per image."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from timm.models.efficientnet import EfficientNet
 from timm.models.eva import Eva
@@ -14,22 +15,21 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from glsd.models.blocks import run_blocks
-from glsd.models.pos_embed import resample_pos_embed
-from glsd.precision import wide_dtype
+from glsd.precision import wide_dtype, widened
 
 
 def class_token(prefix: Float[Tensor, "b p d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
-    """Return the first of the tokens before the patches."""
+    """Return the class token, the first of the prefix tokens."""
     return prefix[:, 0]
 
 
 def mean(prefix: Float[Tensor, "b p d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
-    """Return the mean of the patch features, taken in float32 or better."""
+    """Return the mean of the patch features in float32 or better."""
     return patches.mean(dim=1, dtype=wide_dtype(patches))
 
 
 def mean_plus_max(prefix: Float[Tensor, "b p d"], patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
-    """Return mean + maximum of the patch features in float32 or better; patches that tie for it share the gradient.
+    """Return mean + maximum of the patch features in float32 or better; patches that tie for the maximum share its gradient.
 
     Source: OBD-SD (arXiv 2211.07566), "double" pooling of its 512-d networks; Proxy-Anchor (arXiv 2003.13911).
     """
@@ -44,8 +44,35 @@ POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def resample_pos_embed(
+    pos_embed: Float[Tensor, "1 n d"],
+    num_prefix: int,
+    grid_in: tuple[int, int],
+    grid_out: tuple[int, int],
+) -> Float[Tensor, "1 m d"]:
+    """Resample a learned position embedding from grid ``grid_in`` (rows, columns) to ``grid_out``.
+
+    num_prefix: leading entries without a place (class token, registers), which are copied; the rest is row-major, n =
+    num_prefix + rows_in * columns_in. Bicubic with half-pixel centers, no antialiasing, scale exactly grid_out / grid_in.
+    Computed in float32 or better, returned in the dtype of pos_embed. timm antialiases here, which moves a 14x14 -> 6x6
+    embedding by up to two standard deviations. Raises ValueError if n does not fit grid_in.
+    Source: DINO (arXiv 2104.14294), without the 0.1 that its code adds to the target grid.
+    """
+    if pos_embed.shape[1] != num_prefix + grid_in[0] * grid_in[1]:
+        raise ValueError(
+            f"{pos_embed.shape[1]} position embeddings are not {num_prefix} + {grid_in[0]}x{grid_in[1]}"
+        )
+    if grid_in == grid_out:
+        return pos_embed
+    prefix, places = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
+    image = widened(places.unflatten(1, grid_in).permute(0, 3, 1, 2))
+    with torch.autocast(image.device.type, enabled=False):
+        image = F.interpolate(image, size=grid_out, mode="bicubic", align_corners=False)
+    return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(prefix.dtype)], dim=1)
+
+
 def _with_prefix_and_positions(net: Any, patches: Tensor) -> Tensor:
-    """Put class and register tokens before patches (b rows columns d), add the positions of that grid."""
+    """Prepend class and register tokens to patches (b rows columns d), and add the positions of that grid."""
     grid = (patches.shape[1], patches.shape[2])
     tokens = patches.flatten(1, 2)
     num_prefix = 0 if net.no_embed_class else net.num_prefix_tokens
@@ -64,7 +91,7 @@ def _with_prefix_and_positions(net: Any, patches: Tensor) -> Tensor:
 
 
 def _split(net: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalize and split; one of the two norms is the identity, depending on how the network pools."""
+    """Normalize and split into prefix and patch tokens; depending on the network's pooling, one of the norms is the identity."""
     tokens = net.fc_norm(net.norm(tokens))
     return tokens[:, : net.num_prefix_tokens], tokens[:, net.num_prefix_tokens :]
 
@@ -92,7 +119,7 @@ def _map_tokens(net: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, :0], tokens
 
 
-# How each of timm's modules gives (tokens before the patches, patch features), both after the final norm.
+# timm network -> (prefix tokens, patch features), both after the final norm.
 TOKENS: dict[type, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     VisionTransformer: _vit_tokens,
     Eva: _eva_tokens,

@@ -1,4 +1,4 @@
-"""Weights from outside or from our own runs into a backbone or a head: every tensor accounted for."""
+"""Read weights files and load them into a backbone, with an account of every tensor."""
 
 import argparse
 import math
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from timm.models import eva, swin_transformer, swin_transformer_v2, vision_transformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from glsd.errors import UserError, one_line
-from glsd.models.pos_embed import resample_pos_embed
+from glsd.models.tokens import resample_pos_embed
 
 State = dict[str, Tensor]
 
@@ -115,7 +115,7 @@ def load_weights(net: Any, state: State, *, source: str, allow_partial: bool | N
     of the network is filled or not every backbone tensor of the file is used.
     """
     own: State = net.state_dict()
-    offer = " (--model.allow_partial true loads what fits)" if allow_partial is not None else ""
+    offer = " (allow_partial true loads what fits)" if allow_partial is not None else ""
     if "pos_embed" in state and "pos_embed" in own:
         fitted = _fit_pos_embed(net, state["pos_embed"])
         if fitted is None and not allow_partial:
@@ -145,37 +145,11 @@ def load_weights(net: Any, state: State, *, source: str, allow_partial: bool | N
     if not matched or not (report.complete or allow_partial):
         raise UserError(
             f"weights {source!r} are not of this network: {report};"
-            f" check model.backbone and model.timm_args{offer if matched else ''}"
+            f" check backbone and timm_args{offer if matched else ''}"
         )
     counters = {name: count for name, count in counters.items() if name in own and count.numel() == 1}
     net.load_state_dict(matched | counters, strict=False)
     return report
-
-
-def reference_head_name(name: str) -> str:
-    """Return our name of a projection head's tensor from the one in DINO, EsViT and GLSD checkpoints."""
-    # A head of one layer is a bare linear layer there.
-    name = re.sub(r"^mlp\.(weight|bias)$", r"mlp.0.\1", name)
-    name = re.sub(r"^last_layer\.(weight_g|parametrizations\.weight\.original0)$", "prototypes.gain", name)
-    return re.sub(
-        r"^last_layer\.(weight_v|parametrizations\.weight\.original1)$", "prototypes.direction", name
-    )
-
-
-def load_reference_head(head: nn.Module, state: State, *, source: str = "head weights") -> None:
-    """Copy a projection head's tensors with reference names (``mlp.N.*``, ``last_layer.weight_g``) into ours.
-
-    Raises UserError if a tensor is missing, left over or of another shape.
-    """
-    found = {reference_head_name(name): tensor for name, tensor in state.items()}
-    own = head.state_dict()
-    wrong = sorted(own.keys() ^ found.keys())
-    wrong += [name for name in own.keys() & found.keys() if own[name].shape != found[name].shape]
-    if wrong:
-        raise UserError(
-            f"{source}: {', '.join(wrong[:4])} missing, left over or of another shape for this head"
-        )
-    head.load_state_dict(found)
 
 
 def _find_state(content: Any, path: str) -> State:

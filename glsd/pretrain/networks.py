@@ -9,8 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from glsd.cluster import dist, fsdp
 from glsd.config.pretrain import PretrainConfig
-from glsd.errors import UserError
-from glsd.models.backbone import build_backbone, check_crop_size
+from glsd.errors import UserError, config_keys
+from glsd.models.backbone import build_backbone, check_image_size
 from glsd.models.blocks import blocks_of, compile_blocks, compile_obstacle
 from glsd.models.heads import ProjectionHead
 from glsd.models.multicrop import MultiCrop
@@ -18,6 +18,12 @@ from glsd.optim.param_groups import param_groups
 from glsd.pretrain.objective import Distillation
 from glsd.runtime.guard import BadGradient
 
+# Arguments of the networks -> configuration keys.
+KEYS = {
+    "image_size": "data.global_size",
+    **{name: f"model.{name}" for name in ("backbone", "drop_path", "pool", "init", "timm_args")},
+    **{name: f"head.{name}" for name in ("num_prototypes", "hidden_dim", "bottleneck_dim", "num_layers")},
+}
 LOCAL_HEAD_SEED = 1  # added to the run's seed: the two heads must start differently
 
 
@@ -56,7 +62,8 @@ def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
                 "not follow: pretraining takes ViT, Eva and Swin (fine-tuning and evaluation take CNNs too)"
             )
         if cfg.data.num_local:
-            check_crop_size(cfg.data.local_size, backbone.stride, "data.local_size")
+            with config_keys({"image_size": "data.local_size"}):
+                check_image_size(cfg.data.local_size, backbone.stride)
 
         def head(seed: int) -> ProjectionHead:
             h = cfg.head
@@ -78,7 +85,9 @@ def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
         return MultiCrop(backbone, global_head, local_head)
 
     m = cfg.model
-    student, teacher = network(drop_path=m.drop_path, checkpointing=m.activation_checkpointing), network()
+    with config_keys(KEYS):
+        student = network(drop_path=m.drop_path, checkpointing=m.activation_checkpointing)
+        teacher = network()
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     teacher.backbone.eval()  # no dropout in targets; its heads stay in training mode for the batch norm, as published

@@ -9,8 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from glsd.models.heads import ProjectionHead
-from glsd.models.pos_embed import resample_pos_embed
-from glsd.models.weights import load_reference_head, reference_head_name
+from glsd.models.tokens import resample_pos_embed
 from glsd.optim.clip import clip_per_parameter
 from glsd.optim.param_groups import param_groups
 from glsd.optim.schedules import cosine, teacher_temp
@@ -56,8 +55,9 @@ def check_head(golden: Golden) -> None:
         num_layers=golden["n_layers"],
         batch_norm=golden["use_bn"],
         trainable_gain=not golden["norm_last_layer"],
+        seed=0,
     ).to(golden.tensor("in_x").dtype)
-    load_reference_head(head, weights)
+    head.load_state_dict({reference_head_name(name): tensor for name, tensor in weights.items()})
     head.train()
     x = golden.tensor("in_x").requires_grad_()
     y = head.prototypes(head(x))
@@ -79,6 +79,15 @@ def check_head(golden: Golden) -> None:
     after = dict(head.named_buffers())
     for name in golden.with_prefix("after_"):
         golden.close(f"after_{name}", after[reference_head_name(name)])
+
+
+def reference_head_name(name: str) -> str:
+    """Return our name of a projection head's tensor from the one in DINO, EsViT and GLSD checkpoints."""
+    # A head of one layer is a bare linear layer there.
+    name = re.sub(r"^mlp\.(weight|bias)$", r"mlp.0.\1", name)
+    return name.replace("last_layer.weight_g", "prototypes.gain").replace(
+        "last_layer.weight_v", "prototypes.direction"
+    )
 
 
 def biases_before_batch_norm(head: ProjectionHead) -> set[str]:
@@ -116,7 +125,9 @@ def check_param_groups(golden: Golden) -> None:
                     hidden_dim=4,
                     bottleneck_dim=4,
                     num_layers=1 + max(places, default=0) // 2,  # linear layers and GELUs in turn
+                    batch_norm=False,
                     trainable_gain=case.endswith("False"),
+                    seed=0,
                 )
                 for name in ("head", "head_dense")
             }

@@ -38,7 +38,10 @@ class Toy(nn.Module):
                 num_prototypes=golden["K"],
                 hidden_dim=golden["hidden_dim"],
                 bottleneck_dim=golden["bottleneck_dim"],
+                num_layers=3,
+                batch_norm=False,
                 trainable_gain=not golden["norm_last_layer"],
+                seed=0,
             )
 
         self.head, self.head_dense = head(), head()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from glsd.errors import UserError
-from glsd.models.backbone import build_backbone, check_crop_size
+from glsd.models.backbone import build_backbone, check_image_size
 from glsd.models.tokens import POOLS
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -239,10 +239,10 @@ def test_pooling_keeps_float64():
 )
 def test_crop_size_must_be_a_multiple_of_the_patch(size, message):
     with pytest.raises(
-        UserError, match=f"data.local_size {size} is not a multiple of the patch size 16: {message}"
+        UserError, match=f"image_size {size} is not a multiple of the patch size 16: {message}"
     ):
-        check_crop_size(size, 16, "data.local_size")
-    check_crop_size(96, 16, "data.local_size")
+        check_image_size(size, 16)
+    check_image_size(96, 16)
 
 
 @pytest.mark.parametrize(
@@ -261,19 +261,19 @@ def test_crop_size_must_be_a_multiple_of_the_patch(size, message):
             {"timm_args": SMALL_RESNET | {"channels": (8, 16, 32, 64, 99)}},
             "a stage without blocks",
         ),
-        ("resnet18", {"image_size": 80}, "data.global_size 80 .* use 64 or 96"),
-        ("resnet18", {"timm_args": {"global_pool": "avg"}}, "follows from model.pool"),
+        ("resnet18", {"image_size": 80}, "image_size 80 .* use 64 or 96"),
+        ("resnet18", {"timm_args": {"global_pool": "avg"}}, "follows from pool"),
         ("beit_base_patch16_224", {}, "family beit"),
-        ("deit_tiny_distilled_patch16_224", {}, "cannot be built|tokens are not known"),
-        ("vit_base_patch16_siglip_224", {}, "no class token: set model.pool to 'mean'"),
+        ("deit_tiny_distilled_patch16_224", {}, "cannot be built|not supported"),
+        ("vit_base_patch16_siglip_224", {}, "no class token: set pool to 'mean'"),
         ("vit_tiny_patch16_224", {"pool": "mean_max"}, "one of cls, mean, mean.max; did you mean 'mean.max'"),
-        ("vit_tiny_patch16_224", {"pool": "max"}, "unknown model.pool 'max'"),
-        ("vit_tiny_patch16_224", {"drop_path": 1.0}, "model.drop_path is 1.0"),
-        ("vit_tiny_patch16_224", {"timm_args": {"depht": 3}}, "depht.*check model.timm_args"),
-        ("vit_tiny_patch16_224", {"timm_args": {"depth": 0}}, "set model.timm_args.depth"),
-        ("vit_tiny_patch16_224", {"timm_args": {"img_size": 32}}, "follows from data.global_size"),
+        ("vit_tiny_patch16_224", {"pool": "max"}, "unknown pool 'max'"),
+        ("vit_tiny_patch16_224", {"drop_path": 1.0}, "^drop_path is 1.0"),
+        ("vit_tiny_patch16_224", {"timm_args": {"depht": 3}}, "depht.*check timm_args"),
+        ("vit_tiny_patch16_224", {"timm_args": {"depth": 0}}, "set depth in timm_args"),
+        ("vit_tiny_patch16_224", {"timm_args": {"img_size": 32}}, "follows from image_size"),
         *(
-            ("vit_tiny_patch16_224", {"timm_args": {key: None}}, f"{key} cannot be set there: .* model.init")
+            ("vit_tiny_patch16_224", {"timm_args": {key: None}}, f"{key} cannot be set there: .* init")
             for key in (
                 "pretrained",
                 "pretrained_cfg",
@@ -288,8 +288,8 @@ def test_crop_size_must_be_a_multiple_of_the_patch(size, message):
             "norm_layer is .*os.system",
         ),
         ("vit_tiny_patch16_224", {"timm_args": {"depth": [[1]]}}, r"depth is \[\[1\]\]: expected a number"),
-        ("vit_tiny_patch16_224", {"image_size": 90}, "data.global_size 90 .* use 80 or 96"),
-        (SWINS[0], {"image_size": 80}, "data.global_size 80 .* use 64 or 96"),
+        ("vit_tiny_patch16_224", {"image_size": 90}, "image_size 90 .* use 80 or 96"),
+        (SWINS[0], {"image_size": 80}, "image_size 80 .* use 64 or 96"),
         ("vit_tiny_patch16_224.no_such_tag", {}, "no_such_tag"),
         ("vit_tiny_patch16_224", {"init": "nowhere/weights.pth"}, "'nowhere/weights.pth': no such file"),
     ],
@@ -302,7 +302,7 @@ def test_users_mistakes_are_one_line(name, options, message):
 
 def test_image_of_a_wrong_size_is_refused_in_forward():
     for name in ("vit_tiny_patch16_224", SWINS[0], "resnet18"):
-        with pytest.raises(UserError, match="an image side 72"):
+        with pytest.raises(UserError, match="image_size 72"):
             small(name)(images(72))
 
 
@@ -315,7 +315,7 @@ def test_no_pretrained_weights_is_one_line(monkeypatch):
         return build(name, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match=r"model.init 'timm': .*\(no connection\).*weights file"):
+    with pytest.raises(UserError, match=r"init 'timm': .*\(no connection\).*weights file"):
         small("vit_small_patch16_224.dino", init="timm")
 
 

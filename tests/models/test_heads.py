@@ -10,6 +10,13 @@ from glsd.errors import UserError
 from glsd.models.heads import ProjectionHead, Prototypes
 
 
+def make_head(in_dim: int = 10, **options: Any) -> ProjectionHead:
+    sizes = {"num_prototypes": 5, "hidden_dim": 16, "bottleneck_dim": 4, "num_layers": 3}
+    return ProjectionHead(
+        in_dim, **{**sizes, "batch_norm": False, "trainable_gain": False, "seed": 0, **options}
+    )
+
+
 def literal_head(head: ProjectionHead, x: torch.Tensor) -> torch.Tensor:
     """Linear, (batch norm,) GELU by the error function, linear ..., length 1, cosine times gain."""
     state = dict(head.named_parameters())
@@ -32,8 +39,7 @@ def literal_head(head: ProjectionHead, x: torch.Tensor) -> torch.Tensor:
 
 
 def small_head(**options: Any) -> ProjectionHead:
-    sizes: dict[str, Any] = {"num_prototypes": 11, "hidden_dim": 16, "bottleneck_dim": 6, **options}
-    head = ProjectionHead(10, **sizes).double()
+    head = make_head(**{"num_prototypes": 11, "bottleneck_dim": 6, **options}).double()
     with torch.no_grad():  # leave the nearly linear region, give biases and gains a part
         for parameter in head.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.3)
@@ -58,7 +64,7 @@ def test_head_equals_literal_twin(num_layers, batch_norm, trainable_gain):
 
 
 def test_start_follows_the_specification():
-    head = ProjectionHead(300, num_prototypes=4096, hidden_dim=512, bottleneck_dim=256, seed=5)
+    head = make_head(300, num_prototypes=4096, hidden_dim=512, bottleneck_dim=256, seed=5)
     linears = [layer for layer in head.mlp if isinstance(layer, torch.nn.Linear)]
     assert len(linears) == 3
     for linear in linears:
@@ -83,7 +89,7 @@ def test_start_is_a_function_of_the_seed_alone():
 
 
 def test_logits_are_cosines_with_the_gain_at_one():
-    head = ProjectionHead(10, num_prototypes=50, hidden_dim=16, bottleneck_dim=4)
+    head = make_head(num_prototypes=50)
     vectors = head(torch.randn(20, 10))
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(20))
     torch.testing.assert_close(head.prototypes.weight().norm(dim=1), torch.ones(50))
@@ -91,13 +97,13 @@ def test_logits_are_cosines_with_the_gain_at_one():
 
 
 def test_zero_features_stay_finite():
-    head = ProjectionHead(10, num_prototypes=5, hidden_dim=16, bottleneck_dim=4)  # biases start at 0
+    head = make_head()  # biases start at 0
     out = head(torch.zeros(3, 10))
     assert torch.equal(out, torch.zeros(3, 4))
 
 
 def test_vectors_and_prototypes_are_float32_under_autocast():
-    head = ProjectionHead(10, num_prototypes=5, hidden_dim=16, bottleneck_dim=4)
+    head = make_head()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert head.mlp(torch.randn(3, 10)).dtype == torch.bfloat16  # else this test says nothing
         vectors = head(torch.randn(3, 10))
@@ -108,14 +114,12 @@ def test_vectors_and_prototypes_are_float32_under_autocast():
 
 
 def test_last_layer_is_called_prototypes():
-    names = [
-        name for name, _ in ProjectionHead(10, num_prototypes=5).named_parameters() if "prototypes" in name
-    ]
+    names = [name for name, _ in make_head().named_parameters() if "prototypes" in name]
     assert names == ["prototypes.direction", "prototypes.gain"]
-    assert Prototypes(5, 4).weight().shape == (5, 4)
+    assert Prototypes(5, 4, trainable_gain=False).weight().shape == (5, 4)
 
 
-@pytest.mark.parametrize("key", ["num_prototypes", "hidden_dim", "bottleneck_dim", "num_layers"])
-def test_sizes_below_one_are_a_users_error(key):
-    with pytest.raises(UserError, match=rf"head\.{key} is 0"):
-        small_head(**{key: 0})
+@pytest.mark.parametrize("name", ["num_prototypes", "hidden_dim", "bottleneck_dim", "num_layers"])
+def test_sizes_below_one_are_a_users_error(name):
+    with pytest.raises(UserError, match=rf"^{name} is 0"):
+        small_head(**{name: 0})

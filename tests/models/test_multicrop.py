@@ -20,6 +20,7 @@ def network(local: str = "own", batch_norm: bool = False, num_layers: int = 2) -
         "bottleneck_dim": 6,
         "num_layers": num_layers,
         "batch_norm": batch_norm,
+        "trainable_gain": False,
     }
     global_head = ProjectionHead(48, **options, seed=1)
     heads = {"own": ProjectionHead(48, **options, seed=2), "shared": global_head, "none": None}

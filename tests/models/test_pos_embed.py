@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from glsd.models.pos_embed import resample_pos_embed
+from glsd.models.tokens import resample_pos_embed
 
 
 def cubic(t: float, a: float = -0.75) -> float:

@@ -15,12 +15,9 @@ from safetensors.torch import save_file
 
 from glsd.errors import UserError
 from glsd.models.backbone import build_backbone
-from glsd.models.heads import ProjectionHead
 from glsd.models.weights import (
-    load_reference_head,
     load_weights,
     read_weights,
-    reference_head_name,
 )
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -195,7 +192,7 @@ def test_what_fits_partly_is_refused_unless_allowed():
         "1 mismatched (norm.weight: (3,) in the file, (48,) in the network)",
         "1 unexpected (blocks.7.norm1.bias)",
         "1 of heads and the like left out",
-        "(--model.allow_partial true loads what fits)",
+        "(allow_partial true loads what fits)",
     )
     assert [word for word in words if word not in str(caught.value)] == []
     report = load_weights(target.net, state, source="x.pth", allow_partial=True)
@@ -431,27 +428,3 @@ def test_truncated_file_is_one_line(tmp_path):
     (tmp_path / "a.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot be read as plain tensors"):
         read_weights(tmp_path / "a.pth")
-
-
-@pytest.mark.parametrize("num_layers", [1, 3])
-@pytest.mark.parametrize(
-    ("gain", "direction"),
-    [
-        ("last_layer.weight_g", "last_layer.weight_v"),
-        ("last_layer.parametrizations.weight.original0", "last_layer.parametrizations.weight.original1"),
-    ],
-)
-def test_reference_head_names(num_layers, gain, direction):
-    options = {"num_prototypes": 5, "hidden_dim": 8, "bottleneck_dim": 4, "num_layers": num_layers}
-    source, target = ProjectionHead(6, **options, seed=1), ProjectionHead(6, **options, seed=2)
-    names = {"prototypes.gain": gain, "prototypes.direction": direction}
-    if num_layers == 1:
-        names |= {"mlp.0.weight": "mlp.weight", "mlp.0.bias": "mlp.bias"}
-    state = {names.get(name, name): tensor for name, tensor in source.state_dict().items()}
-    assert {reference_head_name(name) for name in state} == set(source.state_dict())
-    load_reference_head(target, state)
-    assert same_weights(source, target)
-    with pytest.raises(UserError, match=r"prototypes.gain .*missing"):
-        load_reference_head(target, {name: tensor for name, tensor in state.items() if name != gain})
-    with pytest.raises(UserError, match=r"prototypes.direction"):
-        load_reference_head(target, state | {direction: torch.zeros(5, 3)})
