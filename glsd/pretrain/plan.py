@@ -67,15 +67,12 @@ def make_plan(cfg: PretrainConfig, num_samples: int) -> Plan:
             "loss.local_mean accepted counts patches over one forward pass of all ranks: it needs optim.micro_batch 0 and an "
             f"optim.batch_size (here {o.batch_size}) that is a multiple of the {world} ranks"
         )
-    check_schedule(
-        total=o.epochs, warmup=o.warmup_epochs, total_key="optim.epochs", warmup_key="optim.warmup_epochs"
-    )
-    check_schedule(
-        total=o.epochs,
-        warmup=cfg.loss.warmup_teacher_temp_epochs,
-        total_key="optim.epochs",
-        warmup_key="loss.warmup_teacher_temp_epochs",
-    )
+    for key, warmup_epochs in {
+        "optim.warmup_epochs": o.warmup_epochs,
+        "loss.warmup_teacher_temp_epochs": cfg.loss.warmup_teacher_temp_epochs,
+    }.items():
+        with config_keys({"epochs": "optim.epochs", "warmup_epochs": key}):
+            check_schedule(epochs=o.epochs, warmup_epochs=warmup_epochs)
     total = o.epochs * steps_per_epoch
     return Plan(
         num_samples=num_samples,

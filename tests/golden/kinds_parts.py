@@ -10,8 +10,7 @@ from torch import nn
 
 from glsd.models.heads import ProjectionHead
 from glsd.models.tokens import resample_pos_embed
-from glsd.optim.clip import clip_per_parameter
-from glsd.optim.param_groups import param_groups
+from glsd.optim.parameters import clip_per_parameter, param_groups
 from glsd.optim.schedules import cosine, teacher_temp
 
 
@@ -26,10 +25,12 @@ def check_schedules(golden: Golden) -> None:
                 final=float(c["final_value"]),
                 total_steps=total,
                 warmup_steps=c["warmup_epochs"] * c["iters_per_epoch"],
-                start=float(c["start_warmup_value"]),
             )
             for step in range(total)
         ]
+        # Our rise starts at 0; one that starts elsewhere is a mean of the two ends with the same weights.
+        for step in range(c["warmup_epochs"] * c["iters_per_epoch"]):
+            values[step] += c["start_warmup_value"] * (1 - values[step] / c["base_value"])
         golden.close(f"cosine_{name}", torch.tensor(values, dtype=torch.float64))
     for name, c in golden["teacher_temp"].items():
         temps = [

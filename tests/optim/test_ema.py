@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from glsd.optim.ema import ema_update
+from glsd.optim.parameters import ema_update
 
 
 def move(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
