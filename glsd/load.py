@@ -12,7 +12,7 @@ from torch import Tensor
 from glsd.config.finetune import FinetuneConfig, Pool
 from glsd.config.parse import load_file
 from glsd.config.pretrain import PretrainConfig
-from glsd.errors import UserError, one_line, pick
+from glsd.errors import UserError, config_keys, one_line, pick
 from glsd.models.backbone import Backbone, build_backbone
 from glsd.models.embedder import Embedder
 from glsd.runtime import checkpoint
@@ -75,10 +75,8 @@ def load_network(
     has no checkpoint or no such role, or the weights do not fit.
     """
     named = identify(path, backbone=backbone)
-    if isinstance(named.config, FinetuneConfig):
-        return _load_finetuned(named, named.config, role, pool)
     if named.config is not None:
-        return _load_pretrained(named, named.config, role, pool)
+        return _load_run(named, named.config, role, pool)
     if role not in (None, "teacher"):
         raise UserError(f"role {role!r}: {path!r} is not a run or checkpoint folder")
     crop = image_size or NATIVE_SIZE
@@ -145,62 +143,62 @@ def build_embedder(config: FinetuneConfig, weights: str) -> Embedder:
     )
 
 
-def _load_pretrained(named: Named, config: PretrainConfig, role: str | None, pool: Pool | None) -> Loaded:
-    """Build the backbone of a pretraining run from its own configuration, and fill it from a checkpoint."""
-    role = role or "teacher"
-    m, crop = config.model, config.data.global_size
-    backbone = build_backbone(
-        m.backbone,
-        image_size=crop,
-        pool=pool or m.pool,
-        init=m.init if role == "initial" else "random",
-        timm_args=dict(m.timm_args),
-        seed=config.seed,
-    )
-    if role == "initial":
-        return _of_run(named, backbone, role, 0, crop=crop)
-    saved = _read_trained(named)
-    tensors = pick(saved.tensors, role, "network of a checkpoint")
-    prefix = "backbone."
-    own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    checkpoint.restore(backbone, own, source=f"checkpoint {saved.path}")
-    return _of_run(named, backbone, role, saved.step, crop=crop)
-
-
-def _load_finetuned(named: Named, config: FinetuneConfig, role: str | None, pool: Pool | None) -> Loaded:
-    """Build the network of a metric-learning run with its embedding layer, and fill it from a checkpoint."""
-    role = role or "student"
-    crop, resize = config.data.crop or NATIVE_SIZE, config.data.resize
-    if role == "teacher":
+def _load_run(
+    named: Named, config: PretrainConfig | FinetuneConfig, role: str | None, pool: Pool | None
+) -> Loaded:
+    """Build the network of a run from its own configuration, and fill it from a checkpoint unless it is the initial one."""
+    assert named.run is not None
+    finetuned = isinstance(config, FinetuneConfig)
+    role = role or ("student" if finetuned else "teacher")
+    if finetuned and role == "teacher":
         raise UserError(
             f"role 'teacher': {named.run} is a metric-learning run, whose teacher is an earlier student: "
             "use student or initial"
         )
-    if pool is not None:
+    if finetuned and pool is not None:
         raise UserError(f"pool {pool!r}: {named.run} is a metric-learning run, whose embedding has its own")
-    if role == "initial":
-        start = find_weights(identify(config.init, backbone=config.model.backbone))
-        return _of_run(named, build_embedder(config, start), role, 0, crop=crop, resize=resize)
-    saved = _read_trained(named)
+    hint = " (role 'initial' is the network before the first step)"
+    saved = None if role == "initial" else read_checkpoint(named.run, named.checkpoint, hint)
+    network = (
+        _tuned(config, saved)
+        if isinstance(config, FinetuneConfig)
+        else _pretrained(config, role, pool, saved)
+    )
+    return Loaded(
+        network=network,
+        name=f"{role if saved else 'initial network'} of {named.run}",
+        crop=named.architecture.crop or NATIVE_SIZE,
+        resize=config.data.resize if isinstance(config, FinetuneConfig) else None,
+        step=saved.step if saved else 0,
+        run=named.run,
+        config=config,
+    )
+
+
+def _pretrained(config: PretrainConfig, role: str, pool: Pool | None, saved: Checkpoint | None) -> Backbone:
+    m = config.model
+    backbone = build_backbone(
+        m.backbone,
+        image_size=config.data.global_size,
+        pool=pool or m.pool,
+        init="random" if saved else m.init,
+        timm_args=dict(m.timm_args),
+        seed=config.seed,
+    )
+    if saved:
+        tensors, prefix = pick(saved.tensors, role, "network of a checkpoint"), "backbone."
+        own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        checkpoint.restore(backbone, own, source=f"checkpoint {saved.path}")
+    return backbone
+
+
+def _tuned(config: FinetuneConfig, saved: Checkpoint | None) -> Embedder:
+    if saved is None:
+        with config_keys({"path": "the run's init"}):
+            return build_embedder(config, find_weights(identify(config.init, backbone=config.model.backbone)))
     embedder = build_embedder(config, "random")
     checkpoint.restore(embedder, saved.tensors["student"], source=f"checkpoint {saved.path}/student")
-    return _of_run(named, embedder, role, saved.step, crop=crop, resize=resize)
-
-
-def _of_run(
-    named: Named, network: Backbone | Embedder, role: str, step: int, *, crop: int, resize: int | None = None
-) -> Loaded:
-    name = f"{'initial network' if role == 'initial' else role} of {named.run}"
-    return Loaded(
-        network=network, name=name, crop=crop, resize=resize, step=step, run=named.run, config=named.config
-    )
-
-
-def _read_trained(named: Named) -> Checkpoint:
-    assert named.run is not None
-    return read_checkpoint(
-        named.run, named.checkpoint, " (role 'initial' is the network before the first step)"
-    )
+    return embedder
 
 
 def find_run(path: Path) -> Path | None:
