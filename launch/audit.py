@@ -1,4 +1,4 @@
-"""Say what is wrong with shards: ``launch/audit.py train=shards/train-*.tar``."""
+"""Report what is wrong with shards: ``launch/audit.py train=shards/train-*.tar``."""
 
 from glsd.cli.main import run
 

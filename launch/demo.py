@@ -1,4 +1,4 @@
-"""The whole way on embedded images; ``make demo`` runs it."""
+"""Pack, pretrain, evaluate and fine-tune on embedded images; ``make demo`` runs it."""
 
 from glsd.cli.main import run
 

@@ -1,23 +1,23 @@
-"""The console command ``glsd COMMAND ...``: each command is a small file of this folder, imported only when it is called."""
+"""The console command ``glsd COMMAND ...``. Each command is a file of this folder, imported when it is called."""
 
 import importlib
 import sys
 
 from glsd.errors import UserError, pick
 
-# Command -> module of this folder with main(argv), and what it does in one line.
+# Command -> module of this folder with main(argv), and one line of help.
 COMMANDS = {
     "pack": (
         "pack",
-        "make tar shards of a folder, a list, a Parquet file, a torchvision set or other shards",
+        "pack a folder, a list, a Parquet file, a torchvision set or other shards into tar shards",
     ),
-    "audit": ("audit", "read every image of some shards and say what is wrong with them"),
+    "audit": ("audit", "read every image of some shards and report what is wrong"),
     "pretrain": ("pretrain", "pretrain a Vision Transformer on images without labels"),
     "finetune": ("finetune", "fine-tune a backbone for retrieval with labels"),
     "evaluate": ("evaluate", "measure a frozen network: k-NN, linear probe or retrieval"),
     "doctor": ("doctor", "check this machine or cluster before a run"),
-    "submit": ("submit", "submit a stage, a sweep or a whole pipeline to SLURM"),
-    "demo": ("demo", "the whole way on embedded images, in a few minutes"),
+    "submit": ("submit", "submit a stage, a sweep or a pipeline to SLURM"),
+    "demo": ("demo", "pack, pretrain, evaluate and fine-tune on embedded images, in a few minutes"),
 }
 
 
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def run(command: str, words: list[str] | None = None) -> None:
-    """Run one command with the given words, or those of the command line, and exit with its code."""
+    """Run one command and exit with its code. Unset words are those of the process."""
     module = importlib.import_module(f"glsd.cli.{COMMANDS[command][0]}")
     if command == "doctor":
         module.exit_with(module.main(sys.argv[1:] if words is None else words))
@@ -53,5 +53,8 @@ def run(command: str, words: list[str] | None = None) -> None:
 def overview() -> str:
     """Return the one screen of ``glsd --help``."""
     lines = ["usage: glsd COMMAND ...", "", *(f"  {name:10} {says}" for name, (_, says) in COMMANDS.items())]
-    lines += ["", "glsd COMMAND --help says more. On several GPUs: accelerate launch -m glsd pretrain ..."]
+    lines += [
+        "",
+        "glsd COMMAND --help explains a command. On several GPUs: accelerate launch -m glsd pretrain ...",
+    ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Configuration at the door: defaults, then YAML files, then flags; and back to YAML. jsonargparse does the typed parsing."""
+"""Reads a configuration from defaults, YAML files and flags, and writes it as YAML. jsonargparse parses the types."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ HELP = ("-h", "--help")
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse's parser with the error of ours: one line, the nearest known key."""
+    """jsonargparse's parser, which raises UserError with one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
         message = message.replace("Parser key", "key").replace("typing.Literal", "one of ")
@@ -60,7 +60,7 @@ def load(
 
 
 def load_file(config_class: type[Config], path: Path) -> Config:
-    """Return the configuration stored in one YAML file (of a run directory, say). Raises UserError as ``load`` does."""
+    """Return the configuration of one YAML file, such as that of a run directory. Raises UserError as ``load`` does."""
     return load(config_class, ["--config", str(path)])
 
 
@@ -70,7 +70,7 @@ def dump(cfg: Any) -> str:
 
 
 def differences(cfg: Any) -> dict[str, Any]:
-    """Return the dotted keys whose values differ from the defaults: what makes this run special."""
+    """Return the dotted keys whose values differ from the defaults, with their values."""
     mine, default = _flatten(dataclasses.asdict(cfg)), _flatten(dataclasses.asdict(type(cfg)()))
     return {key: value for key, value in mine.items() if key not in default or default[key] != value}
 
@@ -139,7 +139,7 @@ def _dotted_keys(config_class: Any, prefix: str = "") -> list[str]:
 
 
 def _check_flags(argv: list[str], config_class: Any) -> None:
-    """Look at keys before jsonargparse does: its message for an unknown one names neither the file nor a neighbor."""
+    """Check the keys before jsonargparse does, whose message for an unknown key names neither the file nor a neighbor."""
     known = _dotted_keys(config_class)
     builtin = {"help", "config", "print_config"}
     for place, word in enumerate(argv):
@@ -194,7 +194,7 @@ def _check_tree(tree: Any, config_class: Any, prefix: str, path: Path) -> None:
 
 
 def _hint(name: str, known: list[str], dashes: str = "") -> str:
-    """The nearest dotted key; a name given without its group (``--lr``) finds the one that ends in it."""
+    """Return a hint at the nearest dotted key. A name without its group (``--lr``) finds the key that ends in it."""
     for key in known:
         if key.rpartition(".")[2] == name:
             return f"; did you mean {dashes + key!r}?"

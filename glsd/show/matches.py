@@ -1,4 +1,4 @@
-"""Two crops side by side, lines between matched patches: the first thing to look at in a new run."""
+"""A picture of two crops with lines between matched patches, to check a new run by."""
 
 from pathlib import Path
 

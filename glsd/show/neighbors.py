@@ -1,4 +1,4 @@
-"""Query images and the images a network finds most like them, right ones and wrong ones marked."""
+"""A picture of query images and their nearest neighbors, with right and wrong ones marked."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def draw_neighbors(
 ) -> None:
     """Write a picture, one row per query: the query, then its k neighbors with their cosines.
 
-    A neighbor of the query's label has a green frame and a tick, another one a red frame and a cross.
+    A neighbor with the label of its query has a green frame and a tick, another one a red frame and a cross.
     Raises UserError if the file cannot be written.
     """
     num_queries, k = neighbor_labels.shape

@@ -1,4 +1,4 @@
-"""What the data cost: one worker's share, the whole pipeline on one core, worker processes; beside plain PIL and torchvision."""
+"""Time of the data path beside plain PIL and torchvision: a worker's share, the pipeline on one core, worker processes."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""The floor under the local loss: its matrix products alone, with rows and buffers prepared, in the fastest layout."""
+"""The lower bound of the local loss: its matrix products alone, with prepared rows and buffers, in the fastest layout."""
 
 import functools
 import itertools

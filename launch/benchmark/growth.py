@@ -1,4 +1,4 @@
-"""How time and memory grow with a size: one row of two panels for each size that was varied."""
+"""A picture of time and memory against a size, with one row of two panels for each size that was varied."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Measure this machine: time and memory of one part of the library beside another implementation of it.
+"""Measure time and memory of one part of the library on this machine, beside another implementation.
 
 python launch/benchmark loss --json
 python launch/benchmark loss --sweep prototypes batch local_crops --plot growth.png

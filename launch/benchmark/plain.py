@@ -1,6 +1,6 @@
-"""The textbook losses that ours are measured against: all logits, then one softmax and one log-softmax a pair of views.
+"""The textbook losses: all logits, then one softmax and one log-softmax for each pair of views.
 
-As DINO, EsViT and GLSD publish them. They leave out the entropy of the teacher, which only our meters want.
+DINO, EsViT and GLSD publish them so. They leave out the entropy of the teacher, which only our meters read.
 """
 
 from collections.abc import Sequence

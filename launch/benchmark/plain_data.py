@@ -1,4 +1,4 @@
-"""The usual pipeline that our loader is measured against: PIL and torchvision cut and color every crop in the loader."""
+"""The usual pipeline: PIL and torchvision crop and color every image in the loader."""
 
 import io
 import random

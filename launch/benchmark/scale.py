@@ -1,4 +1,4 @@
-"""Steps of 1, 2, 4, ... processes on this machine: what they send to each other, how long they take, what a cost model says."""
+"""Steps of 1, 2, 4, ... processes on this machine: bytes sent, time taken, and the prediction of a cost model."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""How time and memory of the local loss grow with prototypes, batch and local crops: a range each, a table, a picture."""
+"""Time and memory of the local loss over ranges of prototypes, batch and local crops, as a table and a picture."""
 
 import argparse
 import statistics

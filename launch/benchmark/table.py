@@ -1,4 +1,4 @@
-"""A table of metric-learning runs: what each loss and regularizer reached, mean and deviation over the seeds."""
+"""A table of metric-learning runs: scores of each loss and regularizer, mean and deviation over the seeds."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs in turns, medians, memory in a process of its own, the table, the JSON line, drawn boxes."""
+"""Tools of the benchmarks: runs in turns, medians, memory in an own process, the table, the JSON line, drawn boxes."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ PEAK_FLOPS = {
 
 
 class Result(NamedTuple):
-    """What one implementation cost."""
+    """Cost of one implementation."""
 
     seconds: list[float]
     extra_mib: float | None = None
