@@ -121,6 +121,6 @@ def test_a_host_that_is_cut_off_while_the_doctor_looks(tmp_path):
         hosts["h2"].cut()
         codes = {name: run.wait(200) for name, run in runs.items()}
     assert codes == {"h1": 1, "h2": 1}
-    assert "h2 (rank 1): no answer within 13 s -> see whether" in runs["h1"].said()
+    assert "h2 (rank 1): no answer within 13 s -> check whether" in runs["h1"].said()
     assert "error: rank 1 on h2: rank 0 is gone" in runs["h2"].said()
     assert "Traceback" not in runs["h1"].said() + runs["h2"].said()

@@ -9,9 +9,8 @@ import sys
 import threading
 import time
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -60,19 +59,8 @@ def facts(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen]:
-    """The process that forks ranks."""
-    pipe = subprocess.PIPE
-    made = subprocess.Popen(
-        [sys.executable, RANK, "serve"], env=environment(), stdin=pipe, stdout=pipe, text=True
-    )
-    yield made
-    made.communicate(timeout=30)
-
-
 @pytest.fixture
-def ranks(server, facts, tmp_path):
+def ranks(python, facts):
     """A function that runs ranks of the doctor with what each does (None: it does not come) and returns how each ended.
 
     numbers: their RANKs; extra: of the environment of all.
@@ -82,19 +70,22 @@ def ranks(server, facts, tmp_path):
         *whats: str | None, arguments: Sequence[str] = (), numbers: Sequence[int] = (), **extra: str
     ) -> list[Done]:
         announced = {"WORLD_SIZE": str(len(whats)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        orders: list[dict[str, Any]] = []
+        running = []
         for place, what in enumerate(whats):
             number = str(numbers[place] if numbers else place)
             own = environment(**announced | {"RANK": number, "LOCAL_RANK": number} | extra)
-            argv, out = [facts, "0", what, "--json", *arguments], str(tmp_path / f"rank-{place}")
-            orders += [{"argv": argv, "env": own, "out": out}] if what else []
-        server.stdin.write(json.dumps(orders) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
-        assert answer, "the server of ranks has ended"
+            command = [python, RANK, facts, "0", what or "", "--json", *arguments]
+            pipe = subprocess.PIPE
+            running += (
+                [subprocess.Popen(command, env=own, stdout=pipe, stderr=pipe, text=True)] if what else []
+            )
+        try:
+            said = [process.communicate(timeout=150) for process in running]
+        finally:
+            for process in running:
+                process.kill()
         return [
-            Done(order["argv"], code, Path(order["out"]).read_text(), Path(order["out"] + ".err").read_text())
-            for order, code in zip(orders, json.loads(answer), strict=True)
+            Done(process.args, process.returncode, *both) for process, both in zip(running, said, strict=True)
         ]
 
     return start

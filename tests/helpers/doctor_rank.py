@@ -1,27 +1,18 @@
 """One rank of the doctor, for tests: its packages are taken as given, which saves the seconds of trying them.
 
 python doctor_rank.py FACTS CLOCK_AHEAD WHAT [arguments of launch/doctor.py]; WHAT: ``as it is``, or what this rank does wrong.
-
-python doctor_rank.py serve    # forks ranks within milliseconds, as everything is imported: a line of input is a JSON list of
-{"argv", "env", "out"}, one per rank; the answer, once all have ended, the list of their exit codes
 """
 
-import gc
-import importlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 
 from glsd.cli import doctor
 from glsd.doctor import arrival, devices, files, network, packages, panel
 from glsd.doctor import run as checks
-
-MOST_SECONDS = 150
 
 
 def good_packages() -> dict:
@@ -56,34 +47,5 @@ def die() -> dict:
     os._exit(9)
 
 
-def serve() -> None:
-    """Fork ranks as they are ordered."""
-    importlib.import_module("glsd.doctor.shards")
-    assert threading.active_count() == 1, f"would not survive a fork: {threading.enumerate()}"
-    gc.freeze()  # a fork that collects would copy every page
-    for line in sys.stdin:
-        pids = [begin(order) for order in json.loads(line)]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        print(json.dumps(codes), flush=True)
-    os._exit(0)
-
-
-def begin(order: dict) -> int:
-    """Fork a rank; what it prints goes to ``out`` and ``out``.err."""
-    if pid := os.fork():
-        return pid
-    try:
-        signal.alarm(MOST_SECONDS)
-        os.environ.clear()
-        os.environ.update(order["env"])
-        for target, path in ((1, order["out"]), (2, order["out"] + ".err")):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), target)
-        main(*order["argv"])
-    finally:  # main does not return
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # never back into the server
-
-
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["serve"] else main(*sys.argv[1:])
+    main(*sys.argv[1:])

@@ -34,9 +34,10 @@ ROOT = Path(__file__).parents[2]
 IMPORTED = (
     *("glsd.cli.pretrain", "glsd.cli.finetune", "glsd.cli.evaluate", "glsd.slurm.flags", "glsd.cli.door"),
     *("glsd.pretrain.dry_run", "glsd.finetune.train", "glsd.evaluate.run"),
-    *("torch.utils.tensorboard", "docstring_parser"),
+    *("torch.utils.tensorboard", "docstring_parser", "fsspec.implementations.http", "s3fs"),
 )
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# QUIT stands for kill -9 of the fork and its loader processes: the client, which ends when they have, must not die of it.
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT)
 LONGEST = 1 << 17  # bytes of an order
 
 
@@ -127,7 +128,11 @@ class Server:
             for file in files:
                 os.close(file)
         elif client in self._forks:
-            os.kill(self._forks[client], int(message or signal.SIGKILL))
+            number = int(message or signal.SIGKILL)
+            if number == signal.SIGQUIT:
+                os.killpg(self._forks[client], signal.SIGKILL)
+            else:
+                os.kill(self._forks[client], number)
         if not message:
             self._events.unregister(client)
             client.close()
@@ -166,7 +171,8 @@ def serve(listening: socket.socket) -> None:
     libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
     sys.path.insert(1, str(ROOT))  # the first place is that of the script
     for module in IMPORTED:
-        importlib.import_module(module)
+        with contextlib.suppress(ModuleNotFoundError):  # s3fs is an extra
+            importlib.import_module(module)
     Image.init()
     assert threading.active_count() == 1, f"a thread would not survive a fork: {threading.enumerate()}"
     gc.freeze()  # a fork that ends would look at every object, and copy its page, for seconds
@@ -193,6 +199,7 @@ def serve(listening: socket.socket) -> None:
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as asked:
         end = int(asked.code or 0)
+    threading._shutdown()  # type: ignore[attr-defined]  # joins threads, as python does
     # The interpreter itself is not torn down: libraries would report as leaked what is frozen.
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""One warm process for all runs of this folder."""
+"""What starts the runs of this folder."""
 
 import pytest
 
@@ -6,8 +6,8 @@ from tests.remote.warm import Warm
 
 
 @pytest.fixture(scope="session")
-def warm():
+def warm(python):
     """Starts training processes within a second."""
-    made = Warm()
+    made = Warm(python)
     yield made
     made.end()
