@@ -146,7 +146,7 @@ def pretrain_loader(
     samples that cannot be replaced.
     """
     dataset = PretrainDataset(shards, seed=seed, window_shards=window_shards, crop_spec=crop_spec)
-    shards.check_room(2 * window_shards, f"two windows of window_shards {window_shards}")
+    shards.check_room(2 * window_shards, f"two windows (window_shards is {window_shards})")
     batches = rank_positions(
         consumed=consumed,
         epoch_length=epoch_length(epoch_samples(shards.shard_sizes, shards.shard_weights), batch_size),

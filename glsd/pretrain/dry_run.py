@@ -65,9 +65,9 @@ def forecast(cfg: PretrainConfig) -> Forecast:
         static_graph=cfg.optim.micro_batch == 0,
         grad_compression=cfg.optim.grad_compression,
     )
-    with config_keys({"lost_after": "cluster.lost_after"}):
+    with config_keys({"lost_after": "cluster.lost_after", "weights": "data.weights"}):
         shutdown.watch_others(cfg.cluster.lost_after)
-    shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
+        shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
     plan = make_plan(cfg, epoch_samples(shards.shard_sizes, shards.shard_weights))
     state = build(cfg, accelerator)
     if cfg.resume == "auto":

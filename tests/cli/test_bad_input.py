@@ -97,6 +97,10 @@ CASES = {
         {"loss.local_mean": lambda *_: "accepted", "optim.micro_batch": lambda *_: 2},
         "loss.local_mean accepted",
     ),
+    "weights that do not fit the shards": (
+        {"data.weights": lambda *_: "[1, 2]"},
+        "data.weights is [1.0, 2.0]: expected one number >= 0 for each of the 1 shard patterns",
+    ),
     "no weights file": ({"model.init": lambda *_: "nowhere.safetensors"}, "nowhere.safetensors"),
 }
 
