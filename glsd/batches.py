@@ -117,7 +117,7 @@ class LabeledBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledCrops:
-    """One rank's share of a metric-learning batch: one random crop per image, class ranks as labels."""
+    """One rank's share of a metric-learning batch: one random crop per image, class numbers as labels."""
 
     images: UInt8[Tensor, "b 3 h w"]
     labels: Int64[Tensor, " b"]  # 0 .. number of training classes - 1
