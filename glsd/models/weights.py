@@ -39,9 +39,9 @@ _MAX_DEPTH = 8  # of dictionaries around the network; one that holds itself has 
 
 
 class LoadReport(NamedTuple):
-    """How well weights fitted: tensors of the network that were filled, of how many, and what did not fit.
+    """How well weights fitted: the number of filled tensors of the network, and the names that did not fit.
 
-    The batch counters of batch normalization are no weights and appear nowhere.
+    Batch counters of batch normalization are not weights and not counted.
     """
 
     matched: int
@@ -75,7 +75,7 @@ def _first(names: tuple[str, ...]) -> str:
 
 
 def read_weights(path: str | Path) -> State:
-    """Return the tensors of a weights file by their names in the network, wrappers and prefixes taken off.
+    """Return the tensors of a weights file by their names in the network, without wrappers and prefixes.
 
     path: a .safetensors file, a torch file (read with weights_only=True), or one of our checkpoint folders (the teacher of
     pretraining, the student of metric learning). Where a file holds teacher and student, the teacher is taken. Raises
@@ -153,7 +153,7 @@ def load_weights(net: Any, state: State, *, source: str, allow_partial: bool | N
 
 
 def _find_state(content: Any, path: str) -> State:
-    """Go down to the dictionary that holds tensors."""
+    """Return the innermost dictionary that holds tensors."""
     for _ in range(_MAX_DEPTH):
         if not isinstance(content, dict) or any(isinstance(value, Tensor) for value in content.values()):
             break

@@ -13,6 +13,7 @@ from torch import Tensor
 from glsd.batches import Match
 from glsd.losses.distill import LocalLoss
 from glsd.losses.prototype_ce import PrototypeCE
+from glsd.precision import widened
 
 
 def plain_global_loss(
@@ -30,12 +31,12 @@ def plain_global_loss(
     logits = student_cls @ student_prototypes.T / student_temp
     with torch.no_grad():
         teacher_logits = teacher_cls @ teacher_prototypes.T
-        targets = ((wide(teacher_logits) - center) / teacher_temp).softmax(-1)
+        targets = ((widened(teacher_logits) - center) / teacher_temp).softmax(-1)
     total = logits.new_zeros((), dtype=targets.dtype)
     pairs = [(q, v) for q in range(len(teacher_cls)) for v in range(len(student_cls)) if v != q]
     for q, v in pairs:
-        total = total - (targets[q] * F.log_softmax(wide(logits[v]), dim=-1)).sum(-1).mean()
-    return filled(PrototypeCE, loss=total / len(pairs), teacher_mean=wide(teacher_logits).mean((0, 1)))
+        total = total - (targets[q] * F.log_softmax(widened(logits[v]), dim=-1)).sum(-1).mean()
+    return filled(PrototypeCE, loss=total / len(pairs), teacher_mean=widened(teacher_logits).mean((0, 1)))
 
 
 def plain_local_loss(
@@ -60,7 +61,7 @@ def plain_local_loss(
     logits = [part.unflatten(0, view.shape[:2]) for part, view in zip(parts, views, strict=True)]
     with torch.no_grad():
         teacher_logits = teacher_patches @ teacher_prototypes.T
-        targets = ((wide(teacher_logits) - center) / teacher_temp).softmax(-1)
+        targets = ((widened(teacher_logits) - center) / teacher_temp).softmax(-1)
     total = center.new_zeros(())
     image = torch.arange(teacher_patches.shape[1], device=center.device)[:, None]
     first, patches, num_pairs = 0, teacher_patches.shape[2], len(targets) * (len(views) - 1)
@@ -70,14 +71,14 @@ def plain_local_loss(
             for q in range(len(targets)):
                 if q != v:
                     matched = targets[q][image, index[..., q] - q * patches]
-                    cross_entropy = -(matched * F.log_softmax(wide(logits[v]), dim=-1)).sum(-1)
+                    cross_entropy = -(matched * F.log_softmax(widened(logits[v]), dim=-1)).sum(-1)
                     total = total + share * (weight[..., q].to(cross_entropy) * cross_entropy).mean()
         first += view.shape[1]
     accepted = (matches[0][0].weight > 0).sum().to(center)
     return filled(
         LocalLoss,
         loss=total / num_pairs,
-        teacher_mean=wide(teacher_logits).mean((0, 1, 2)),
+        teacher_mean=widened(teacher_logits).mean((0, 1, 2)),
         matched_share=accepted / (matches[0][0].weight.numel() - teacher_patches[..., 0].numel()),
     )
 
@@ -86,8 +87,3 @@ def filled(kind: Any, **known: Tensor) -> Any:
     """Return a result of ours whose other fields, statistics that the textbook does not take, are 0."""
     zero = known["loss"].detach().new_zeros(())
     return kind(**{name: known.get(name, zero) for name in kind._fields})
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Return the logits in float32 or better, as the softmax wants them."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
