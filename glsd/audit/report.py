@@ -109,7 +109,7 @@ def _shards(census: Census) -> Iterator[Finding]:
             "glsd pack index SHARDS",
         )
     elif not census.faults:
-        yield Finding("ok", "shards", f"all {have(count, 'shard')} an index")
+        yield Finding("ok", "shards", f"{have(count, 'shard')} an index")
     names = {os.path.basename(shown(path)).rpartition("-")[0] for path in census.shards} - {""}
     if census.splits == (UNNAMED,) and len(names) > 1:
         example = " ".join(f"{name}='.../{name}-*.tar'" for name in sorted(names)[:2])
@@ -121,9 +121,8 @@ def _shards(census: Census) -> Iterator[Finding]:
 
 
 def _unreadable(census: Census) -> Iterator[Finding]:
-    seen = int(census.readable().sum()) + len(
-        census.reasons
-    )  # images of faulty shards are reported as shards
+    # Images of faulty shards are reported as shards.
+    seen = int(census.readable().sum()) + len(census.reasons)
     if census.reasons:
         items = tuple((census.place(number), reason) for number, reason in sorted(census.reasons.items()))
         yield Finding(

@@ -1,4 +1,4 @@
-"""Real images that come with a dependency: scikit-learn's 1,797 scanned digits, each somewhere on a larger canvas."""
+"""The images of the demo, without a download: scikit-learn's 1,797 scanned digits, each placed on a larger canvas."""
 
 import io
 from collections.abc import Iterator
@@ -10,28 +10,23 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 CANVAS = 20  # pixels
-DIGIT_SIDES = (12, 15)  # smallest and largest side of the digit on the canvas, in pixels
-PAPER, INK, NOISE = (
-    0.1,
-    0.9,
-    0.02,
-)  # one gray each for all canvases (tone tells nothing), standard deviation of the paper
-NUM_VAL_DIGITS = 597  # the last ones
+DIGIT_SIDES = (12, 15)  # smallest and largest side of a digit, in pixels
+PAPER, INK = 0.1, 0.9  # the same gray levels on all canvases, so that tone tells nothing
+NOISE = 0.02  # standard deviation of the paper
+NUM_VAL_DIGITS = 597  # the last digits
 CANVASES_PER_DIGIT = {"train": 4, "val": 1}
 
 
-def digit_canvases(
-    split: Literal["train", "val"], *, seed: int = 0
-) -> Iterator[tuple[bytes, Literal["png"], int]]:
-    """Yield (PNG bytes, "png", label 0..9): 4,800 canvases of 1,200 digits to train on, or 597 of the other 597.
+def digit_canvases(split: Literal["train", "val"]) -> Iterator[tuple[bytes, Literal["png"], int]]:
+    """Yield (PNG bytes, "png", label 0..9): 4,800 canvases of 1,200 digits for training, or 597 of the other digits.
 
-    Each shows one digit whole, in a random size at a random place. A function of split and seed alone.
+    Each canvas shows one whole digit in a random size at a random place. The canvases of a split are always the same.
     Source of the scans: UCI optical recognition of handwritten digits, bundled with scikit-learn (BSD).
     """
     digits = load_digits()
     first_val = len(digits.images) - NUM_VAL_DIGITS
     chosen = range(first_val) if split == "train" else range(first_val, len(digits.images))
-    rng = np.random.default_rng([seed, split == "val"])
+    rng = np.random.default_rng([0, split == "val"])
     for _ in range(CANVASES_PER_DIGIT[split]):
         for number in chosen:
             file = io.BytesIO()

@@ -237,7 +237,7 @@ def _add_sample(tar: tarfile.TarFile, number: int, image: Loaded) -> None:
     """Add the members of a sample; their headers are those that webdataset writes."""
     label = {} if image.label < 0 else {"cls": b"%d" % image.label}
     for extension, content in sorted({image.extension: image.raw, **label}.items()):
-        member = tarfile.TarInfo(f"{sample_key(number)}.{extension}")
+        member = tarfile.TarInfo(f"{_sample_key(number)}.{extension}")
         member.size, member.mode = len(content), 0o444
         member.uname = member.gname = "bigdata"
         tar.addfile(member, io.BytesIO(content))
@@ -252,19 +252,19 @@ def _append_table(
     done = staging.progress[prefix]
     rows = [] if done.shards else [("key", "file", "resized_from")]
     rows += [
-        (sample_key(key), source.names[image.number], image.original_size)
+        (_sample_key(key), source.names[image.number], image.original_size)
         for key, image in enumerate(images, done.num_images)
     ]
-    data = b"".join(table_row(*row[: 3 if has_sizes else 2]) for row in rows)
+    data = b"".join(_table_row(*row[: 3 if has_sizes else 2]) for row in rows)
     return append(staging.folder / f"{prefix}{SOURCES_SUFFIX}", data)
 
 
-def sample_key(number: int) -> str:
+def _sample_key(number: int) -> str:
     """Return the name of a sample inside its shard."""
     return f"{number:08d}"
 
 
-def table_row(*cells: str) -> bytes:
+def _table_row(*cells: str) -> bytes:
     r"""Return a tab-separated line; a tab, line end or backslash inside a cell becomes \t, \n, \r or \\."""
     return ("\t".join(map(_escaped, cells)) + "\n").encode("utf-8", "surrogateescape")
 

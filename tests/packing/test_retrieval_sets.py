@@ -289,7 +289,7 @@ def test_damaged_images(small_cub, tmp_path):
     assert (made["test"].num_images, made["test"].num_classes) == (2, 1)
 
 
-def test_what_an_interrupted_packing_left_out_is_no_secret(small_cub, tmp_path):
+def test_a_strict_packing_refuses_what_a_lenient_one_left_out(small_cub, tmp_path):
     """Begun with --allow_incomplete, without it the same packing must not pass over a damaged image."""
     images = sorted((small_cub / "images").glob("*/*.jpg"))
     damaged = [images[0], *(path for path in images if path.parent.name > "100.Bird_100")]
