@@ -24,8 +24,16 @@ Result = TypeVar("Result")
 Object = TypeVar("Object")
 PIECE_BYTES = 64 * 2**20  # gather_rows takes at most this many bytes from each rank at once
 
-_num_calls = 0
-_current_call = ""
+
+class _Activity:
+    """What the main thread does, for the threads that watch the ranks."""
+
+    doing = "-"  # the number of steps done, or another activity
+    last_step, num_steps = "", 0  # the last step done, and how many this process has done
+    call, num_calls = "", 0  # the collective call that it is in, "" outside of one
+
+
+activity = _Activity()
 
 
 def collective(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -36,20 +44,22 @@ def collective(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 
     @functools.wraps(call)
     def marked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        global _num_calls, _current_call
-        _num_calls += 1
-        _current_call = str(_num_calls)
+        activity.num_calls += 1
+        activity.call = str(activity.num_calls)
         try:
             return call(*args, **kwargs)
         finally:
-            _current_call = ""
+            activity.call = ""
 
     return marked
 
 
-def current_collective() -> str:
-    """Return the number of the collective call that the main thread is in, "" outside of one; for other threads."""
-    return _current_call
+def doing(what: str) -> str:
+    """Set the activity of the main thread, the number of steps done or a word; return the one before."""
+    before, activity.doing = activity.doing, what
+    if what.isdecimal() and what != activity.last_step:
+        activity.last_step, activity.num_steps = what, activity.num_steps + 1
+    return before
 
 
 def _has_group() -> bool:

@@ -89,8 +89,6 @@ class Watch:
         name = f"glsd_end/{dist.broadcast_object(secrets.token_hex(8))}"
         self.store = dist.shared_store(name)
         self.main_store = dist.shared_store(name)  # for the main thread
-        self.doing = "-"  # of the main thread: the number of steps done, or another activity
-        self.step, self.num_steps = "", 0  # the last step done, and how many this process has done
         self.store.set(_beat(dist.rank()), "0 -/")
         self.hosts = dist.gather_objects(platform.node())  # from here on every rank has a heartbeat
         watched = range(dist.world_size()) if dist.is_main() else range(1)
@@ -171,7 +169,7 @@ class Watch:
         """Return the seconds without progress on rank 0 if they are too many, else 0."""
         if not dist.is_main():
             return 0.0
-        num_steps = self.num_steps  # read before the states, which may be of a later step
+        num_steps = dist.activity.num_steps  # read before the states, which may be of a later step
         states = [self._state(), *(beat.decode().partition(" ")[2] for beat in beats)]
         self.progress.note(states)
         if num_steps > 1:
@@ -182,7 +180,7 @@ class Watch:
 
     def _state(self) -> str:
         """The state of the main thread, for Progress."""
-        return f"{self.doing}/{dist.current_collective()}"
+        return f"{dist.activity.doing}/{dist.activity.call}"
 
     def _lose_store(self) -> None:
         """End because rank 0, which hosts the store, counts as lost."""
@@ -235,16 +233,6 @@ def watch_others(lost_after: float) -> None:
     if not lost_after >= 1:
         raise UserError(f"lost_after is {lost_after}: expected 1 or more")
     _watch = Watch(lost_after) if dist.world_size() > 1 else None
-
-
-def doing(what: str) -> str:
-    """Set the activity of the main thread, the number of steps done or a word, for Progress; return the one before."""
-    if _watch is None:
-        return ""
-    before, _watch.doing = _watch.doing, what
-    if what.isdecimal() and what != _watch.step:
-        _watch.step, _watch.num_steps = what, _watch.num_steps + 1
-    return before
 
 
 def end_others(code: int) -> bool:

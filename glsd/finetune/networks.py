@@ -30,7 +30,7 @@ from glsd.losses.ranking import RANKING, RankingLoss, build_ranking
 from glsd.models.embedder import Embedder
 from glsd.optim.parameters import param_groups
 from glsd.runtime.checkpoint import has_checkpoint
-from glsd.runtime.guard import BadGradient
+from glsd.runtime.loop import BadGradient
 from glsd.runtime.run import Run
 
 OPTIMIZERS: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}

@@ -86,12 +86,6 @@ def describe(cfg: FinetuneConfig, plan: Plan, state: State, sets: Sets) -> str:
     return "\n".join(lines)
 
 
-def is_due(cfg: FinetuneConfig, plan: Plan, step: int) -> bool:
-    """Tell whether the network is measured after ``step`` steps: at the start, every eval_every epochs, at the end."""
-    epoch, rest = divmod(step, plan.steps_per_epoch)
-    return step == plan.last_step or (rest == 0 and epoch % cfg.watch.eval_every == 0)
-
-
 def epoch_of(plan: Plan, step: int) -> float:
     """Return how many epochs are done after ``step`` steps."""
     return step / plan.steps_per_epoch

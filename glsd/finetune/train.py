@@ -16,12 +16,12 @@ from glsd.errors import UserError, config_keys
 from glsd.evaluate.record import cannot_write
 from glsd.finetune.networks import State, build, resolve
 from glsd.finetune.plan import Plan, make_plan, rates_at
-from glsd.finetune.report import Sets, describe, is_due, measure, open_sets, step_numbers, summarize
+from glsd.finetune.report import Sets, describe, measure, open_sets, step_numbers, summarize
 from glsd.finetune.step import train_step
 from glsd.losses.mdr import MdrStatistics
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
-from glsd.runtime.loop import Duties, Training, open_training, take_steps
+from glsd.runtime.loop import Duties, Training, is_probe_due, open_training, take_steps
 from glsd.runtime.run import Run
 
 ROLES = ("test", "query", "gallery")
@@ -55,10 +55,10 @@ def finetune(cfg: FinetuneConfig) -> Path:
         about=describe(cfg, plan, state, sets),
     ) as t:
         dist.raise_together(cannot_write(run.folder) if dist.is_main() else None)
-        if is_due(cfg, plan, state.step):
+        probe_every = cfg.watch.eval_every * plan.steps_per_epoch
+        if is_probe_due(probe_every, state.step, state.step == plan.last_step):
             with t.meters.aside():
                 measure(t, sets)
-        every = cfg.watch.checkpoint_every or plan.steps_per_epoch
         duties = Duties(
             step=lambda: train_step(t, rates_at(cfg, plan, state.step), batches),
             step_numbers=lambda step: step_numbers(cfg, plan, step),
@@ -66,9 +66,9 @@ def finetune(cfg: FinetuneConfig) -> Path:
             checked=lambda reports: None,
             save=lambda: save(t, sets),
             probe=lambda: measure(t, sets),
-            is_save_due=lambda step: step % every == 0,
-            is_probe_due=lambda step: is_due(cfg, plan, step),
             log_every=cfg.watch.log_every,
+            save_every=cfg.watch.checkpoint_every or plan.steps_per_epoch,
+            probe_every=probe_every,
             batch_size=cfg.optim.batch_size,
             max_bad_fraction=cfg.data.max_bad_fraction,
         )

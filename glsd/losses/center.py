@@ -58,28 +58,15 @@ def sinkhorn_center(
         kept = scaled(vectors) if len(chunks) == 1 else None
         log_column = torch.zeros_like(prototypes[:, 0], dtype=wide)
         for iteration in range(iterations):
-            columns = _Columns(log_column)
+            columns = torch.full_like(log_column, -math.inf)
             for chunk in chunks:
                 logs = scaled(chunk) if kept is None else kept
-                if iteration == 0:
-                    columns.add(logs - math.log(len(prototypes)))
-                else:
-                    columns.add(logs - (logs + log_column).logsumexp(dim=1, keepdim=True))
-            log_column = num_rows.log() - math.log(len(prototypes)) - columns.logsumexp()
+                # Rows of the first round have equal shares of mass.
+                rows = (
+                    (logs + log_column).logsumexp(1, keepdim=True) if iteration else math.log(len(prototypes))
+                )
+                columns = torch.logaddexp(columns, (logs - rows).logsumexp(0))
+            top = dist.all_reduce_max(columns)
+            columns = top + dist.all_reduce_sum((columns - top).exp()).log()
+            log_column = num_rows.log() - math.log(len(prototypes)) - columns
         return -teacher_temp * log_column
-
-
-class _Columns:
-    """The logsumexp of every column over the rows of all chunks and ranks."""
-
-    def __init__(self, like: Float[Tensor, " k"]):
-        self.top, self.sum = torch.full_like(like, -math.inf), torch.zeros_like(like)
-
-    def add(self, logs: Float[Tensor, "c k"]) -> None:
-        top = torch.maximum(self.top, logs.amax(dim=0))
-        self.sum = self.sum * (self.top - top).exp() + (logs - top).exp().sum(dim=0)
-        self.top = top
-
-    def logsumexp(self) -> Float[Tensor, " k"]:
-        top = dist.all_reduce_max(self.top)
-        return top + dist.all_reduce_sum(self.sum * (self.top - top).exp()).log()

@@ -16,7 +16,7 @@ from glsd.models.heads import ProjectionHead
 from glsd.models.multicrop import MultiCrop
 from glsd.optim.parameters import param_groups
 from glsd.pretrain.objective import Distillation
-from glsd.runtime.guard import BadGradient
+from glsd.runtime.loop import BadGradient
 
 # Arguments of the networks -> configuration keys.
 KEYS = {

@@ -14,10 +14,15 @@ from glsd.losses.center import ema_center
 from glsd.optim.parameters import CLIPPERS, ema_update
 from glsd.pretrain.networks import State
 from glsd.pretrain.objective import mean_logits, run_teacher, step_values
-from glsd.pretrain.plan import Plan, Rates
+from glsd.pretrain.plan import Plan, Rates, rates_at
 from glsd.rng import step_seed
 from glsd.runtime.guard import StepReport
 from glsd.runtime.loop import Training
+
+
+def next_step(t: Training[PretrainConfig, Plan, State], batches: Iterator[CropBatch]) -> StepReport:
+    """Take the step that the state is at, with the scheduled rates."""
+    return train_step(t, rates_at(t.cfg, t.plan, t.state.step), batches)
 
 
 def train_step(

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,10 +25,10 @@ from glsd.pretrain.report import (
     open_probe,
     probe,
 )
-from glsd.pretrain.step import train_step
+from glsd.pretrain.step import next_step
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
-from glsd.runtime.loop import Duties, Training, open_training, take_steps
+from glsd.runtime.loop import Duties, Training, is_probe_due, open_training, take_steps
 from glsd.runtime.run import Run
 from glsd.shards.store import ShardSet, open_shards
 
@@ -66,9 +67,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
         resume=cfg.resume == "auto",
         about=describe(cfg, plan, state),
     ) as t:
-
-        def is_probe_due(step: int) -> bool:
-            return probe_sets is not None and (step % cfg.watch.probe_every == 0 or step == plan.last_step)
+        probe_every = cfg.watch.probe_every if probe_sets else 0
 
         def look() -> None:
             if probe_sets is not None:
@@ -79,18 +78,18 @@ def pretrain(cfg: PretrainConfig) -> Path:
                 first = next(batches)
                 batches = itertools.chain([first], batches)
                 draw_first_batch(t, first)
-            if is_probe_due(state.step):
+            if is_probe_due(probe_every, state.step, state.step == plan.last_step):
                 look()
         duties = Duties(
-            step=lambda: train_step(t, rates_at(cfg, plan, state.step), batches),
+            step=partial(next_step, t, batches),
             step_numbers=lambda step: rates_at(cfg, plan, step).shown(),
             flushed=lambda row: advise(t, row),
             checked=lambda reports: log_samples(t, reports) if cfg.watch.sample_log else None,
             save=lambda: save(t, shards),
             probe=look,
-            is_save_due=lambda step: step % cfg.watch.checkpoint_every == 0,
-            is_probe_due=is_probe_due,
             log_every=cfg.watch.log_every,
+            save_every=cfg.watch.checkpoint_every,
+            probe_every=probe_every,
             batch_size=cfg.optim.batch_size,
             max_bad_fraction=cfg.data.max_bad_fraction,
         )

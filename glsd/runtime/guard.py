@@ -2,9 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from glsd.batches import BrokenSample
 from glsd.cluster import dist
 from glsd.errors import UserError
@@ -16,25 +13,6 @@ class StepReport(NamedTuple):
 
     keys: tuple[str, ...]
     broken: tuple[BrokenSample, ...]
-
-
-class BadGradient:
-    """The first step whose gradient was not finite; it lives on the device, so that no step waits for it."""
-
-    def __init__(self, device: torch.device):
-        self.step = torch.tensor(-1, device=device)  # -1 = none
-        self.of_loss = torch.tensor(False, device=device)  # whether this rank's own loss was not finite then
-
-    def note(self, step: int, values: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Note the step if its gradient is bad, and keep the optimizer from moving from then on.
-
-        Gradients are averages over ranks, so every rank notes the same step; the loss is each rank's own.
-        """
-        first = ~torch.isfinite(values["grad_norm"]) & (self.step < 0)
-        self.step = torch.where(first, step, self.step)
-        self.of_loss = torch.where(first, ~torch.isfinite(values["loss"]), self.of_loss)
-        # Fused optimizers skip the update where this is 1: the hook that gradient scalers use.
-        optimizer.found_inf = (self.step >= 0).float()  # type: ignore[attr-defined]
 
 
 def check_gradients(state: Any, run: Run, reports: list[StepReport]) -> None:

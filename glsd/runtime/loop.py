@@ -1,18 +1,24 @@
 """The loop of a training run: the duties after each step, the same for pretraining, fine-tuning and the dry run."""
 
 import contextlib
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from glsd.cluster import dist
 from glsd.errors import StoppedEarly
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.guard import StepReport, check_gradients, check_samples
 from glsd.runtime.meters import Meters
-from glsd.runtime.run import Run, StopVote, catch_signals, open_run, rewind
+from glsd.runtime.run import Run, open_run, rewind
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 Config = TypeVar("Config")
 Plan = TypeVar("Plan")
@@ -43,9 +49,9 @@ class Duties(NamedTuple):
     ]  # looks at the samples that the steps since the last check used
     save: Callable[[], None]
     probe: Callable[[], None]
-    is_save_due: Callable[[int], bool]  # after so many steps
-    is_probe_due: Callable[[int], bool]
-    log_every: int
+    log_every: int  # steps, as the next two
+    save_every: int
+    probe_every: int  # 0 = never; otherwise after the last step, too
     batch_size: int
     max_bad_fraction: float
 
@@ -89,6 +95,11 @@ def open_training(
         )
 
 
+def is_probe_due(probe_every: int, step: int, last: bool) -> bool:
+    """Tell whether to probe after ``step`` steps: every so many steps (0 = never), and after the last one."""
+    return probe_every > 0 and (last or step % probe_every == 0)
+
+
 def take_steps(t: Training, duties: Duties) -> None:
     """Take steps up to the last one; after each do what is due: flush, vote, check, save, stop, probe.
 
@@ -105,9 +116,9 @@ def take_steps(t: Training, duties: Duties) -> None:
         last = step == t.plan.last_step
         flushing = last or step % duties.log_every == 0
         stopping = stop_vote(t.stop_signal(), last=last)
-        probing = duties.is_probe_due(step)
+        probing = is_probe_due(duties.probe_every, step, last)
         # Before a probe, too: it may take longer than what a preempted run has left.
-        saving = last or bool(stopping) or probing or duties.is_save_due(step)
+        saving = last or bool(stopping) or probing or step % duties.save_every == 0
         error = None
         if flushing or saving:
             check_gradients(t.state, t.run, reports)
@@ -134,3 +145,73 @@ def take_steps(t: Training, duties: Duties) -> None:
         if probing:
             with t.meters.aside():
                 duties.probe()
+
+
+class BadGradient:
+    """The first step whose gradient was not finite; it lives on the device, so that no step waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.step = torch.tensor(-1, device=device)  # -1 = none
+        self.of_loss = torch.tensor(False, device=device)  # whether this rank's own loss was not finite then
+
+    def note(self, step: int, values: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Note the step if its gradient is bad, and keep the optimizer from moving from then on.
+
+        Gradients are averages over ranks, so every rank notes the same step; the loss is each rank's own.
+        """
+        first = ~torch.isfinite(values["grad_norm"]) & (self.step < 0)
+        self.step = torch.where(first, step, self.step)
+        self.of_loss = torch.where(first, ~torch.isfinite(values["loss"]), self.of_loss)
+        # Fused optimizers skip the update where this is 1: the hook that gradient scalers use.
+        optimizer.found_inf = (self.step >= 0).float()  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Callable[[], str]]:
+    """Within the block SIGTERM, SIGUSR1 and SIGINT only leave a note; yields a function that returns its
+    name, "" if none.
+
+    The note is this process's own: ranks agree by reducing it. Launchers and schedulers send the same
+    signal several times, so repeats change nothing, also after the block (SIGTERM and SIGUSR1 stay ignored once one came:
+    the process is on its way out), except a Ctrl-C two seconds or more after the first: that stops at once.
+    """
+    note, first_interrupt = "", 0.0
+
+    def leave_note(number: int, _frame: object) -> None:
+        nonlocal note, first_interrupt
+        if number == signal.SIGINT:
+            if first_interrupt and time.monotonic() - first_interrupt >= 2.0:
+                raise KeyboardInterrupt
+            first_interrupt = first_interrupt or time.monotonic()
+        note = note or signal.Signals(number).name
+
+    before = {number: signal.signal(number, leave_note) for number in SIGNALS}
+    try:
+        yield lambda: note
+    finally:
+        for number, handler in before.items():
+            leaving = note and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if leaving else handler)
+
+
+class StopVote:
+    """Ranks agree after which step they stop, whichever of them got the signal; without waiting for each other.
+
+    What they asked for at the end of one step is known at the end of the next: by then the answer has long traveled.
+    """
+
+    def __init__(self) -> None:
+        self._asked: Callable[[], int] = lambda: 0
+
+    def __call__(self, signal_name: str, *, last: bool) -> str:
+        """Return the name of the signal to stop for now, "" to go on; every rank calls after every step and gets the same.
+
+        signal_name: what this process got, if anything; last: this is the last step anyway.
+        """
+        number = signal.Signals[signal_name].value if signal_name else 0
+        if dist.world_size() > 1:
+            before = self._asked()
+            if not before and not last:
+                self._asked = dist.begin_max(number)
+            number = before
+        return signal.Signals(number).name if number else ""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glsd.cluster import dist, shutdown
+from glsd.cluster import dist
 from glsd.errors import UserError, one_line
 from glsd.files import flush
 
@@ -71,23 +71,23 @@ class Meters:
         The clock is the host's. On a CPU that is lost time; on a GPU, which may still work on what was
         queued, it is an upper bound of the time the device stood still.
         """
-        start, before = time.perf_counter(), shutdown.doing("waiting")
+        start, before = time.perf_counter(), dist.doing("waiting")
         yield
-        shutdown.doing(before)
+        dist.doing(before)
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Leave the block (a probe, a save) out of images/s, step time and data wait."""
-        start, before = time.perf_counter(), shutdown.doing("aside")
+        start, before = time.perf_counter(), dist.doing("aside")
         yield
-        shutdown.doing(before)
+        dist.doing(before)
         self._window_start += time.perf_counter() - start
 
     def advance(self, step: int, images: int) -> None:
         """Note that ``step`` is done and used ``images`` images on this rank."""
         self._images += images
-        shutdown.doing(str(step))
+        dist.doing(str(step))
         if self._bar is not None:
             self._bar.update(step - self._step)
         self._window_steps += step - self._step
@@ -145,7 +145,7 @@ class Meters:
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
-        before = shutdown.doing("aside")
+        before = dist.doing("aside")
         try:
             yield
         except OSError as problem:
@@ -154,11 +154,11 @@ class Meters:
                 "then go on with --resume auto"
             ) from problem
         finally:
-            shutdown.doing(before)
+            dist.doing(before)
 
     def close(self) -> None:
         """Close the files and the bar."""
-        shutdown.doing("closing")
+        dist.doing("closing")
         self.sync()
         for part in (self._file, self._board, self._bar):
             if part is not None:

@@ -8,11 +8,10 @@ import os
 import platform
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ PACKAGES = (
     "faiss-cpu",
 )
 VARIABLES = ("WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_JOB_NODELIST")
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -204,54 +202,3 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         raise UserError(
             f"cannot write {path}: {one_line(problem)}; free space or make it writable"
         ) from problem
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[Callable[[], str]]:
-    """Within the block SIGTERM, SIGUSR1 and SIGINT only leave a note; yields a function that returns its
-    name, "" if none.
-
-    The note is this process's own: ranks agree by reducing it. Launchers and schedulers send the same
-    signal several times, so repeats change nothing, also after the block (SIGTERM and SIGUSR1 stay ignored once one came:
-    the process is on its way out), except a Ctrl-C two seconds or more after the first: that stops at once.
-    """
-    note, first_interrupt = "", 0.0
-
-    def leave_note(number: int, _frame: object) -> None:
-        nonlocal note, first_interrupt
-        if number == signal.SIGINT:
-            if first_interrupt and time.monotonic() - first_interrupt >= 2.0:
-                raise KeyboardInterrupt
-            first_interrupt = first_interrupt or time.monotonic()
-        note = note or signal.Signals(number).name
-
-    before = {number: signal.signal(number, leave_note) for number in SIGNALS}
-    try:
-        yield lambda: note
-    finally:
-        for number, handler in before.items():
-            leaving = note and number != signal.SIGINT
-            signal.signal(number, signal.SIG_IGN if leaving else handler)
-
-
-class StopVote:
-    """Ranks agree after which step they stop, whichever of them got the signal; without waiting for each other.
-
-    What they asked for at the end of one step is known at the end of the next: by then the answer has long traveled.
-    """
-
-    def __init__(self) -> None:
-        self._asked: Callable[[], int] = lambda: 0
-
-    def __call__(self, signal_name: str, *, last: bool) -> str:
-        """Return the name of the signal to stop for now, "" to go on; every rank calls after every step and gets the same.
-
-        signal_name: what this process got, if anything; last: this is the last step anyway.
-        """
-        number = signal.Signals[signal_name].value if signal_name else 0
-        if dist.world_size() > 1:
-            before = self._asked()
-            if not before and not last:
-                self._asked = dist.begin_max(number)
-            number = before
-        return signal.Signals(number).name if number else ""

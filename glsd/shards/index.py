@@ -58,11 +58,6 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.label)
 
-    def key(self, row: int) -> str:
-        """Return the sample's name: the members' path up to the first dot of the last component."""
-        start = int(self.key_end[row - 1]) if row else 0
-        return self.key_bytes[start : int(self.key_end[row])].tobytes().decode(errors="surrogateescape")
-
 
 def index_path(shard: str | Path) -> Path:
     """Return the path of a shard's index: its own plus ``.index``."""

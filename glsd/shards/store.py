@@ -79,9 +79,14 @@ class ShardSet:
         return shard.read(offset, size)
 
     def key(self, index: int) -> str:
-        """Return a sample's name in its shard."""
+        """Return a sample's name in its shard: the members' path up to the first dot of the last component."""
         shard, row = self._locate(index)
-        return shard.index.key(row)
+        start = int(shard.index.key_end[row - 1]) if row else 0
+        return (
+            shard.index.key_bytes[start : int(shard.index.key_end[row])]
+            .tobytes()
+            .decode(errors="surrogateescape")
+        )
 
     def label(self, index: int) -> int:
         """Return a sample's label, -1 if it has none."""

@@ -75,9 +75,9 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(words):
 def test_help_names_what_is_set_first(name, capsys):
     module, kind = STAGES[name]
     with pytest.raises(SystemExit):
-        load(kind, ["--help"], about=module.__doc__, first=module.FIRST)
+        load(kind, ["--help"], about=module.__doc__ or "", first=module.FIRST)
     text = capsys.readouterr().out
-    assert text.startswith(module.__doc__.strip())
+    assert text.startswith((module.__doc__ or "").strip())
     assert all(f"--{key} " in text for key in ("config", *module.FIRST, "help all", "print_config"))
     if name == "pretrain":
         wanted = (
@@ -95,7 +95,7 @@ def test_help_names_what_is_set_first(name, capsys):
 def test_help_all_explains_every_field(name, capsys):
     module, kind = STAGES[name]
     with pytest.raises(SystemExit):
-        load(kind, ["--help", "all"], about=module.__doc__, first=module.FIRST)
+        load(kind, ["--help", "all"], about=module.__doc__ or "", first=module.FIRST)
     text = capsys.readouterr().out
     for key in leaves(yaml.safe_load(dump(kind()))):
         line = text.split(f"--{key} ", 2)[-1][:400]

@@ -225,7 +225,7 @@ pids = " ".join(map(str, dist.gather_objects(os.getpid())))
 if rank == 0:
     subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {pids}; sleep SLEEP; kill -CONT {pids}"])
 for step in range(150):
-    shutdown.doing(str(step))
+    dist.doing(str(step))
     torch_dist.all_reduce(torch.ones(1))
     time.sleep(0.02)
 shutdown.finish()
@@ -263,13 +263,13 @@ def test_ranks_that_live_but_get_nowhere_say_so(where):
 from glsd.cluster.dist import collective
 try:
     for step in range(1, 100):
-        shutdown.doing(str(step))
+        dist.doing(str(step))
         if step == 60 and rank == 2:
             if "WHERE" == "aside":
-                shutdown.doing("aside")
+                dist.doing("aside")
             (time.sleep if "WHERE" == "step" else collective(time.sleep))(1000)
         if step == 60 and "WHERE" == "aside":
-            shutdown.doing("aside")
+            dist.doing("aside")
         dist.all_reduce_sum(torch.ones(1))
         time.sleep(0.02)
 except RuntimeError as problem:  # the others leave

@@ -287,7 +287,7 @@ def test_what_a_run_leaves_behind(tiny_run, digit_shards):
 @pytest.mark.slow
 def test_a_bad_gradient_stops_before_the_weights_move(tiny_run, monkeypatch):
     """Gradients go bad at the 4th step, the check comes at the 6th: by then the student is still that of step 3."""
-    import glsd.pretrain.train as story
+    import glsd.pretrain.step as story
     import glsd.runtime.loop as loop
 
     seen = {}

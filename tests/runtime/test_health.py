@@ -8,6 +8,8 @@ import typing
 import pytest
 
 from glsd.config.pretrain import PretrainConfig
+from glsd.errors import with_config_keys
+from glsd.pretrain.report import HEALTH_KEYS
 from glsd.runtime.health import check
 
 K = 4096
@@ -64,8 +66,9 @@ def test_the_knobs_in_a_warning_exist(changes):
         if dataclasses.is_dataclass(cls):
             known |= {f"{section}.{field.name}" for field in dataclasses.fields(cls)}
     for finding in check({**HEALTHY, **changes}, num_prototypes=K, embed_dim=384):
-        named = set(re.findall(r"\b(?:data|model|head|loss|optim|watch)\.\w+", finding.line))
-        assert named, f"{finding.line} names no knob"
+        line = with_config_keys(finding.line, HEALTH_KEYS)
+        named = set(re.findall(r"\b(?:data|model|head|loss|optim|watch)\.\w+", line))
+        assert named, f"{line} names no knob"
         assert named <= known, named - known
 
 

@@ -11,11 +11,10 @@ import tracemalloc
 import pytest
 
 from glsd.errors import UserError
+from glsd.runtime.loop import StopVote, catch_signals
 from glsd.runtime.run import (
     Run,
-    StopVote,
     append_rows,
-    catch_signals,
     open_run,
     redact,
     rewind,
@@ -183,7 +182,7 @@ def test_an_impatient_second_interrupt_stops_at_once(monkeypatch):
 def test_a_repeated_signal_does_not_kill_a_process_on_its_way_out(first, code):
     """Launchers send SIGTERM two to four times; without any signal in the block the old handlers are back."""
     program = (
-        "import os, signal\nfrom glsd.runtime.run import catch_signals\n"
+        "import os, signal\nfrom glsd.runtime.loop import catch_signals\n"
         f"with catch_signals() as stop:\n  first = {first!r}\n"
         "  if first: os.kill(os.getpid(), signal.Signals[first])\n"
         "  print('saved', stop(), flush=True)\n"
@@ -204,7 +203,7 @@ def test_ranks_stop_after_the_same_step_whoever_got_the_signal(tmp_path):
     outputs = run_ranks(
         """
         import random, time
-        from glsd.runtime.run import StopVote
+        from glsd.runtime.loop import StopVote
         for signals, steps in (({(2, 4): "SIGTERM"}, 9), ({(0, 5): "SIGUSR1", (2, 4): "SIGUSR1"}, 9), ({(1, 9): "SIGINT"}, 9)):
             vote = StopVote()
             for step in range(1, steps + 1):
