@@ -408,6 +408,7 @@ def test_the_loader_reports_every_broken_draw_once(tmp_path, workers):
     steps = sum(SIZES) // BATCH * EPOCHS
     setup: dict[str, Any] = {
         "crop_spec": SPEC,
+        "match_rule": None,
         "seed": 3,
         "window_shards": 2,
         "consumed": 0,
