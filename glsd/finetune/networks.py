@@ -28,7 +28,7 @@ from glsd.load import (
 from glsd.losses.mdr import MdrStatistics, initial_statistics
 from glsd.losses.ranking import RANKING, RankingLoss, build_ranking
 from glsd.models.embedder import Embedder
-from glsd.optim.parameters import param_groups
+from glsd.optim import param_groups
 from glsd.runtime.checkpoint import has_checkpoint
 from glsd.runtime.loop import BadGradient
 from glsd.runtime.run import Run

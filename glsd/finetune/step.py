@@ -11,7 +11,7 @@ from glsd.data.photometric import normalize
 from glsd.finetune.networks import State
 from glsd.finetune.objective import batch_losses
 from glsd.finetune.plan import Plan, Rates
-from glsd.optim.parameters import clip_global
+from glsd.optim import clip_global
 from glsd.precision import widened
 from glsd.rng import step_seed
 from glsd.runtime.guard import StepReport

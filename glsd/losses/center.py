@@ -37,13 +37,10 @@ def sinkhorn_center(
     """Return the center that makes softmax((t - center) / teacher_temp) of the logits t Sinkhorn-Knopp over all ranks.
 
     Sinkhorn-Knopp scales the columns and rows of exp(t / teacher_temp), t = prototypes @ vector, in turn until every
-    prototype gets the same mass and every row sums to 1. It ends with the rows, so its result is a softmax whose column
-    scales u act as a center, center = -teacher_temp * log u. The center belongs to this batch alone: no momentum.
-    Every rank gets the same center. Computed in the log domain, in float32 or better; the operands of the products
-    are rounded to autocast's dtype, as in prototype_ce. Logits of more than SINKHORN_BUDGET bytes are computed anew in every
-    iteration, chunk by chunk. A shift of all entries of the center changes nothing. At convergence the columns of the
-    softmax sum to rows / k.
-    Source: Sinkhorn distances (arXiv 1306.0895), as in SwAV (arXiv 2006.09882, sec. 3.1).
+    prototype gets the same mass and every row sums to 1. It ends with the rows, so its column scales u act as a center,
+    -teacher_temp * log u. That belongs to this batch alone and is the same on every rank. Computed in the log domain, in
+    float32 or better; products are rounded as in prototype_ce. More logits than SINKHORN_BUDGET bytes are computed anew in
+    every iteration, chunk by chunk. Source: Sinkhorn distances (arXiv 1306.0895), as in SwAV (arXiv 2006.09882, sec. 3.1).
     """
     wide = wide_dtype(vectors)
     dtype = operand_dtype(vectors)

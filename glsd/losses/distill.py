@@ -5,7 +5,7 @@ all of them, so views 0 .. g-1 of both are the same crops.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -44,20 +44,17 @@ def global_loss(
     teacher_cls: Float[Tensor, "g b e"],
     student_prototypes: Float[Tensor, "k e"],
     teacher_prototypes: Float[Tensor, "k e"],
-    *,
-    center: Float[Tensor, " k"],
-    student_temp: float,
-    teacher_temp: float,
-    fuse: bool = False,
+    **softmax: Any,
 ) -> PrototypeCE:
     """Return the mean over pairs (q, v) and images of the cross-entropy of their image-level vectors.
 
+    softmax: center, student_temp, teacher_temp and fuse, as in prototype_ce.
     Source: DINO (arXiv 2104.14294, eq. 3), divided by the number of pairs as in its published code.
     """
     (v, b, _), g, device = student_cls.shape, len(teacher_cls), student_cls.device
     # Student row (image, view) meets all teacher rows of its image but that of the same view.
     index = torch.arange(b * g, device=device).view(b, 1, g).expand(b, v, g)
-    weight = (1 - torch.eye(v, g, device=device, dtype=center.dtype)) / (num_pairs(g, v) * b)
+    weight = (1 - torch.eye(v, g, device=device, dtype=softmax["center"].dtype)) / (num_pairs(g, v) * b)
     return prototype_ce(
         rearrange(student_cls, "v b e -> (b v) e"),
         rearrange(teacher_cls, "g b e -> (b g) e"),
@@ -66,10 +63,7 @@ def global_loss(
         index=index.flatten(0, 1),
         weight=weight.repeat(b, 1),
         groups=b,
-        center=center,
-        student_temp=student_temp,
-        teacher_temp=teacher_temp,
-        fuse=fuse,
+        **softmax,
     )
 
 
@@ -80,22 +74,20 @@ def local_loss(
     teacher_prototypes: Float[Tensor, "k e"],
     *,
     matches: Sequence[tuple[Match, float]],
-    center: Float[Tensor, " k"],
-    student_temp: float,
-    teacher_temp: float,
     mean: Literal["all", "accepted"] = "all",
-    fuse: bool = False,
+    **softmax: Any,
 ) -> LocalLoss:
     """Return the mean over pairs (q, v) of the weighted mean cross-entropy of matched patches.
 
     student_patches: (views, images, patches, e) per resolution, global views first; matches: each with its weight.
     mean 'all' divides by all student patches of a view, so that rejected ones weaken the loss (as published); 'accepted' by
-    those with a match, counted over the batches of all ranks (a pair without any counts as 0).
+    those with a match, counted over the batches of all ranks (a pair without any counts as 0). softmax: as in global_loss.
     Source: GLSD (arXiv 2207.14676).
     """
+    dtype = softmax["center"].dtype
     student = torch.cat([rearrange(patches, "v b n e -> b (v n) e") for patches in student_patches], 1)
     teacher = rearrange(teacher_patches, "g b n e -> b (g n) e")
-    weights = [share * _mean_weights(match, student_patches, mean, center.dtype) for match, share in matches]
+    weights = [share * _mean_weights(match, student_patches, mean, dtype) for match, share in matches]
     first_row = torch.arange(len(teacher), device=student.device)[:, None, None] * teacher.shape[1]
     index = (first_row + torch.cat([match.index for match, _ in matches], 2)).flatten(0, 1)
     weight = torch.cat(weights, 2).flatten(0, 1)
@@ -111,14 +103,11 @@ def local_loss(
         weight=weight,
         needed=needed,
         groups=len(teacher),
-        center=center,
-        student_temp=student_temp,
-        teacher_temp=teacher_temp,
-        fuse=fuse,
+        **softmax,
     )
     accepted = matches[0][0].weight > 0
     num_entries = accepted.numel() - teacher_patches[..., 0].numel()  # a view is not matched with itself
-    return LocalLoss(*result, accepted.sum().to(center.dtype) / num_entries)
+    return LocalLoss(*result, accepted.sum().to(dtype) / num_entries)
 
 
 def _mean_weights(

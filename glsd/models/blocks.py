@@ -1,34 +1,16 @@
-"""The blocks of a ViT or Eva: run one after the other, compiled or with activation checkpointing."""
+"""The blocks of a ViT or Eva: compiled, or run without their compiled graphs."""
 
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from timm.layers import DropPath
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-
-def run_blocks(
-    net: Any, tokens: Float[Tensor, "b n d"], arguments: Sequence[dict[str, Any]] | None = None
-) -> Float[Tensor, "b n d"]:
-    """Return the tokens after all blocks of ``net``; arguments: further arguments of each block, such as its rope."""
-    checkpointing = net.grad_checkpointing and torch.is_grad_enabled()
-    extras = arguments or [{}] * len(net.blocks)
-    for block, extra in zip(net.blocks, extras, strict=True):
-        # The reentrant kind cannot run a block twice (once a resolution) under DDP.
-        if checkpointing:
-            tokens = checkpoint(block, tokens, use_reentrant=False, **extra)
-        else:
-            tokens = block(tokens, **extra)
-    return tokens
 
 
 class _SharedDropPath(nn.Module):

@@ -1,6 +1,6 @@
 """The tokens of a timm network for images of any size, and the pooling of tokens to one vector per image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from glsd.models.blocks import run_blocks
 from glsd.precision import wide_dtype, widened
 
 
@@ -94,6 +94,21 @@ def _split(net: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Normalize and split into prefix and patch tokens; depending on the network's pooling, one of the norms is the identity."""
     tokens = net.fc_norm(net.norm(tokens))
     return tokens[:, : net.num_prefix_tokens], tokens[:, net.num_prefix_tokens :]
+
+
+def run_blocks(
+    net: Any, tokens: Float[Tensor, "b n d"], arguments: Sequence[dict[str, Any]] | None = None
+) -> Float[Tensor, "b n d"]:
+    """Return the tokens after all blocks of ``net``; arguments: further arguments of each block, such as its rope."""
+    checkpointing = net.grad_checkpointing and torch.is_grad_enabled()
+    extras = arguments or [{}] * len(net.blocks)
+    for block, extra in zip(net.blocks, extras, strict=True):
+        # The reentrant kind cannot run a block twice (once a resolution) under DDP.
+        if checkpointing:
+            tokens = checkpoint(block, tokens, use_reentrant=False, **extra)
+        else:
+            tokens = block(tokens, **extra)
+    return tokens
 
 
 def _vit_tokens(net: Any, images: Tensor) -> tuple[Tensor, Tensor]:

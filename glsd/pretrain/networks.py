@@ -14,7 +14,7 @@ from glsd.models.backbone import build_backbone, check_image_size
 from glsd.models.blocks import blocks_of, compile_blocks, compile_obstacle
 from glsd.models.heads import ProjectionHead
 from glsd.models.multicrop import MultiCrop
-from glsd.optim.parameters import param_groups
+from glsd.optim import param_groups
 from glsd.pretrain.objective import Distillation
 from glsd.runtime.loop import BadGradient
 

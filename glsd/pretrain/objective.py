@@ -55,31 +55,19 @@ class Distillation(nn.Module):
     ) -> Losses:
         """Return the losses of one micro-batch; ``match``: by place, where the matching asks for it."""
         views, teacher = self.student(global_crops, local_crops), targets.views
-        options: dict[str, Any] = {
-            "student_temp": self.loss.student_temp,
-            "teacher_temp": targets.temp,
-            "fuse": self.fuse,
-        }
-        image = global_loss(
-            views.cls,
-            teacher.cls,
-            views.cls_prototypes,
-            teacher.cls_prototypes,
-            center=targets.centers["global"],
-            **options,
-        )
+
+        def softmax(name: str) -> dict[str, Any]:
+            temps = {"student_temp": self.loss.student_temp, "teacher_temp": targets.temp}
+            return {"center": targets.centers[name], "fuse": self.fuse, **temps}
+
+        prototypes = views.cls_prototypes, teacher.cls_prototypes
+        image = global_loss(views.cls, teacher.cls, *prototypes, **softmax("global"))
         if views.patch_prototypes is None or teacher.patch_prototypes is None:
             return Losses(self.global_weight * image.loss, image, None)
-        patch = local_loss(
-            views.patches,
-            teacher.patches[0],
-            views.patch_prototypes,
-            teacher.patch_prototypes,
-            matches=self.weighted_matches(match, views, teacher),
-            center=targets.centers["local"],
-            mean=self.loss.local_mean,
-            **options,
-        )
+        matches = self.weighted_matches(match, views, teacher)
+        prototypes = views.patch_prototypes, teacher.patch_prototypes
+        options = {"matches": matches, "mean": self.loss.local_mean, **softmax("local")}
+        patch = local_loss(views.patches, teacher.patches[0], *prototypes, **options)
         return Losses(self.global_weight * image.loss + self.loss.local_weight * patch.loss, image, patch)
 
     def weighted_matches(
@@ -110,15 +98,11 @@ def run_teacher(
     with fsdp.without_gradients(teacher):
         views = teacher(global_crops)
         if sinkhorn_iterations is not None:
-            rows = {"global": (views.cls, views.cls_prototypes)}
+            options: dict[str, Any] = {"teacher_temp": temp, "iterations": sinkhorn_iterations}
+            centers = {"global": sinkhorn_center(views.cls.flatten(0, 1), views.cls_prototypes, **options)}
             if views.patch_prototypes is not None:
-                rows["local"] = (views.patches[0], views.patch_prototypes)
-            centers = {
-                name: sinkhorn_center(
-                    vectors.flatten(0, -2), prototypes, teacher_temp=temp, iterations=sinkhorn_iterations
-                )
-                for name, (vectors, prototypes) in rows.items()
-            }
+                vectors = views.patches[0].flatten(0, 2)
+                centers["local"] = sinkhorn_center(vectors, views.patch_prototypes, **options)
     return Targets(views, centers, temp)
 
 

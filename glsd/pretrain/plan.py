@@ -9,7 +9,7 @@ from glsd.config.pretrain import DataConfig, PretrainConfig
 from glsd.data.crops import CropSpec
 from glsd.data.order import epoch_length, micro_batches
 from glsd.errors import UserError, config_keys
-from glsd.optim.schedules import check_schedule, cosine, teacher_temp
+from glsd.optim import check_schedule, cosine, teacher_temp
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from glsd.cluster import dist, fsdp
 from glsd.config.pretrain import PretrainConfig
 from glsd.data.photometric import photometric
 from glsd.losses.center import ema_center
-from glsd.optim.parameters import CLIPPERS, ema_update
+from glsd.optim import CLIPPERS, ema_update
 from glsd.pretrain.networks import State
 from glsd.pretrain.objective import mean_logits, run_teacher, step_values
 from glsd.pretrain.plan import Plan, Rates, rates_at

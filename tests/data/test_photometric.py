@@ -22,10 +22,10 @@ from glsd.data.photometric import (
     gaussian_matrix,
     normalize,
     photometric,
+    photometric_cpu,
     photometric_torch,
     plan,
 )
-from glsd.data.photometric_cpu import photometric_cpu
 from tests.helpers.usual_spec import usual_spec
 
 NEUTRAL = [1.0, 1, 1, 0, 0, 0, 0, 0]

@@ -10,8 +10,7 @@ from torch import nn
 
 from glsd.models.heads import ProjectionHead
 from glsd.models.tokens import resample_pos_embed
-from glsd.optim.parameters import clip_per_parameter, param_groups
-from glsd.optim.schedules import cosine, teacher_temp
+from glsd.optim import clip_per_parameter, cosine, param_groups, teacher_temp
 
 
 def check_schedules(golden: Golden) -> None:

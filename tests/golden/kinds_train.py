@@ -14,8 +14,7 @@ from glsd.geometry import geometric_match
 from glsd.losses.center import ema_center
 from glsd.losses.distill import global_loss, local_loss, similarity_match
 from glsd.models.heads import ProjectionHead
-from glsd.optim.parameters import clip_per_parameter, ema_update, param_groups
-from glsd.optim.schedules import cosine
+from glsd.optim import clip_per_parameter, cosine, ema_update, param_groups
 
 NUM_GLOBAL = 2
 

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glsd.geometry import needed_rows
 from glsd.losses import prototype_ce as module
-from glsd.losses.logit_terms import student_terms
-from glsd.losses.prototype_ce import prototype_ce
+from glsd.losses.prototype_ce import prototype_ce, student_terms
 from glsd.precision import product
 
 

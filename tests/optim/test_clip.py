@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from glsd.optim.parameters import CLIPPERS, clip_global, clip_per_parameter
+from glsd.optim import CLIPPERS, clip_global, clip_per_parameter
 
 
 def make_parameters(dtype=torch.float64) -> list[Parameter]:

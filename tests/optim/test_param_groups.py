@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from glsd.optim.parameters import param_groups
+from glsd.optim import param_groups
 
 
 class Toy(nn.Module):

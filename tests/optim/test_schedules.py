@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glsd.errors import UserError
-from glsd.optim.schedules import check_schedule, cosine, teacher_temp
+from glsd.optim import check_schedule, cosine, teacher_temp
 
 
 def literal_cosine(base, final, total, warmup):

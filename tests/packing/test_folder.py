@@ -89,9 +89,10 @@ def test_webdataset_reads_it(photos_folder, tmp_path):
 def test_a_shard_is_byte_for_byte_what_webdataset_writes(photos_folder, tmp_path):
     shard = pack_folder(photos_folder, tmp_path / "out").shards[0]
     with tarfile.open(shard) as tar:
-        members = [(*member.name.split("."), tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
     samples: dict[str, dict[str, bytes]] = {}
-    for key, extension, content in members:
+    for name, content in members:
+        key, _, extension = name.partition(".")
         samples.setdefault(key, {})[extension] = content
     with (
         open(tmp_path / "theirs.tar", "wb") as file,

@@ -1,8 +1,9 @@
-"""What a step does with the parameters of a network: group them, clip their gradients, move the teacher.
+"""Around the optimizer: schedules, parameter groups, gradient clipping and the moving average of the teacher.
 
 Nothing here waits for the device.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,10 +13,52 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from glsd.cluster import dist
+from glsd.errors import UserError
 from glsd.precision import widened
 
 # Added to the norm before dividing, as published.
 EPSILON = 1e-6
+
+
+def cosine(step: int, *, base: float, final: float, total_steps: int, warmup_steps: int = 0) -> float:
+    """Return the value at ``step``: a linear rise from 0 to base, then half a cosine from base towards final.
+
+    The rise takes warmup_steps values and includes both ends, so base comes twice: at the last step of the rise and at the
+    first of the cosine. As published, final is never quite reached. step: 0 .. total_steps - 1, ValueError outside.
+    Source: the schedules of DINO (arXiv 2104.14294) and GLSD (arXiv 2207.14676), per step.
+    """
+    if not 0 <= step < total_steps:
+        raise ValueError(f"step {step} is outside a schedule of {total_steps} steps")
+    if step < warmup_steps:
+        return _between(0.0, base, step, warmup_steps)
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + 0.5 * (base - final) * (1.0 + math.cos(math.pi * progress))
+
+
+def teacher_temp(epoch: int, *, warmup_temp: float, temp: float, warmup_epochs: int) -> float:
+    """Return the teacher's temperature in ``epoch``: warmup_epochs values from warmup_temp to temp, then temp.
+
+    Source: DINO (arXiv 2104.14294), one value per epoch.
+    """
+    return _between(warmup_temp, temp, epoch, warmup_epochs) if epoch < warmup_epochs else float(temp)
+
+
+def _between(first: float, last: float, place: int, count: int) -> float:
+    """Return value ``place`` of ``count`` equally spaced ones from first to last; a single one is first."""
+    return first + (last - first) * place / (count - 1) if count > 1 else float(first)
+
+
+def check_schedule(*, epochs: int, warmup_epochs: int) -> None:
+    """Raise UserError unless 0 <= warmup_epochs <= epochs and epochs > 0."""
+    if epochs <= 0:
+        raise UserError(f"epochs is {epochs}: expected at least 1")
+    if warmup_epochs < 0:
+        raise UserError(f"warmup_epochs is {warmup_epochs}: expected 0 or more")
+    if warmup_epochs > epochs:
+        raise UserError(
+            f"warmup_epochs is {warmup_epochs} but epochs is only {epochs}: the warm-up cannot be longer than the run, "
+            "lower warmup_epochs or raise epochs"
+        )
 
 
 def param_groups(named_parameters: Iterable[tuple[str, Parameter]]) -> list[dict[str, Any]]:
@@ -92,22 +135,10 @@ def _norms(grads: list[Tensor], sharded: bool) -> Tensor:
 
 
 @torch.no_grad()
-def ema_update(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], momentum: float) -> None:
-    """Move every named parameter of the teacher in place: teacher <- momentum * teacher + (1 - momentum) * student.
+def ema_update(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], momentum: int | float) -> None:
+    """Move every named parameter of the teacher: teacher <- momentum * teacher + (1 - momentum) * student, in place.
 
-    Parameters only: buffers, such as the statistics of batch normalization, stay the teacher's own. Momentum 1 changes no
-    bit. Raises ValueError if names or shapes differ, or if a parameter is below float32, which would round small steps
-    away. Source: DINO (arXiv 2104.14294), section 3.1.
+    Parameters only: buffers, such as running statistics, stay the teacher's own. Momentum 1 changes no bit. KeyError or
+    RuntimeError where the student's names or shapes differ. Source: DINO (Caron et al. 2021), section 3.1.
     """
-    if teacher.keys() != student.keys():
-        raise ValueError(
-            f"teacher and student differ in parameters: {sorted(teacher.keys() ^ student.keys())[:5]}"
-        )
-    for name, target in teacher.items():
-        if target.shape != student[name].shape:
-            raise ValueError(
-                f"{name} is {tuple(target.shape)} in the teacher, {tuple(student[name].shape)} in the student"
-            )
-        if torch.finfo(target.dtype).bits < 32:
-            raise ValueError(f"{name} of the teacher is {target.dtype}: an average needs float32")
     torch._foreach_lerp_(list(teacher.values()), [student[name] for name in teacher], 1.0 - momentum)
