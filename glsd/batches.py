@@ -64,10 +64,8 @@ class Match:
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "Match":
         """Return the match with ``move`` applied to each tensor."""
-        if self.needed is None:
-            return Match(move(self.index), move(self.weight))
-        rows, columns, index, row_ends, column_ends = self.needed
-        needed = NeededRows(move(rows), move(columns), move(index), row_ends, column_ends)
+        n = self.needed
+        needed = n and n._replace(rows=move(n.rows), columns=move(n.columns), index=move(n.index))
         return Match(move(self.index), move(self.weight), needed)
 
 

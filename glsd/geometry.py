@@ -28,23 +28,18 @@ def patch_centers(boxes: Float[Tensor, "*m 4"], crop_size: int, stride: int) -> 
 def patch_axes(
     boxes: Float[Tensor, "*m 4"], crop_size: int, stride: int
 ) -> tuple[Float[Tensor, "*m s"], Float[Tensor, "*m s"]]:
-    """Return x of the columns and y of the rows of patch centers; arguments as in patch_centers."""
-    # A remainder at the right and bottom of the crop belongs to no patch, as in a convolution of that stride.
+    """Return x of the columns and y of the rows of patch centers; a remainder of the crop belongs to no patch."""
     place = (
         torch.arange(grid_side(crop_size, stride), dtype=boxes.dtype, device=boxes.device) + 0.5
     ) * stride
     start, end = boxes[..., :2, None], boxes[..., 2:, None]
-    # Multiplying before dividing keeps simple scales exact, and with them the ties between patches. A mirrored box runs
-    # backwards by itself.
+    # Multiplying before dividing keeps simple scales exact, and with them ties. A mirrored box runs backwards by itself.
     x, y = (start + place * (end - start) / crop_size - 0.5).unbind(-2)
     return x, y
 
 
 def squared_half_diagonals(boxes: Float[Tensor, "*m 4"], crop_size: int, stride: int) -> Float[Tensor, "*m"]:
-    """Return the squared half diagonal of one patch cell of every crop, in squared source pixels.
-
-    Source: GLSD (arXiv 2207.14676), rejection threshold of its geometric matching.
-    """
+    """Return the squared half diagonal of one patch cell of every crop, in squared source pixels. Source: GLSD."""
     cell = (boxes[..., 2:] - boxes[..., :2]).abs() * stride / crop_size
     return (cell / 2).square().sum(-1)
 
@@ -60,17 +55,15 @@ def geometric_match(
     """Return the patch of every teacher view that is nearest to each student patch in the source image.
 
     boxes: (views, images, 4) per resolution, global crops (the teacher's) first; a resolution may be empty. With ``hinge`` a
-    match counts if the distance is smaller than hinge_factor times the larger half diagonal of the two cells. Equal
-    distances: the lowest index.
-    Source: GLSD (arXiv 2207.14676), rejection threshold as in its published code; equals losses.match.geometric.
+    match counts if the distance is smaller than hinge_factor times the larger half diagonal of the two cells. Of equal
+    distances the lowest index. Source: GLSD (arXiv 2207.14676) and its code. It equals losses.match.geometric.
     """
     num_teacher = len(boxes[0])
     teacher_x, teacher_y = patch_axes(boxes[0], crop_sizes[0], stride)
     teacher_half = squared_half_diagonals(boxes[0], crop_sizes[0], stride)
     side = teacher_x.shape[-1]
     first_patch = torch.arange(num_teacher)[:, None, None, None] * side**2
-    indices: list[Tensor] = []
-    weights: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []
     resolutions = [pair for pair in zip(boxes, crop_sizes, strict=True) if len(pair[0])]
     for student, crop_size in resolutions:
         x, y = patch_axes(student, crop_size, stride)
@@ -81,43 +74,32 @@ def geometric_match(
         half = torch.maximum(squared_half_diagonals(student, crop_size, stride)[:, None], teacher_half)
         limit = hinge_factor**2 * half[..., None, None] if hinge else torch.inf
         accepted = (dx[..., None, :] + dy[..., :, None] < limit).float()
-        if not indices:  # a global crop is not compared with itself
+        if not found:  # a global crop is not compared with itself
             accepted[range(num_teacher), range(num_teacher)] = 0
-        indices.append(rearrange(index, "v g b y x -> b (v y x) g"))
-        weights.append(rearrange(accepted, "v g b y x -> b (v y x) g"))
-    index, weight = torch.cat(indices, 1), torch.cat(weights, 1)
-    of_batch = index + torch.arange(len(index))[:, None, None] * num_teacher * side**2
-    needed = needed_rows(
-        of_batch.flatten(0, 1), weight.flatten(0, 1) > 0, len(index) * num_teacher * side**2, len(index)
-    )
-    return Match(index, weight, needed)
+        layout = "v g b y x -> b (v y x) g"
+        found.append((rearrange(index, layout), rearrange(accepted, layout)))
+    index, weight = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    images, patches = len(index), num_teacher * side**2
+    rows = (index + torch.arange(images)[:, None, None] * patches).flatten(0, 1)
+    return Match(index, weight, needed_rows(rows, weight.flatten(0, 1) > 0, images * patches, images))
 
 
 def needed_rows(
     index: Int64[Tensor, "r m"], kept: Bool[Tensor, "r m"], num_teacher: int, groups: int
 ) -> NeededRows:
-    """Return the rows with a kept entry and the teacher rows that kept entries point to.
-
-    groups: number of equal, successive parts (images) of both sides such that no row points into another part.
-    """
+    """Return the rows with a kept entry and the teacher rows that these point to; ``groups`` as in prototype_ce."""
     rows, pointed = kept.numpy().any(1), np.zeros(num_teacher, dtype=bool)
     pointed[index.numpy()[kept.numpy()]] = True
     # An entry that is not kept may point to a row that is gone: let it point to a kept one of its row, its weight is 0.
     place = torch.from_numpy(np.cumsum(pointed) - 1)[index].masked_fill(~kept, torch.iinfo(torch.int64).max)
     compact = torch.where(kept, place, place.amin(1, keepdim=True))[torch.from_numpy(rows)]
-    return NeededRows(
-        torch.from_numpy(np.flatnonzero(rows)),
-        torch.from_numpy(np.flatnonzero(pointed)),
-        compact,
-        np.cumsum(rows.reshape(groups, -1).sum(1)).tolist(),
-        np.cumsum(pointed.reshape(groups, -1).sum(1)).tolist(),
-    )
+    numbers = (torch.from_numpy(np.flatnonzero(chosen)) for chosen in (rows, pointed))
+    ends = (np.cumsum(chosen.reshape(groups, -1).sum(1)).tolist() for chosen in (rows, pointed))
+    return NeededRows(*numbers, compact, *ends)  # type: ignore[call-arg, arg-type]
 
 
 def grid_side(crop_size: int, stride: int) -> int:
     """Return the number of patches along one side; UserError if not even one fits."""
     if crop_size < stride:
-        raise UserError(
-            f"crop size {crop_size} is smaller than one patch of {stride} pixels: use a larger crop"
-        )
+        raise UserError(f"crop size {crop_size} is below one patch of {stride} pixels: use a larger crop")
     return crop_size // stride

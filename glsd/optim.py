@@ -23,9 +23,7 @@ EPSILON = 1e-6
 def cosine(step: int, *, base: float, final: float, total_steps: int, warmup_steps: int = 0) -> float:
     """Return the value at ``step``: a linear rise from 0 to base, then half a cosine from base towards final.
 
-    The rise takes warmup_steps values and includes both ends, so base comes twice: at the last step of the rise and at the
-    first of the cosine. As published, final is never quite reached. step: 0 .. total_steps - 1, ValueError outside.
-    Source: the schedules of DINO (arXiv 2104.14294) and GLSD (arXiv 2207.14676), per step.
+    The rise includes both ends; as published, base comes twice and final is never quite reached. Source: DINO, GLSD.
     """
     if not 0 <= step < total_steps:
         raise ValueError(f"step {step} is outside a schedule of {total_steps} steps")
@@ -89,9 +87,7 @@ def clip_per_parameter(
 ) -> Float[Tensor, " p"]:
     """Scale each gradient g by min(1, max_norm / (|g| + 1e-6)), in place, and return the p norms before scaling.
 
-    Parameters without a gradient are skipped. max_norm 0 measures and leaves the gradients alone. Norms are float32 or
-    better. sharded: each rank holds a shard of each gradient, and the norms are those of the whole gradients (a collective
-    call). Source: DINO (arXiv 2104.14294), GLSD (arXiv 2207.14676).
+    max_norm 0 only measures. sharded: each rank holds a shard of each gradient; the norms are those of the whole gradients.
     """
     grads = _grads(parameters)
     norms = _norms(grads, sharded)
@@ -138,7 +134,6 @@ def _norms(grads: list[Tensor], sharded: bool) -> Tensor:
 def ema_update(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], momentum: int | float) -> None:
     """Move every named parameter of the teacher: teacher <- momentum * teacher + (1 - momentum) * student, in place.
 
-    Parameters only: buffers, such as running statistics, stay the teacher's own. Momentum 1 changes no bit. KeyError or
-    RuntimeError where the student's names or shapes differ. Source: DINO (Caron et al. 2021), section 3.1.
+    Buffers, such as running statistics, stay the teacher's own. Momentum 1 changes no bit. Source: DINO, section 3.1.
     """
     torch._foreach_lerp_(list(teacher.values()), [student[name] for name in teacher], 1.0 - momentum)

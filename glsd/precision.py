@@ -16,10 +16,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def operand_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype to which operands of products with ``tensor`` are rounded.
-
-    Under autocast it is autocast's dtype, unless the tensor is wider than float32; otherwise the tensor's own.
-    """
+    """Return the dtype of operands: autocast's, unless the tensor is wider than float32; without autocast the tensor's own."""
     kind = tensor.device.type
     rounds = torch.is_autocast_enabled(kind) and tensor.dtype.itemsize <= 4
     return torch.get_autocast_dtype(kind) if rounds else tensor.dtype

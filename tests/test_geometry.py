@@ -63,7 +63,7 @@ def test_half_diagonals_come_from_the_spacing_of_patches():
 
 
 def test_a_crop_smaller_than_a_patch_is_the_users_mistake():
-    with pytest.raises(UserError, match="crop size 8 is smaller than one patch of 16"):
+    with pytest.raises(UserError, match="crop size 8 is below one patch of 16"):
         patch_centers(torch.zeros(1, 4), 8, 16)
 
 

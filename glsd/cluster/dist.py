@@ -90,17 +90,17 @@ def barrier() -> None:
 
 def all_reduce_sum(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
     """Return the sum over ranks, a new tensor without gradient; a single process returns the input itself."""
-    return _all_reduce(tensor, "sum")
+    return _all_reduce(tensor, "SUM")
 
 
 def all_reduce_mean(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
     """Return the mean over ranks, a new tensor without gradient; a single process returns the input itself."""
-    return tensor if world_size() == 1 else _all_reduce(tensor, "sum") / world_size()
+    return tensor if world_size() == 1 else _all_reduce(tensor, "SUM") / world_size()
 
 
 def all_reduce_max(tensor: Shaped[Tensor, "*s"]) -> Shaped[Tensor, "*s"]:
     """Return the elementwise maximum over ranks, a new tensor without gradient; a single process returns the input itself."""
-    return _all_reduce(tensor, "max")
+    return _all_reduce(tensor, "MAX")
 
 
 @collective
@@ -109,8 +109,7 @@ def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
         return tensor
     # A contiguous copy, because the collective overwrites its argument.
     result = tensor.detach().clone(memory_format=torch.contiguous_format)
-    operations = {"sum": torch_dist.ReduceOp.SUM, "max": torch_dist.ReduceOp.MAX}
-    torch_dist.all_reduce(result, op=operations[operation])
+    torch_dist.all_reduce(result, op=getattr(torch_dist.ReduceOp, operation))
     return result
 
 

@@ -27,7 +27,7 @@ Module = TypeVar("Module", bound=nn.Module)
 REDUCED: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16}
 
 
-# What torch does not keep of sharded modules: this rank's rows as plain parameters, and a copy without numbers.
+# Of modules: this rank's part of the parameters. Of sharded ones: a copy without numbers.
 _LOCAL: WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]] = WeakKeyDictionary()
 _BLUEPRINTS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
@@ -62,47 +62,39 @@ def shard(
 @contextlib.contextmanager
 def without_gradients(root: nn.Module) -> Iterator[None]:
     """Run forwards of ``root`` without any gradient; a sharded one lets go of its whole parameters at the end."""
-    if not isinstance(root, FSDPModule):
-        with torch.inference_mode():
-            yield
-        return
-    with torch.no_grad():  # inference mode cannot gather shards
+    sharded = root if isinstance(root, FSDPModule) else None
+    with torch.no_grad() if sharded else torch.inference_mode():  # which cannot gather shards
         yield
-    root.reshard()  # without a backward pass they would stay, and go stale
+    if sharded:
+        sharded.reshard()  # without a backward pass they would stay, and go stale
 
 
 def gradient_sync(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
     """Average the gradients of the backward pass inside over ranks, or only add them up on this rank for later."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(wanted)
-    if wanted or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()
+    plain = wanted or not isinstance(model, DistributedDataParallel)
+    return contextlib.nullcontext() if plain else model.no_sync()  # type: ignore[operator]
 
 
 def local_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return this rank's part of each parameter, by name: the parameter itself, or its local shard as a plain one.
-
-    A shard may be empty. It shares its memory with the module: what changes here is what the next forward sees.
-    """
-    if not is_sharded(module):
-        return dict(module.named_parameters())
+    """Return each parameter by name, or its local shard (maybe empty) as a plain one that shares the module's memory."""
     if module not in _LOCAL:
-        _LOCAL[module] = {
-            name: nn.Parameter(_rows(parameter), parameter.requires_grad)
-            for name, parameter in module.named_parameters()
-        }
+        _LOCAL[module] = {name: _local(parameter) for name, parameter in module.named_parameters()}
     return _LOCAL[module]
+
+
+def _local(parameter: nn.Parameter) -> nn.Parameter:
+    sharded = isinstance(parameter, DTensor)
+    return nn.Parameter(_rows(parameter), parameter.requires_grad) if sharded else parameter
 
 
 def collect_gradients(module: nn.Module) -> None:
     """Move the gradients of a sharded module to its ``local_parameters``."""
-    if not is_sharded(module):
-        return
-    local = local_parameters(module)
-    for name, parameter in module.named_parameters():
-        local[name].grad = None if parameter.grad is None else _rows(parameter.grad)
-        parameter.grad = None
+    if is_sharded(module):
+        for name, parameter in module.named_parameters():
+            local_parameters(module)[name].grad = None if parameter.grad is None else _rows(parameter.grad)
+            parameter.grad = None
 
 
 def gather_state(module: nn.Module) -> dict[str, Tensor]:

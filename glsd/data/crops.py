@@ -78,11 +78,6 @@ class CropSpec:
         ok = all(0 <= v < math.inf for v in self.jitter) and self.jitter[3] <= 0.5
         require(ok, "jitter", self.jitter, "four strengths >= 0 (hue: at most 0.5)")
 
-    @property
-    def num_crops(self) -> int:
-        """Crops of an image, global crops first."""
-        return NUM_GLOBAL + self.num_local
-
 
 class CropPlan(NamedTuple):
     """The random parameters of the crops of one image, global crops first."""
@@ -103,9 +98,8 @@ class CroppedSample(NamedTuple):
 def crop_sample(raw: bytes, spec: CropSpec, *, seed: int, epoch: int, position: int) -> CroppedSample:
     """Decode one image file and cut its crops; a function of its arguments alone.
 
-    A JPEG that is large for its crops is decoded at 1/2, 1/4 or 1/8 of its size (choose_reduction). Its boxes then move
-    to the nearest edges of reduced pixels. The boxes returned are those that were cut, in source pixels.
-    Raises BrokenImage if the bytes are not a usable image.
+    A JPEG that is large for its crops is decoded at reduced size (choose_reduction), and its boxes move to the nearest
+    edges of reduced pixels. Boxes are in source pixels. Raises BrokenImage if the bytes are not a usable image.
     """
     wanted = [(spec.global_scale[0], spec.global_size)]
     if spec.num_local:
@@ -124,13 +118,11 @@ def crop_sample(raw: bytes, spec: CropSpec, *, seed: int, epoch: int, position: 
 def draw(spec: CropSpec, *, height: int, width: int, seed: int, epoch: int, position: int) -> CropPlan:
     """Return random boxes and photometric parameters for every crop of a ``height`` x ``width`` image.
 
-    They depend on (seed, epoch, position) alone, not on earlier draws or the process. A box has whole pixels and a uniform
-    place. Its share of the area is uniform in the scale, its aspect ratio log-uniform in 3/4 .. 4/3. After ten boxes that
-    do not fit, it is the largest centered box within the aspect limits.
-    Source: augmentation of DINO (arXiv 2104.14294) and GLSD (arXiv 2207.14676).
+    A box has whole pixels and a uniform place. Its share of the area is uniform in the scale, its aspect ratio log-uniform
+    in 3/4 .. 4/3. After ten boxes that do not fit, it is the largest centered box within the aspect limits (DINO, GLSD).
     """
-    u = crop_uniforms(spec.num_crops, seed=seed, stream=Stream.CROPS, epoch=epoch, position=position)
     scales = np.array([spec.global_scale] * NUM_GLOBAL + [spec.local_scale] * spec.num_local)
+    u = crop_uniforms(len(scales), seed=seed, stream=Stream.CROPS, epoch=epoch, position=position)
     boxes = torch.from_numpy(_boxes(scales, spec.flip_prob, u, height=height, width=width))
     return CropPlan(boxes, torch.from_numpy(_photometric_parameters(spec, u)))
 
@@ -179,10 +171,7 @@ def crop_uniforms(
 
 
 def cut(image: UInt8[Tensor, "3 h w"], boxes: Float[Tensor, "m 4"], size: int) -> UInt8[Tensor, "m 3 s s"]:
-    """Return the pixels of every box resized to a square (bicubic, antialiased), mirrored if x0 > x1.
-
-    Boxes lie on whole pixels inside the image. Channels-last images are fast: decode returns them so.
-    """
+    """Return the pixels of every box (whole pixels) resized to a square (bicubic, antialiased), mirrored if x0 > x1."""
     crops = np.empty((len(boxes), 3, size, size), dtype=np.uint8)
     pixels = image.permute(1, 2, 0).numpy()[None]
     with single_threaded():

@@ -95,9 +95,7 @@ class Grid(NamedTuple):
     left: int = 0
     top: int = 0
 
-    def snap(
-        self, boxes: Float64[np.ndarray, "m 4"]
-    ) -> tuple[Float64[np.ndarray, "m 4"], Float64[np.ndarray, "m 4"]]:
+    def snap(self, boxes: Float64[np.ndarray, "m 4"]) -> tuple[np.ndarray, np.ndarray]:
         """Return the nearest boxes (x0 y0 x1 y1) on whole reduced pixels, in source pixels and in reduced pixels."""
         if self.reduction == 1:
             return boxes, boxes
@@ -127,16 +125,13 @@ def decode_reduced(
     """Return the image as decode() does, perhaps at reduced size, and the place of its pixels in the source.
 
     reduction_of: from stored height and width in pixels (swapped in some EXIF orientations) to 1, 2, 4 or 8. Only RGB and
-    gray JPEG files are reduced. libjpeg-turbo makes 8 / reduction pixels a side from the low frequencies of each 8 x 8
-    block and never computes the others.
-    Raises BrokenImage as decode() does.
+    gray JPEG files are reduced: libjpeg-turbo never computes the high frequencies. Raises BrokenImage as decode() does.
     """
     if not raw:
         raise BrokenImage("empty file (0 bytes)")
     try:
         with warnings.catch_warnings():
-            # Pillow warns where it guesses. Here an image is readable or broken.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # where Pillow guesses: here an image is readable or broken
             if raw[:3] == b"\xff\xd8\xff":
                 return _decode_jpeg(raw, reduction_of)
             return _whole(_decode_other(raw))

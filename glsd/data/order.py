@@ -81,10 +81,8 @@ class EpochOrder:
             passes = self._passes_of(window)
             shards = zip(self._shards[passes].tolist(), self._counts[passes].tolist(), strict=True)
             indices = np.concatenate([self._samples(*shard) for shard in shards])
-            shuffled = permutation(
-                len(indices), seed=self._seed, stream=Stream.SAMPLES, epoch=self._epoch, part=window
-            )
-            self._windows[window] = indices[shuffled]
+            stream = {"seed": self._seed, "stream": Stream.SAMPLES, "epoch": self._epoch, "part": window}
+            self._windows[window] = indices[permutation(len(indices), **stream)]
             if len(self._windows) > CACHED_WINDOWS:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(window)

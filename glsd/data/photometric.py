@@ -51,9 +51,8 @@ def photometric(
 ) -> Float32[Tensor, "*m 3 h w"]:
     """Return the crops with their colors changed, then normalized with MEAN and STD.
 
-    crops: on any device; parameters: columns PHOTOMETRIC_FIELDS, on the CPU. Order: the four jitters in the crop's own
-    order, grayscale, blur (sigma in pixels, edges repeated), solarize. Values stay within 0..1 and are not rounded.
-    Source: augmentation of DINO (arXiv 2104.14294).
+    parameters: columns PHOTOMETRIC_FIELDS, on the CPU. Order: the four jitters in the crop's own order, grayscale, blur
+    (sigma in pixels, edges repeated), solarize; in 0..1, not rounded. Source: DINO (arXiv 2104.14294).
     """
     implementation = photometric_cpu if crops.device.type == "cpu" else photometric_torch
     return implementation(crops.flatten(0, -4), parameters.flatten(0, -2)).view(crops.shape)
@@ -223,12 +222,10 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
 def photometric_cpu(
     crops: UInt8[Tensor, "m 3 h w"], parameters: Float32[Tensor, "m f"]
 ) -> Float32[Tensor, "m 3 h w"]:
-    """Return the crops changed as photometric() says, on the CPU; within 1e-4 of photometric_torch (normalized values).
-
-    Each result depends on its crop and parameters alone. torch's number of threads is the number of crops at a time.
-    """
-    # numpy asks for huge pages, which halves the time of large batches.
-    into = np.empty(tuple(crops.shape), dtype=np.float32)
+    """Return the crops changed as photometric() says, on the CPU, as many at a time as torch has threads."""
+    into = np.empty(
+        tuple(crops.shape), dtype=np.float32
+    )  # in huge pages, which halves the time of large batches
     pixels, rows = crops.numpy(), parameters.tolist()
     threads = min(torch.get_num_threads(), len(rows))
 
@@ -236,13 +233,8 @@ def photometric_cpu(
         _change(pixels[number], dict(zip(COLUMN, rows[number], strict=True)), into[number])
 
     if into.size:
-        with single_threaded():
-            if threads == 1:
-                for number in range(len(rows)):
-                    one(number)
-            else:
-                with ThreadPoolExecutor(threads) as pool:
-                    list(pool.map(one, range(len(rows))))
+        with single_threaded(), ThreadPoolExecutor(threads) as pool:
+            list(pool.map(one, range(len(rows))))
     return torch.from_numpy(into)
 
 

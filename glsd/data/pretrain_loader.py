@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Shaped
@@ -66,7 +66,8 @@ class PretrainDataset:
     def __getitem__(self, place: tuple[int, int]) -> PretrainSample:
         """Raises UserError if the sample and all its stand-ins are unreadable."""
         epoch, position = place
-        self._announce(epoch, position)
+        if self.shards.has_remote:
+            self._announce(epoch, position)
         unreadable: list[tuple[int, str, str]] = []
         for index in self._candidates(epoch, position):
             try:
@@ -77,21 +78,21 @@ class PretrainDataset:
                 continue
             broken = tuple(BrokenSample(epoch, position, *what, replaced_by=index) for what in unreadable)
             return PretrainSample(crops, index, self.shards.key(index), broken)
-        index, key, reason = unreadable[0]
-        raise UserError(
+        raise self._all_unreadable(*unreadable[0])
+
+    def _all_unreadable(self, index: int, key: str, reason: str) -> UserError:
+        return UserError(
             f"sample {key!r} of shard {self.shards.shard_of(index)} cannot be read ({reason}), nor can any "
             f"of the {MAX_STAND_INS} drawn in its place: check the shards"
         )
 
     def _order(self, epoch: int) -> EpochOrder:
         if epoch not in self._orders:
-            self._orders[epoch] = EpochOrder(
-                self.shards.shard_sizes,
-                seed=self.seed,
-                epoch=epoch,
-                window_shards=self.window_shards,
-                shard_weights=self.shards.shard_weights,
-            )
+            options: dict[str, Any] = {
+                "window_shards": self.window_shards,
+                "shard_weights": self.shards.shard_weights,
+            }
+            self._orders[epoch] = EpochOrder(self.shards.shard_sizes, seed=self.seed, epoch=epoch, **options)
             if len(self._orders) > 2:  # a batch may span two epochs, and prefetching looks at the next one
                 self._orders.popitem(last=False)
         return self._orders[epoch]
@@ -113,9 +114,8 @@ class PretrainDataset:
     def _candidates(self, epoch: int, position: int) -> Iterator[int]:
         order = self._order(epoch)
         yield order[position]
-        words = random_words(
-            MAX_STAND_INS, seed=self.seed, stream=Stream.STAND_INS, epoch=epoch, part=position
-        )
+        stream = {"seed": self.seed, "stream": Stream.STAND_INS, "epoch": epoch, "part": position}
+        words = random_words(MAX_STAND_INS, **stream)
         # First from the window's shards, which are already local. If all of these fail, from the whole epoch.
         window, whole = order.bounds(order.window_of(position)), range(len(order))
         for number, word in enumerate(words):

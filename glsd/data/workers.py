@@ -95,11 +95,7 @@ def _end_with_the_parent() -> None:
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Run OpenCV in the calling thread only, then restore its number of threads. The results are the same.
-
-    A thread pool started in the training process would hang in loader processes forked later. One pool in each of those
-    would be too many.
-    """
+    """Run OpenCV in the calling thread only: its thread pool would hang in loader processes that are forked later."""
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:

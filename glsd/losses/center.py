@@ -9,21 +9,20 @@ from torch import Tensor
 from glsd.cluster import dist
 from glsd.precision import operand, operand_dtype, product, wide_dtype, widened
 
-# Bytes of logits and their COPIES held at a time.
+# Bytes of logits and their COPIES held at a time; more are computed anew in every iteration.
 SINKHORN_BUDGET = 2**28
 COPIES = 4
 
 
 @torch.no_grad()
 def ema_center(
-    center: Float[Tensor, " k"], batch_mean: Float[Tensor, " k"], momentum: float
+    center: Float[Tensor, " k"], mean: Float[Tensor, " k"], momentum: float
 ) -> Float[Tensor, " k"]:
-    """Return momentum * center + (1 - momentum) * batch_mean, in float32 or better.
+    """Return momentum * center + (1 - momentum) * mean, the mean raw teacher logits of all ranks, in float32 or better.
 
-    batch_mean: mean raw teacher logits over the rows of all ranks; momentum: 0 to 1.
     Source: DINO (arXiv 2104.14294, eq. 4).
     """
-    return momentum * widened(center) + (1 - momentum) * widened(batch_mean)
+    return momentum * widened(center) + (1 - momentum) * widened(mean)
 
 
 @torch.no_grad()
@@ -38,12 +37,10 @@ def sinkhorn_center(
 
     Sinkhorn-Knopp scales the columns and rows of exp(t / teacher_temp), t = prototypes @ vector, in turn until every
     prototype gets the same mass and every row sums to 1. It ends with the rows, so its column scales u act as a center,
-    -teacher_temp * log u. That belongs to this batch alone and is the same on every rank. Computed in the log domain, in
-    float32 or better; products are rounded as in prototype_ce. More logits than SINKHORN_BUDGET bytes are computed anew in
-    every iteration, chunk by chunk. Source: Sinkhorn distances (arXiv 1306.0895), as in SwAV (arXiv 2006.09882, sec. 3.1).
+    -teacher_temp * log u, of this batch alone. In the log domain, with the precision of prototype_ce.
+    Source: Sinkhorn distances (arXiv 1306.0895), as in SwAV (arXiv 2006.09882, sec. 3.1).
     """
-    wide = wide_dtype(vectors)
-    dtype = operand_dtype(vectors)
+    wide, dtype = wide_dtype(vectors), operand_dtype(vectors)
     with torch.autocast(vectors.device.type, enabled=False):
         num_rows = dist.all_reduce_sum(vectors.new_full((), len(vectors), dtype=wide))
         rounded = operand(prototypes.to(wide), dtype).T

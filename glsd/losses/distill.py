@@ -14,7 +14,6 @@ from torch import Tensor
 
 from glsd.batches import Match
 from glsd.cluster import dist
-from glsd.errors import UserError
 from glsd.geometry import needed_rows
 from glsd.losses.match import similarity
 from glsd.losses.prototype_ce import PrototypeCE, prototype_ce
@@ -30,15 +29,6 @@ class LocalLoss(NamedTuple):
     matched_share: Float[Tensor, ""]  # share of student patches that the first match accepts, over all pairs
 
 
-def num_pairs(num_teacher_views: int, num_student_views: int) -> int:
-    """Return the number of pairs (q, v), v != q; UserError if there is none, that is for a single crop."""
-    if num_student_views < 2:
-        raise UserError(
-            "self-distillation compares crops of one image: at least 2 per image are needed, got 1"
-        )
-    return num_teacher_views * (num_student_views - 1)
-
-
 def global_loss(
     student_cls: Float[Tensor, "v b e"],
     teacher_cls: Float[Tensor, "g b e"],
@@ -48,23 +38,15 @@ def global_loss(
 ) -> PrototypeCE:
     """Return the mean over pairs (q, v) and images of the cross-entropy of their image-level vectors.
 
-    softmax: center, student_temp, teacher_temp and fuse, as in prototype_ce.
-    Source: DINO (arXiv 2104.14294, eq. 3), divided by the number of pairs as in its published code.
+    softmax: center, student_temp, teacher_temp and fuse, as in prototype_ce. Source: DINO (arXiv 2104.14294, eq. 3).
     """
     (v, b, _), g, device = student_cls.shape, len(teacher_cls), student_cls.device
     # Student row (image, view) meets all teacher rows of its image but that of the same view.
     index = torch.arange(b * g, device=device).view(b, 1, g).expand(b, v, g)
-    weight = (1 - torch.eye(v, g, device=device, dtype=softmax["center"].dtype)) / (num_pairs(g, v) * b)
-    return prototype_ce(
-        rearrange(student_cls, "v b e -> (b v) e"),
-        rearrange(teacher_cls, "g b e -> (b g) e"),
-        student_prototypes,
-        teacher_prototypes,
-        index=index.flatten(0, 1),
-        weight=weight.repeat(b, 1),
-        groups=b,
-        **softmax,
-    )
+    weight = (1 - torch.eye(v, g, device=device, dtype=softmax["center"].dtype)) / (g * (v - 1) * b)
+    rows = rearrange(student_cls, "v b e -> (b v) e"), rearrange(teacher_cls, "g b e -> (b g) e")
+    entries: dict[str, Any] = {"index": index.flatten(0, 1), "weight": weight.repeat(b, 1), "groups": b}
+    return prototype_ce(rows[0], rows[1], student_prototypes, teacher_prototypes, **entries, **softmax)
 
 
 def local_loss(
@@ -81,8 +63,7 @@ def local_loss(
 
     student_patches: (views, images, patches, e) per resolution, global views first; matches: each with its weight.
     mean 'all' divides by all student patches of a view, so that rejected ones weaken the loss (as published); 'accepted' by
-    those with a match, counted over the batches of all ranks (a pair without any counts as 0). softmax: as in global_loss.
-    Source: GLSD (arXiv 2207.14676).
+    those with a match, over all ranks (a pair without any counts as 0). softmax: as in global_loss. Source: GLSD.
     """
     dtype = softmax["center"].dtype
     student = torch.cat([rearrange(patches, "v b n e -> b (v n) e") for patches in student_patches], 1)
@@ -94,17 +75,9 @@ def local_loss(
     needed = matches[0][0].needed if len(matches) == 1 else None
     if needed is None and index.device.type == "cpu":  # elsewhere the host would wait for the device
         needed = needed_rows(index, weight > 0, teacher[..., 0].numel(), len(teacher))
-    result = prototype_ce(
-        student.flatten(0, 1),
-        teacher.flatten(0, 1),
-        student_prototypes,
-        teacher_prototypes,
-        index=index,
-        weight=weight,
-        needed=needed,
-        groups=len(teacher),
-        **softmax,
-    )
+    rows = student.flatten(0, 1), teacher.flatten(0, 1)
+    entries: dict[str, Any] = {"index": index, "weight": weight, "needed": needed, "groups": len(teacher)}
+    result = prototype_ce(rows[0], rows[1], student_prototypes, teacher_prototypes, **entries, **softmax)
     accepted = matches[0][0].weight > 0
     num_entries = accepted.numel() - teacher_patches[..., 0].numel()  # a view is not matched with itself
     return LocalLoss(*result, accepted.sum().to(dtype) / num_entries)
@@ -117,7 +90,7 @@ def _mean_weights(
     b, _, g = match.weight.shape
     weight = match.weight.to(dtype)
     patches = [part.shape[2] for part in student_patches for _ in part]  # of each view
-    pairs = num_pairs(g, len(patches))
+    pairs = g * (len(patches) - 1)
     if mean == "all":
         return weight * torch.cat([weight.new_full((n, 1), 1 / (b * n * pairs)) for n in patches])
     accepted = torch.stack([view.gt(0).sum((0, 1)) for view in weight.split(patches, 1)]).to(dtype)

@@ -47,11 +47,9 @@ class Chunk(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """The p rows of the student and the q of the teacher that are needed, on the device."""
+    """The entries of the loss: teacher rows and weights of every student row, and the chunks to work on."""
 
-    rows: Int64[Tensor, " p"] | None  # None = all, in order
-    columns: Int64[Tensor, " q"] | None
-    index: Int64[Tensor, "p m"]  # type: ignore[assignment]  # into the q; shadows tuple.index on purpose
+    index: Int64[Tensor, "p m"]  # type: ignore[assignment]  # teacher rows; shadows tuple.index on purpose
     share: Float[Tensor, "p m"]  # weights of a row, divided by their sum (all 0 if that is 0)
     total: Float[Tensor, " p"]  # that sum
     chunks: list[Chunk]
@@ -65,7 +63,7 @@ class Settings(NamedTuple):
     product_dtype: torch.dtype  # of the operands of matrix products; the results are float32 or better
     student_rows: int  # student rows held at a time
     gradients: bool
-    fuse: bool
+    terms: Callable[..., tuple[Tensor, Tensor]]  # student_terms, or compiled
 
 
 def prototype_ce(
@@ -89,38 +87,31 @@ def prototype_ce(
     teacher_prototypes @ vector and s = student_prototypes @ vector. Under autocast the operands of the products are rounded
     to its dtype; everything else is float32 or better. Gradients are formed in the forward pass. They reach the student's
     vectors and prototypes alone, can be taken once, and cannot be differentiated again.
-    index: rows of the teacher, valid also where the weight is 0; weight: 0 or more, 0 leaves an entry out. needed: the rows in
-    use as the host knows them (geometry.needed_rows), by default all. groups: number of equal, successive groups (images) of
-    both sides; a row points into its own group only. fuse: torch.compile the work on the logits.
-    Raises ValueError if the rows do not divide into the groups. Source: DINO (arXiv 2104.14294, eq. 1 and 4), GLSD.
+    index: rows of the teacher, valid also where the weight is 0. needed: the rows in use (geometry.needed_rows), by default
+    all. groups: equal, successive groups (images) of both sides, else ValueError; a row points into its own group only. fuse:
+    torch.compile the work on the logits. Source: DINO (arXiv 2104.14294, eq. 1 and 4), GLSD.
     """
-    device, wide, product_dtype = student.device, wide_dtype(student), operand_dtype(student)
-    row_bytes = COPIES.get(device.type, COPIES["cuda"]) * wide.itemsize * len(center)
-    budget_rows = memory_budget(device) // row_bytes
+    device, wide = student.device, wide_dtype(student)
+    budget_rows = memory_budget(device) // (COPIES.get(device.type, 4) * wide.itemsize * len(center))
     teacher, teacher_prototypes = teacher.detach(), teacher_prototypes.detach().to(wide)
+    student_rows, dtype = max(MIN_ROWS, budget_rows * 2 // 3), operand_dtype(student)
     with torch.autocast(device.type, enabled=False):
-        plan = plan_rows(
-            index,
-            weight.detach().to(wide),
-            needed=needed,
-            num_teacher=len(teacher),
-            groups=groups,
-            teacher_rows=budget_rows // 3,
-        )
-        settings = Settings(
-            student_temp=student_temp,
-            teacher_temp=teacher_temp,
-            product_dtype=product_dtype,
-            student_rows=max(MIN_ROWS, budget_rows * 2 // 3),
-            gradients=torch.is_grad_enabled(),
-            fuse=fuse,
-        )
-        loss, entropies = _ChunkedCE.apply(
-            *(student, student_prototypes.to(wide), teacher, teacher_prototypes, center.to(wide)),
-            *(plan, settings),
-        )
         # Logits are linear in the vector, so the mean logits need one product instead of s.
         mean = teacher_prototypes @ teacher.to(wide).mean(dim=0)
+        weight = weight.detach().to(wide)
+        row_ends: Sequence[int] = ends_of_groups(len(student), groups)
+        column_ends: Sequence[int] = ends_of_groups(len(teacher), groups)
+        if needed is not None:
+            student, weight = student.index_select(0, needed.rows), weight[needed.rows]
+            teacher = teacher[needed.columns]
+            _, _, index, row_ends, column_ends = needed
+        total = weight.sum(1)
+        share = weight / torch.where(total == 0, 1.0, total)[:, None]
+        plan = RowPlan(index, share, total, chunks_of(row_ends, column_ends, budget_rows // 3))
+        terms = _fused_terms() if fuse else student_terms
+        settings = Settings(student_temp, teacher_temp, dtype, student_rows, torch.is_grad_enabled(), terms)
+        inputs = student, student_prototypes.to(wide), teacher, teacher_prototypes, center.to(wide)
+        loss, entropies = _ChunkedCE.apply(*inputs, plan, settings)
     rows_in_use = sum(columns.stop - columns.start for _, columns in plan.chunks)
     return PrototypeCE(loss, mean, entropies / max(rows_in_use, 1), rows_in_use)
 
@@ -132,38 +123,19 @@ def memory_budget(device: torch.device) -> int:
     return CPU_BUDGET
 
 
-def plan_rows(
-    index: Int64[Tensor, "r m"],
-    weight: Float[Tensor, "r m"],
-    *,
-    needed: NeededRows | None,
-    num_teacher: int,
-    groups: int,
-    teacher_rows: int,
-) -> RowPlan:
-    """Return the plan; teacher_rows: a chunk takes the groups that have no more than these, but at least one group."""
-    if len(index) % groups or num_teacher % groups:
-        raise ValueError(
-            f"{len(index)} student and {num_teacher} teacher rows do not divide into {groups} groups"
-        )
-    rows = columns = None
-    row_ends: Sequence[int] = range(len(index) // groups, len(index) + 1, len(index) // groups)
-    column_ends: Sequence[int] = range(num_teacher // groups, num_teacher + 1, num_teacher // groups)
-    if needed is not None:
-        rows, columns, index, row_ends, column_ends = needed
-        weight = weight[rows]
-    total = weight.sum(1)
-    share = weight / torch.where(total == 0, 1.0, total)[:, None]
-    return RowPlan(rows, columns, index, share, total, _chunks(row_ends, column_ends, teacher_rows))
+def ends_of_groups(num_rows: int, groups: int) -> range:
+    """Return where each of equal groups of rows ends; ValueError if the rows do not divide into the groups."""
+    if num_rows % groups:
+        raise ValueError(f"{num_rows} rows do not divide into {groups} groups")
+    return range(num_rows // groups, num_rows + 1, num_rows // groups)
 
 
-def _chunks(row_ends: Sequence[int], column_ends: Sequence[int], teacher_rows: int) -> list[Chunk]:
-    """Put successive groups together while their teacher rows are few enough."""
+def chunks_of(row_ends: Sequence[int], column_ends: Sequence[int], teacher_rows: int) -> list[Chunk]:
+    """Put successive groups together while they have at most ``teacher_rows`` teacher rows; one group at least."""
     chunks: list[Chunk] = []
     first_row = first_column = 0
-    for group, (row_end, column_end) in enumerate(zip(row_ends, column_ends, strict=True)):
-        last = group + 1 == len(row_ends)
-        if not last and column_ends[group + 1] - first_column <= teacher_rows:
+    for row_end, column_end, next_end in zip(row_ends, column_ends, [*column_ends[1:], None], strict=True):
+        if next_end is not None and next_end - first_column <= teacher_rows:
             continue
         if row_end > first_row:
             chunks.append(Chunk(slice(first_row, row_end), slice(first_column, column_end)))
@@ -175,16 +147,10 @@ class _ChunkedCE(torch.autograd.Function):
     """Loss and gradients of all planned rows in one pass over the chunks (autograd function)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Float[Tensor, "r e"],
-        prototypes: Float[Tensor, "k e"],
-        teacher: Float[Tensor, "s e"],
-        teacher_prototypes: Float[Tensor, "k e"],
-        center: Float[Tensor, " k"],
-        plan: RowPlan,
-        settings: Settings,
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        student, prototypes, teacher, teacher_prototypes, center, plan, settings = (
+            inputs  # as in prototype_ce
+        )
         wide, dtype = prototypes.dtype, settings.product_dtype
         ctx.wanted = tuple(needed and settings.gradients for needed in ctx.needs_input_grad[:2])
         of_student = torch.zeros_like(student) if ctx.wanted[0] else None
@@ -192,29 +158,22 @@ class _ChunkedCE(torch.autograd.Function):
         rounded, teacher_rounded = operand(prototypes, dtype), operand(teacher_prototypes, dtype)
         center = center / settings.teacher_temp
         loss, entropy = prototypes.new_zeros(()), prototypes.new_zeros(())
-        scratch = _Scratch(plan, settings, prototypes)
+        memory = [_memory(plan.chunks, side, settings.student_rows, prototypes) for side in (0, 1)]
         for rows, columns in plan.chunks:
-            vectors = _take(teacher, plan.columns, columns).to(wide) / settings.teacher_temp
-            targets, entropies = teacher_terms(
-                product(operand(vectors, dtype), teacher_rounded.T, out=scratch.teacher(columns)), center
-            )
+            vectors = operand(teacher[columns].to(wide) / settings.teacher_temp, dtype)
+            logits = product(vectors, teacher_rounded.T, out=_rows(memory[1], columns))
+            targets, entropies = teacher_terms(logits, center)
             entropy += entropies.sum()
             for part in _parts(rows, settings.student_rows):
-                vectors = _take(student, plan.rows, part).to(wide) / settings.student_temp
-                losses, of_logits = student_terms(
-                    product(operand(vectors, dtype), rounded.T, out=scratch.student(part)),
-                    targets,
-                    plan.index[part] - columns.start,
-                    plan.share[part],
-                    fuse=settings.fuse,
-                )
+                vectors = student[part].to(wide) / settings.student_temp
+                logits = product(operand(vectors, dtype), rounded.T, out=_rows(memory[0], part))
+                index = plan.index[part] - columns.start
+                losses, of_logits = settings.terms(logits, targets, index, plan.share[part])
                 total = plan.total[part]
                 loss += total.dot(losses)
-                of_logits = operand(of_logits, dtype)
-                total = total[:, None]
+                of_logits, total = operand(of_logits, dtype), total[:, None]
                 if of_student is not None:
-                    of_part = product(of_logits, rounded).mul_(total / settings.student_temp)
-                    _put(of_student, plan.rows, part, of_part)
+                    of_student[part] = product(of_logits, rounded).mul_(total / settings.student_temp)
                 if of_prototypes is not None:
                     add_product(of_prototypes, of_logits.T, operand(vectors * total, dtype))
         ctx.save_for_backward(*(of for of in (of_student, of_prototypes) if of is not None))
@@ -230,38 +189,18 @@ class _ChunkedCE(torch.autograd.Function):
         return of_student, of_prototypes, None, None, None, None, None
 
 
-class _Scratch:
-    """Memory for the logits of one chunk, allocated once: on a CPU fresh pages cost more than the arithmetic on them.
-
-    On a GPU it is None (each operation allocates its result), because the allocator there reuses memory.
-    """
-
-    def __init__(self, plan: RowPlan, settings: Settings, prototypes: Float[Tensor, "k e"]):
-        def longest(slices: list[slice]) -> int:
-            return max((part.stop - part.start for part in slices), default=0)
-
-        columns, rows = (longest([chunk[side] for chunk in plan.chunks]) for side in (1, 0))
-        sizes = columns, min(rows, settings.student_rows)
-        on_cpu = prototypes.device.type == "cpu"
-        memory = (prototypes.new_empty(size, len(prototypes)) if on_cpu else None for size in sizes)
-        self.teacher, self.student = map(_lender, memory)
+def _memory(
+    chunks: list[Chunk], side: int, student_rows: int, prototypes: Float[Tensor, "k e"]
+) -> Float[Tensor, "c k"] | None:
+    """Return memory for the logits of any chunk: on a CPU fresh pages would cost more than the arithmetic on them."""
+    if prototypes.device.type != "cpu" or not chunks:
+        return None
+    longest = max(chunk[side].stop - chunk[side].start for chunk in chunks)
+    return prototypes.new_empty(longest if side else min(longest, student_rows), len(prototypes))
 
 
-def _lender(memory: Tensor | None) -> Callable[[slice], Tensor | None]:
-    return lambda rows: None if memory is None else memory[: rows.stop - rows.start]
-
-
-def _take(
-    vectors: Float[Tensor, "r e"], ids: Int64[Tensor, " p"] | None, part: slice
-) -> Float[Tensor, "c e"]:
-    return vectors[part] if ids is None else vectors.index_select(0, ids[part])
-
-
-def _put(total: Float[Tensor, "r e"], ids: Int64[Tensor, " p"] | None, part: slice, rows: Tensor) -> None:
-    if ids is None:
-        total[part] = rows
-    else:
-        total.index_copy_(0, ids[part], rows.to(total.dtype))
+def _rows(memory: Float[Tensor, "c k"] | None, part: slice) -> Float[Tensor, "p k"] | None:
+    return None if memory is None else memory[: part.stop - part.start]
 
 
 def _parts(rows: slice, size: int) -> list[slice]:
@@ -287,15 +226,11 @@ def student_terms(
     targets: Float[Tensor, "q k"],
     index: Int64[Tensor, "p m"],
     share: Float[Tensor, "p m"],
-    *,
-    fuse: bool = False,
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, "p k"]]:
     """Return every row's cross-entropy with its target, the share-weighted sum of ``targets`` at ``index``, and its gradient.
 
-    May overwrite the logits (on a CPU with the gradient). fuse: use torch.compile.
+    May overwrite the logits (on a CPU with the gradient).
     """
-    if fuse:
-        return _fused_terms()(logits, targets, index, share)
     if logits.device.type != "cpu":
         return _student_terms(logits, targets, index, share)
     parts = (tensor.split(CACHED_ROWS) for tensor in (logits, index, share))

@@ -65,12 +65,10 @@ class Backbone(nn.Module):
     def forward(
         self, images: Float[Tensor, "b 3 h w"]
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        """Return image features and patch features, n = h/stride * w/stride, row-major.
-
-        Raises UserError if a side is not a multiple of the stride: timm would drop or pad the rest silently.
-        """
+        """Return image features and patch features, row-major; UserError if a side is not a multiple of the stride."""
         for side in images.shape[2:]:
-            check_image_size(side, self.stride)
+            if side % self.stride:  # timm would drop or pad the rest silently
+                check_image_size(side, self.stride)
         prefix, patches = self._tokens(self.net, images)
         return POOLS[self.pool](prefix, patches), patches
 

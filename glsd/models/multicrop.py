@@ -26,6 +26,8 @@ class Views(NamedTuple):
 class MultiCrop(nn.Module):
     """A backbone with a head on its global features and one on its patch features.
 
+    A head sees all rows of its kind at once, so that batch normalization has the statistics of all views.
+
     local_head: None = no patch outputs; the same object as global_head = one shared head.
     """
 
@@ -40,11 +42,7 @@ class MultiCrop(nn.Module):
         global_crops: Float[Tensor, "g b 3 h w"],
         local_crops: Float[Tensor, "l b 3 hl wl"] | None = None,
     ) -> Views:
-        """Return the views of all crops; local_crops may be None or empty.
-
-        A head sees all rows of its kind at once, so that batch normalization has the statistics of all views.
-        Source: DINO (arXiv 2104.14294), multi-crop.
-        """
+        """Return the views of all crops; local_crops may be None or empty. Source: DINO (arXiv 2104.14294), multi-crop."""
         resolutions = [crops for crops in (global_crops, local_crops) if crops is not None and len(crops)]
         cls, features = zip(*map(self._backbone_views, resolutions), strict=True)
         vectors = rearrange(

@@ -45,23 +45,13 @@ POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def resample_pos_embed(
-    pos_embed: Float[Tensor, "1 n d"],
-    num_prefix: int,
-    grid_in: tuple[int, int],
-    grid_out: tuple[int, int],
+    pos_embed: Float[Tensor, "1 n d"], num_prefix: int, grid_in: tuple[int, int], grid_out: tuple[int, int]
 ) -> Float[Tensor, "1 m d"]:
     """Resample a learned position embedding from grid ``grid_in`` (rows, columns) to ``grid_out``.
 
-    num_prefix: leading entries without a place (class token, registers), which are copied; the rest is row-major, n =
-    num_prefix + rows_in * columns_in. Bicubic with half-pixel centers, no antialiasing, scale exactly grid_out / grid_in.
-    Computed in float32 or better, returned in the dtype of pos_embed. timm antialiases here, which moves a 14x14 -> 6x6
-    embedding by up to two standard deviations. Raises ValueError if n does not fit grid_in.
-    Source: DINO (arXiv 2104.14294), without the 0.1 that its code adds to the target grid.
+    num_prefix: leading entries without a place, which are copied. Bicubic in float32 or better, without antialiasing (timm's
+    moves a 14x14 -> 6x6 embedding by up to two standard deviations). Source: DINO, without the 0.1 that its code adds.
     """
-    if pos_embed.shape[1] != num_prefix + grid_in[0] * grid_in[1]:
-        raise ValueError(
-            f"{pos_embed.shape[1]} position embeddings are not {num_prefix} + {grid_in[0]}x{grid_in[1]}"
-        )
     if grid_in == grid_out:
         return pos_embed
     prefix, places = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
@@ -73,18 +63,15 @@ def resample_pos_embed(
 
 def _with_prefix_and_positions(net: Any, patches: Tensor) -> Tensor:
     """Prepend class and register tokens to patches (b rows columns d), and add the positions of that grid."""
-    grid = (patches.shape[1], patches.shape[2])
-    tokens = patches.flatten(1, 2)
+    grid, tokens = (patches.shape[1], patches.shape[2]), patches.flatten(1, 2)
     num_prefix = 0 if net.no_embed_class else net.num_prefix_tokens
-    positions = None
-    if net.pos_embed is not None:
-        positions = resample_pos_embed(net.pos_embed, num_prefix, net.patch_embed.grid_size, grid)
+    positions = net.pos_embed
+    if positions is not None:
+        positions = resample_pos_embed(positions, num_prefix, net.patch_embed.grid_size, grid)
     if positions is not None and net.no_embed_class:
         tokens = tokens + positions
-    prefix = [
-        token.expand(len(tokens), -1, -1) for token in (net.cls_token, net.reg_token) if token is not None
-    ]
-    tokens = torch.cat([*prefix, tokens], dim=1)
+    prefix = [token for token in (net.cls_token, net.reg_token) if token is not None]
+    tokens = torch.cat([*(token.expand(len(tokens), -1, -1) for token in prefix), tokens], dim=1)
     if positions is not None and not net.no_embed_class:
         tokens = tokens + positions
     return net.pos_drop(tokens)

@@ -85,15 +85,13 @@ class Distillation(nn.Module):
 def run_teacher(
     teacher: MultiCrop,
     global_crops: Float32[Tensor, "g b 3 h w"],
-    *,
     centers: dict[str, Float[Tensor, " k"]],
     temp: float,
     sinkhorn_iterations: int | None,
 ) -> Targets:
     """Return the teacher's views of the global crops with the centers to use on them.
 
-    sinkhorn_iterations: None takes ``centers``; a number replaces them by the Sinkhorn-Knopp centers of this micro-batch
-    over all ranks.
+    A number of sinkhorn_iterations replaces ``centers`` by the Sinkhorn-Knopp centers of this micro-batch over all ranks.
     """
     with fsdp.without_gradients(teacher):
         views = teacher(global_crops)
@@ -107,10 +105,7 @@ def run_teacher(
 
 
 def step_values(losses: Sequence[Losses], shares: Sequence[float]) -> dict[str, Float[Tensor, ""]]:
-    """Return what the meters show of a step's micro-batches; the mean over ranks is that of all images and patches.
-
-    shares: how much each micro-batch counts, 1 in all per rank on average.
-    """
+    """Return what the meters show of a step's micro-batches; ``shares``: how much each counts, see Plan."""
     values = {
         "loss": _mean([each.total for each in losses], shares),
         "global_loss": _mean([each.image.loss for each in losses], shares),

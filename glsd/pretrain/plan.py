@@ -22,13 +22,9 @@ class Plan:
     last_step: int  # where this run ends
     # Images of this rank in each forward pass of a step; as many passes on every rank.
     micro_batches: tuple[int, ...]
+    rank_images: int  # images of this rank in a batch
     shares: tuple[float, ...]  # how much each counts in the mean over ranks: size x ranks / batch_size
     sinkhorn_iterations: int | None  # None = EMA centers
-
-    @property
-    def rank_images(self) -> int:
-        """How many images of a batch are this rank's."""
-        return sum(self.micro_batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +76,7 @@ def make_plan(cfg: PretrainConfig, num_samples: int) -> Plan:
         total_steps=total,
         last_step=min(total, o.max_steps) if o.max_steps else total,
         micro_batches=sizes,
+        rank_images=sum(sizes),
         shares=tuple(size * world / o.batch_size for size in sizes),
         sinkhorn_iterations=cfg.loss.sinkhorn_iterations if cfg.loss.centering == "sinkhorn" else None,
     )
@@ -130,21 +127,16 @@ def crop_spec(data: DataConfig) -> CropSpec:
 
 def rates_at(cfg: PretrainConfig, plan: Plan, step: int) -> Rates:
     """Every scheduled quantity is a function of the step alone."""
-    o = cfg.optim
-    epoch = step // plan.steps_per_epoch
-    scale = o.batch_size / 256
+    o, c = cfg.optim, cfg.loss
+    epoch, scale = step // plan.steps_per_epoch, o.batch_size / 256
     warmup = o.warmup_epochs * plan.steps_per_epoch
     total = plan.total_steps
+    temps, temp_epochs = (c.warmup_teacher_temp, c.teacher_temp), c.warmup_teacher_temp_epochs
     return Rates(
         lr=cosine(step, base=o.lr * scale, final=o.min_lr, total_steps=total, warmup_steps=warmup),
         weight_decay=cosine(step, base=o.weight_decay, final=o.weight_decay_end, total_steps=total),
         momentum=cosine(step, base=o.teacher_momentum, final=1.0, total_steps=total),
-        teacher_temp=teacher_temp(
-            epoch,
-            warmup_temp=cfg.loss.warmup_teacher_temp,
-            temp=cfg.loss.teacher_temp,
-            warmup_epochs=cfg.loss.warmup_teacher_temp_epochs,
-        ),
+        teacher_temp=teacher_temp(epoch, warmup_temp=temps[0], temp=temps[1], warmup_epochs=temp_epochs),
         epoch=epoch,
         freeze_prototypes=epoch < o.freeze_prototypes_epochs,
     )

@@ -40,13 +40,8 @@ def train_step(
         batch = used[-1].to(t.accelerator.device)
         global_crops, local_crops = augment(batch)
         with t.accelerator.autocast():
-            targets = run_teacher(
-                state.teacher,
-                global_crops,
-                centers=state.centers,
-                temp=rates.teacher_temp,
-                sinkhorn_iterations=plan.sinkhorn_iterations,
-            )
+            temp, iterations = rates.teacher_temp, plan.sinkhorn_iterations
+            targets = run_teacher(state.teacher, global_crops, state.centers, temp, iterations)
         # Gradients travel between ranks with the last micro-batch only.
         with fsdp.gradient_sync(state.model, number == len(plan.shares)):
             losses.append(state.model(global_crops, local_crops, batch.match, targets))
@@ -68,17 +63,12 @@ def train_step(
         state.centers[kind] = ema_center(state.centers[kind], mean, cfg.loss.center_momentum)
     for name, value in values.items():
         t.meters.add(name, value)
-    return StepReport(
-        keys=tuple(key for batch in used for key in batch.keys),
-        broken=tuple(broken for batch in used for broken in batch.broken),
-    )
+    return StepReport(sum((batch.keys for batch in used), ()), sum((batch.broken for batch in used), ()))
 
 
 def augment(
     batch: CropBatch,
 ) -> tuple[Float32[Tensor, "g b 3 h w"], Float32[Tensor, "l b 3 hl wl"]]:
     """Return the global and the local crops with changed colors, normalized, on the device they are on."""
-    return (
-        photometric(batch.global_crops, batch.global_photometric),
-        photometric(batch.local_crops, batch.local_photometric),
-    )
+    global_crops = photometric(batch.global_crops, batch.global_photometric)
+    return global_crops, photometric(batch.local_crops, batch.local_photometric)

@@ -155,10 +155,7 @@ class BadGradient:
         self.of_loss = torch.tensor(False, device=device)  # whether this rank's own loss was not finite then
 
     def note(self, step: int, values: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Note the step if its gradient is bad, and keep the optimizer from moving from then on.
-
-        Gradients are averages over ranks, so every rank notes the same step; the loss is each rank's own.
-        """
+        """Note the first step with a bad gradient, the same on every rank, and keep the optimizer from moving from then on."""
         first = ~torch.isfinite(values["grad_norm"]) & (self.step < 0)
         self.step = torch.where(first, step, self.step)
         self.of_loss = torch.where(first, ~torch.isfinite(values["loss"]), self.of_loss)
@@ -204,10 +201,7 @@ class StopVote:
         self._asked: Callable[[], int] = lambda: 0
 
     def __call__(self, signal_name: str, *, last: bool) -> str:
-        """Return the name of the signal to stop for now, "" to go on; every rank calls after every step and gets the same.
-
-        signal_name: what this process got, if anything; last: this is the last step anyway.
-        """
+        """Return the signal to stop for now, "" to go on, the same on every rank; signal_name: that of this process."""
         number = signal.Signals[signal_name].value if signal_name else 0
         if dist.world_size() > 1:
             before = self._asked()

@@ -53,8 +53,7 @@ class Meters:
                 self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
 
     def add(self, name: str, value: Tensor | int | float) -> None:
-        """Take one value of a quantity whose mean over window and ranks is wanted; a 0-d tensor is not
-        waited for."""
+        """Add a value to the mean of ``name`` over window and ranks, without waiting for a 0-d tensor."""
         if isinstance(value, Tensor):
             value = value.detach().to(self._dtype)
         self._sums[name] = self._sums.get(name, 0.0) + value
@@ -66,11 +65,7 @@ class Meters:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time the block as waiting for data.
-
-        The clock is the host's. On a CPU that is lost time; on a GPU, which may still work on what was
-        queued, it is an upper bound of the time the device stood still.
-        """
+        """Time the block as waiting for data, by the host's clock: for a GPU with queued work an upper bound."""
         start, before = time.perf_counter(), dist.doing("waiting")
         yield
         dist.doing(before)

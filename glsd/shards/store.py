@@ -65,11 +65,13 @@ class ShardSet:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, index: int) -> bytes:
-        """Return the bytes of a sample's image file.
+    @property
+    def has_remote(self) -> bool:
+        """Whether a shard is read from a server."""
+        return bool(self._remote)
 
-        Raises BrokenImage if the sample has no image or an empty one, UserError if its shard was removed or truncated.
-        """
+    def read(self, index: int) -> bytes:
+        """Return a sample's image file; BrokenImage if it has none or an empty one, UserError if its shard is damaged."""
         shard, row = self._locate(index)
         offset, size = int(shard.index.image_offset[row]), int(shard.index.image_size[row])
         if offset < 0:
@@ -82,11 +84,8 @@ class ShardSet:
         """Return a sample's name in its shard: the members' path up to the first dot of the last component."""
         shard, row = self._locate(index)
         start = int(shard.index.key_end[row - 1]) if row else 0
-        return (
-            shard.index.key_bytes[start : int(shard.index.key_end[row])]
-            .tobytes()
-            .decode(errors="surrogateescape")
-        )
+        name = shard.index.key_bytes[start : int(shard.index.key_end[row])]
+        return name.tobytes().decode(errors="surrogateescape")
 
     def label(self, index: int) -> int:
         """Return a sample's label, -1 if it has none."""
@@ -157,9 +156,9 @@ class ShardSet:
         shard = self._open.get(number)
         if shard is None:
             cache = self._cache if number in self._remote else None
-            shard = self._open[number] = _OpenShard(
-                self.paths[number], self._headers[number], cache, check=len(self.paths) > CHECKED_AT_START
-            )
+            check = len(self.paths) > CHECKED_AT_START
+            shard = _OpenShard(self.paths[number], self._headers[number], cache, check=check)
+            self._open[number] = shard
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(number)

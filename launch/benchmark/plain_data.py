@@ -57,7 +57,7 @@ class PlainDataset(Dataset):
 
     def __init__(self, shards: ShardSet, spec: CropSpec):
         self.shards = shards
-        self.transforms = [crop_transform(spec, number) for number in range(spec.num_crops)]
+        self.transforms = [crop_transform(spec, number) for number in range(NUM_GLOBAL + spec.num_local)]
 
     def __len__(self) -> int:
         return len(self.shards)

@@ -37,7 +37,7 @@ COLUMN = {name: i for i, name in enumerate(PHOTOMETRIC_FIELDS)}
 def boxes_by_loop(spec: CropSpec, height: int, width: int, key: dict) -> list[list[int]]:
     """Random resized crop written out, one crop and one try at a time, from the same uniform numbers."""
     boxes = []
-    for crop, u in enumerate(crop_uniforms(spec.num_crops, stream=Stream.CROPS, **key).tolist()):
+    for crop, u in enumerate(crop_uniforms(2 + spec.num_local, stream=Stream.CROPS, **key).tolist()):
         low, high = spec.global_scale if crop < 2 else spec.local_scale
         for u_area, u_aspect in zip(u[AREA_DRAWS], u[ASPECT_DRAWS], strict=True):
             area = (low + (high - low) * u_area) * height * width

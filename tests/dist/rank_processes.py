@@ -13,6 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+HERE = Path(__file__).parent
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -58,6 +62,17 @@ def run_ranks(world: int, body: Path, *argv: str, seconds: float = 300) -> str:
         output, errors = process.communicate(timeout=seconds)
     assert process.returncode == 0, f"exit code {process.returncode}\n{errors[-6000:]}"
     return output
+
+
+def close(one: dict, two: dict, what: str, tolerance: float, floor: float = 1e-12) -> int:
+    assert one.keys() == two.keys(), what
+    for name, tensor in one.items():
+        assert tensor.dtype == two[name].dtype == torch.float64, name
+        assert tensor.shape == two[name].shape, name
+        error = (tensor - two[name]).abs().max() / tensor.abs().max().clamp_min(floor)
+        assert error < tolerance, f"{what}: {name}: {error:.1e}"
+    return len(one)
+
 
 
 def main(world: int, body: str, *argv: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.dist.test_ranks import run, warm_launch_line
+from tests.helpers.launched import run, warm_launch_line
 from tests.helpers.warm_python import warm_python
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.pretrain.test_pretrain import rows
-from tests.dist.test_ranks import (
+from tests.helpers.runs import rows
+from tests.helpers.launched import (
     HERE,
     ROOT,
     compare,

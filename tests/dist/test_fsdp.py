@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.dist.rank_processes import run_ranks
+from tests.dist.rank_processes import HERE, close, run_ranks
 
-HERE = Path(__file__).parent
 CASES = {
     "geometric": ["--matching=geometric"],
     "both": ["--matching=both", "--optim.micro_batch=2", "--optim.clip_grad=0", "--model.drop_path=0.3"],
@@ -22,14 +21,6 @@ CASES = {
 }
 
 
-def close(one: dict, two: dict, what: str, tolerance: float, floor: float = 1e-12) -> int:
-    assert one.keys() == two.keys(), what
-    for name, tensor in one.items():
-        assert tensor.dtype == two[name].dtype == torch.float64, name
-        assert tensor.shape == two[name].shape, name
-        error = (tensor - two[name]).abs().max() / tensor.abs().max().clamp_min(floor)
-        assert error < tolerance, f"{what}: {name}: {error:.1e}"
-    return len(one)
 
 
 def ddp_and_fsdp(world: int, cases: dict, folder: Path, argv: list[str]) -> dict:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.dist.rank_processes import kill, run_ranks, started
-from tests.dist.test_fsdp import HERE, close
-from tests.pretrain.test_pretrain import assert_same_run
+from tests.dist.rank_processes import HERE, close, kill, run_ranks, started
+from tests.helpers.runs import assert_same_run
 
 SCRIPT = HERE.parents[1] / "launch" / "pretrain.py"
 

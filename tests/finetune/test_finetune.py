@@ -30,13 +30,13 @@ from glsd.losses.mdr import mean_normalize
 from glsd.models.weights import read_weights
 from glsd.runtime import checkpoint
 from launch.benchmark import main as benchmark
-from tests.helpers.warm_python import warm_python
-from tests.pretrain.test_pretrain import (
+from tests.helpers.runs import (
     ROOT,
     rows,
     train,
     wait_for,
 )
+from tests.helpers.warm_python import warm_python
 
 
 def tune(argv: list[str]) -> Path:

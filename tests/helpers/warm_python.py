@@ -119,7 +119,10 @@ class Server:
 
     def _hear(self, client: socket.socket) -> dict[str, Any] | None:
         """Take what a client sends, nothing when it is gone; return the order in the fork that was made for it."""
-        message, files, _, _ = socket.recv_fds(client, LONGEST, 3)
+        try:
+            message, files, _, _ = socket.recv_fds(client, LONGEST, 3)
+        except ConnectionResetError:  # killed with an answer unread
+            message, files = b"", []
         if files:
             if self._fork(client):
                 for target, file in enumerate(files):
@@ -129,10 +132,12 @@ class Server:
                 os.close(file)
         elif client in self._forks:
             number = int(message or signal.SIGKILL)
+            pid = self._forks[client]
             if number == signal.SIGQUIT:
-                os.killpg(self._forks[client], signal.SIGKILL)
-            else:
-                os.kill(self._forks[client], number)
+                with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
+                    os.killpg(pid, signal.SIGKILL)
+                number = signal.SIGKILL
+            os.kill(pid, number)
         if not message:
             self._events.unregister(client)
             client.close()

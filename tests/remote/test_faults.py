@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from glsd.runtime import checkpoint
+from tests.helpers.runs import assert_same_run
 from tests.helpers.uneven_run import NAMES, steps_written
-from tests.pretrain.test_pretrain import assert_same_run
 from tests.remote.faulty import FaultyServer
 from tests.remote.killed_run import (
     CACHE_BYTES,

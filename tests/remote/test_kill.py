@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.runs import assert_same_run
 from tests.helpers.uneven_run import NAMES
-from tests.pretrain.test_pretrain import assert_same_run
 from tests.remote.killed_run import (
     CACHE_BYTES,
     SIZES,
