@@ -87,5 +87,5 @@ def test_a_flag_that_is_wrong_ends_before_any_rank_starts(cluster, jobs):
     )
     assert cluster.wait_for_end(job)["ExitCode"] == "2:0"
     assert jobs.log(job).splitlines() == [
-        "error: unknown flag --optim.lrr; did you mean '--optim.lr'? (all flags: --help)"
+        "error: unknown flag --optim.lrr; did you mean '--optim.lr'? (all flags: --help all)"
     ]
