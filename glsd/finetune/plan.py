@@ -1,4 +1,4 @@
-"""From configuration to numbers: how a metric-learning run is cut into steps, and what the schedules say at each."""
+"""Plans a metric-learning run: its steps and batches, and the scheduled quantities of each step."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Looking over a metric-learning run's shoulder: its sets, what it is, its retrieval before, during and after."""
+"""Reports of a metric-learning run: its sets, its description, and retrieval before, during and after training."""
 
 import time
 from typing import Any, NamedTuple

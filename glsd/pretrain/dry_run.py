@@ -1,4 +1,4 @@
-"""Before a run: will it fit, how long will it take? A few real steps answer; nothing is written into the run folder."""
+"""The dry run: a few real steps tell whether a run fits into memory and how long it takes. It writes nothing."""
 
 import contextlib
 import tempfile

@@ -1,4 +1,4 @@
-"""What the numbers of a run mean, in words that name the knob to turn."""
+"""Health rules: warnings about unhealthy metrics, each with the setting to change."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Finding(NamedTuple):
-    """One warning: ``kind`` stays the same from row to row, so that a story can say each once."""
+    """One warning; its ``kind`` is the same in every row, so that a run can print each once."""
 
     kind: str
     line: str
@@ -19,13 +19,12 @@ def check(
     embed_dim: int,
     early: bool = False,
 ) -> list[Finding]:
-    """Return the warnings that one row of metrics deserves.
+    """Return the warnings about one row of metrics.
 
-    metrics: any of loss, global_loss, local_loss (cross-entropies in nats, unweighted),
-    global_teacher_entropy, local_teacher_entropy (nats), matched_share (0..1), grad_norm, rankme, and
-    timing with data_wait (0..1); what is missing is not looked at. num_prototypes: k, the uniform
-    distribution has entropy ln k; embed_dim: width of the features of rankme; early: True while a fresh
-    network may still look uniform or move wildly (the learning rate's warm-up).
+    metrics: any of loss, global_loss, local_loss (cross-entropies in nats, unweighted), global_teacher_entropy,
+    local_teacher_entropy (nats), matched_share (0..1), grad_norm, rankme, and timing with data_wait (0..1). Missing ones
+    are skipped. num_prototypes: k, the uniform distribution has entropy ln k. embed_dim: width of the features of rankme.
+    early: True during the warm-up, when a network may still look uniform or change wildly.
     """
     findings = _non_finite(metrics)
     # Without matches the local loss is 0 and says nothing.

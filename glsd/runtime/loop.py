@@ -165,12 +165,11 @@ class BadGradient:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Callable[[], str]]:
-    """Within the block SIGTERM, SIGUSR1 and SIGINT only leave a note; yields a function that returns its
-    name, "" if none.
+    """Record SIGTERM, SIGUSR1 and SIGINT in the block instead of ending the process; yield a function that names the signal.
 
-    The note is this process's own: ranks agree by reducing it. Launchers and schedulers send the same
-    signal several times, so repeats change nothing, also after the block (SIGTERM and SIGUSR1 stay ignored once one came:
-    the process is on its way out), except a Ctrl-C two seconds or more after the first: that stops at once.
+    It returns "" before a signal. Each process records its own; StopVote makes ranks agree. Launchers and schedulers send
+    a signal several times, so repeats change nothing, also after the block: the process is about to end. The exception is
+    a Ctrl-C two seconds or more after the first, which stops at once.
     """
     note, first_interrupt = "", 0.0
 
@@ -192,9 +191,9 @@ def catch_signals() -> Iterator[Callable[[], str]]:
 
 
 class StopVote:
-    """Ranks agree after which step they stop, whichever of them got the signal; without waiting for each other.
+    """Lets all ranks stop after the same step, whichever of them got the signal, without waiting for each other.
 
-    What they asked for at the end of one step is known at the end of the next: by then the answer has long traveled.
+    The answer to the question of one step is read after the next one, when it has long arrived.
     """
 
     def __init__(self) -> None:

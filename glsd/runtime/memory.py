@@ -1,4 +1,4 @@
-"""How much memory this process held at most since a mark: on a GPU what torch allocated, on the CPU the resident size."""
+"""Peak memory of this process since a mark: what torch allocated on a GPU, the resident size on a CPU."""
 
 import contextlib
 import os

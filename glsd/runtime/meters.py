@@ -1,6 +1,4 @@
-"""Numbers of a run: gathered on the device, read once in a while, written to metrics.jsonl, TensorBoard and
-the terminal.
-"""
+"""Metrics of a run: summed on the device, flushed every few steps to metrics.jsonl, TensorBoard and the terminal."""
 
 import contextlib
 import json
@@ -21,15 +19,12 @@ from glsd.files import flush
 
 
 class Meters:
-    """Collects values between two flushes and writes one row per flush.
+    """Collects values between two flushes and writes one row of metrics per flush.
 
-    metrics.jsonl is the truth, TensorBoard (folder/tensorboard) a view of it. What depends on the clock
-    sits apart, under "timing", so that the rest of two runs can be compared bit for bit.
-
-    Args:
-        folder: Run directory. total_steps: Steps of the whole run, for the bar and the time left.
-        start_step: Steps done before (a resumed run); TensorBoard then hides what an earlier process wrote
-        of it and past it, and is shown the kept rows of it again. device: Where the added tensors live.
+    metrics.jsonl holds the rows; TensorBoard (folder/tensorboard) is a view of them. Clock values are under "timing", so
+    that the rest of two runs can be compared bit for bit.
+    folder: the run folder. total_steps: of the whole run, for the bar and the time left. start_step: steps done before. A
+    resumed run purges TensorBoard from that step on and shows the kept rows of the step again. device: of added tensors.
     """
 
     def __init__(self, folder: Path, *, total_steps: int, start_step: int, device: torch.device) -> None:
@@ -45,7 +40,7 @@ class Meters:
         if dist.is_main():
             path = folder / "metrics.jsonl"
             self._file = path.open("a", buffering=1)
-            # The step of the checkpoint too: the probe that an earlier process made of it is made again.
+            # From the step of the checkpoint itself: its probe runs again.
             self._board = _summary_writer(folder / "tensorboard", purge_step=start_step)
             for row in _rows_of(path, start_step):
                 self._show(row)
@@ -73,14 +68,14 @@ class Meters:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Leave the block (a probe, a save) out of images/s, step time and data wait."""
+        """Exclude the block (a probe, a save) from images/s, step time and data wait."""
         start, before = time.perf_counter(), dist.doing("aside")
         yield
         dist.doing(before)
         self._window_start += time.perf_counter() - start
 
     def advance(self, step: int, images: int) -> None:
-        """Note that ``step`` is done and used ``images`` images on this rank."""
+        """Record that ``step`` is done and used ``images`` images on this rank."""
         self._images += images
         dist.doing(str(step))
         if self._bar is not None:
@@ -89,12 +84,11 @@ class Meters:
         self._step = step
 
     def flush(self, step: int, **extra: int | float) -> dict[str, Any]:
-        """Read everything added since the last flush, the one host synchronization; every rank calls and
-        gets the same row.
+        """Write one row of everything added since the last flush and return it, the same on every rank.
 
-        extra: host numbers equal on all ranks, written as they are (epoch, schedules). Row: step, extra,
-        means, totals, and "timing" with images_per_s (all ranks), data_wait (share of the time, 0..1),
-        step_s, elapsed_s (of this process).
+        This is a collective call and the only host synchronization. extra: host numbers equal on all ranks (epoch,
+        schedules). The row has step, extra, means, totals, and "timing" with images_per_s (all ranks), data_wait (share of
+        the time, 0..1), step_s and elapsed_s (of this process).
         """
         values = self._read()
         row = {"step": step, **extra, **values, "timing": self._timing()}
@@ -105,10 +99,9 @@ class Meters:
         return row
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row (it has a ``step``) to metrics.jsonl and TensorBoard; rank 0 only does anything.
+        """Append one row, which has a ``step``, to metrics.jsonl and TensorBoard, on rank 0.
 
-        JSON has no NaN and no infinity: they are written as the strings "nan", "inf", "-inf", which float()
-        reads back.
+        JSON has no NaN and no infinity. They are written as the strings "nan", "inf", "-inf", which float() reads.
         """
         if self._file is None:
             return
@@ -123,15 +116,13 @@ class Meters:
                 self._board.add_scalar(name, value, row["step"])
 
     def say(self, line: str) -> None:
-        """Show a line on the terminal without breaking the bar; rank 0 only does anything."""
+        """Print a line on rank 0 without breaking the progress bar."""
         if dist.is_main():
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
     def sync(self) -> None:
-        """Force what was written to the disk, before the checkpoint that relies on it; rank 0 only does
-        anything.
-        """
+        """Flush the files to the disk itself, before the checkpoint that relies on them, on rank 0."""
         if self._file is None or self._board is None:
             return
         with self._disk():
@@ -161,17 +152,14 @@ class Meters:
         self._file = self._board = self._bar = None
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what is not flushed yet, JSON values, one entry per rank, for the checkpoint; every rank
-        calls.
-        """
+        """Return what is not flushed yet as JSON values, one entry per rank, for the checkpoint (a collective call)."""
         sums = {name: float(value) for name, value in self._sums.items()}
         return dist.gather_objects({"sums": sums, "counts": dict(self._counts), "totals": dict(self._totals)})
 
     def load_state(self, states: list[dict[str, Any]]) -> None:
-        """Go on from ``state()``: the next row is what it would have been without the interruption, to the
-        bit.
+        """Continue from ``state()``: the next row is bitwise what it would have been without the interruption.
 
-        With another number of ranks the entries are dealt out again: the same row, up to rounding.
+        With another number of ranks the entries are distributed again, and the row is the same up to rounding.
         """
         self._sums, self._counts, self._totals = {}, {}, {}
         share = dist.world_size() / len(states)  # a step counts once, however many ranks took it
@@ -231,7 +219,7 @@ def _summary_writer(folder: Path, *, purge_step: int):
 
 
 def _rows_of(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of one step that a resumed run has kept; "nan" and "inf" are numbers again."""
+    """Return the rows of one step that a resumed run has kept, with "nan" and "inf" as numbers."""
     with path.open() as lines:
         rows = [json.loads(line) for line in lines if f'"step": {step},' in line]
     return [

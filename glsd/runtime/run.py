@@ -1,4 +1,4 @@
-"""The run directory, what belongs to it, and the signals that end a run early."""
+"""The run folder: its files, how it is opened, and how its records are rewound to a checkpoint."""
 
 import contextlib
 import difflib
@@ -38,7 +38,7 @@ VARIABLES = ("WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB
 
 @dataclass(frozen=True)
 class Run:
-    """Where everything of one run lies."""
+    """The paths of one run."""
 
     folder: Path
 
@@ -60,13 +60,12 @@ class Run:
 
 
 def open_run(out: str | Path, *, resolved_config: str, resume: bool) -> Run:
-    """Make or reopen the run directory ``out``; every rank calls, rank 0 writes config.yaml and env.txt.
+    """Create or reopen the run folder ``out``; rank 0 writes config.yaml and env.txt (a collective call).
 
-    Call it when everything else has been checked: what is refused must leave the directory as it was.
-    A directory with checkpoints needs resume; one without starts over, its metrics and quarantine included.
-    When the configuration differs from the one of the earlier start, the differing lines are shown and the
-    old file is kept as config.<n>.yaml. env.txt gets one block per start. Raises UserError on every rank,
-    also if ``out`` is not writable.
+    Call it when everything else has been checked: a refused start must leave the folder as it was. A folder with
+    checkpoints needs ``resume``. One without starts over, with empty metrics and quarantine. If the configuration differs
+    from that of the earlier start, the differing lines are printed and the old file is kept as config.<n>.yaml. env.txt
+    gets one block per start. Raises UserError on every rank, also if ``out`` is not writable.
     """
     run = Run(Path(out))
     error = None
@@ -111,14 +110,13 @@ def _write_config(path: Path, text: str) -> None:
 
 
 def redact(text: str) -> str:
-    """Return a text as it may stand in a log: its addresses without passwords (``user:pw@``) and signatures (``?...``)."""
+    """Return the text for a log: without passwords (``user:pw@``) and signatures (``?...``) in its addresses."""
     text = re.sub(r"(?<=://)[^/\s]*@", "", text)
     return re.sub(r"(://[^\s'\"?]*)\?[^\s'\",()\[\]{}]*", r"\1", text)
 
 
 def environment() -> str:
-    """Return a block of text: when, where, by which command, from which commit and with which packages this
-    runs."""
+    """Return a block of text: start time, command, commit, host, devices and package versions of this run."""
     lines = [
         f"started: {time.strftime('%Y-%m-%d %H:%M:%S %z')}",
         f"command: {redact(shlex.join(sys.orig_argv))}",
