@@ -104,7 +104,8 @@ def identify(path: str, *, backbone: str = "") -> Named:
         if backbone not in ("", name):
             raise UserError(f"path {path!r} and backbone {backbone!r} name two networks: give one")
         return Named(Architecture(name, {}, None, None), weights="timm")
-    if path != "random" and not folder.exists():
+    of_checkpoint = any((folder / f"{role}.safetensors").is_file() for role in ("teacher", "student"))
+    if path != "random" and not folder.is_file() and not of_checkpoint:
         raise UserError(f"path {path!r}: no such run, checkpoint or weights file, and not timm:NAME")
     if not backbone:
         raise UserError(f"path {path!r} does not say which network it is: set backbone to its timm name")

@@ -91,9 +91,10 @@ def _local(parameter: nn.Parameter) -> nn.Parameter:
 
 def collect_gradients(module: nn.Module) -> None:
     """Move the gradients of a sharded module to its ``local_parameters``."""
-    if is_sharded(module):
-        for name, parameter in module.named_parameters():
-            local_parameters(module)[name].grad = None if parameter.grad is None else _rows(parameter.grad)
+    local = local_parameters(module)
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            local[name].grad = None if parameter.grad is None else _rows(parameter.grad)
             parameter.grad = None
 
 

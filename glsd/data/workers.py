@@ -58,7 +58,10 @@ class _Samples(Dataset):
 
 
 def _collated(collate: Callable[[list], Any], samples: list | UserError) -> Any:
-    return samples if isinstance(samples, UserError) else collate(samples)
+    try:
+        return samples if isinstance(samples, UserError) else collate(samples)
+    except UserError as error:
+        return error
 
 
 def raised(items: Iterable[Any]) -> Iterator[Any]:

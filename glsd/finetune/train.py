@@ -53,8 +53,8 @@ def finetune(cfg: FinetuneConfig) -> Path:
         resolved_config=dump(cfg),
         resume=cfg.resume == "auto",
         about=describe(cfg, plan, state, sets),
+        check=lambda: dist.raise_together(cannot_write(run.folder) if dist.is_main() else None),
     ) as t:
-        dist.raise_together(cannot_write(run.folder) if dist.is_main() else None)
         probe_every = cfg.watch.eval_every * plan.steps_per_epoch
         if is_probe_due(probe_every, state.step, state.step == plan.last_step):
             with t.meters.aside():
@@ -69,6 +69,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
             log_every=cfg.watch.log_every,
             save_every=cfg.watch.checkpoint_every or plan.steps_per_epoch,
             probe_every=probe_every,
+            saves_before_probe=False,
             batch_size=cfg.optim.batch_size,
             max_bad_fraction=cfg.data.max_bad_fraction,
         )

@@ -117,7 +117,8 @@ def draw_first_batch(t: Training[PretrainConfig, Plan, State], batch: CropBatch)
     elif match is None:
         boxes = [batch.global_boxes, batch.local_boxes]
         sizes = [batch.global_crops.shape[-1], batch.local_crops.shape[-1]]
-        match = geometric_match(boxes, sizes, stride=student.stride, hinge=True, hinge_factor=1.0)
+        hinge = {"hinge": t.cfg.loss.hinge, "hinge_factor": t.cfg.loss.hinge_factor}
+        match = geometric_match(boxes, sizes, stride=student.stride, **hinge)  # type: ignore[arg-type]
     # Views 1 (the second global crop) and 2 (the first local one) against teacher view 0.
     patches = [grid_side(part.shape[-1], student.stride) ** 2 for part in crops]
     drawn = {"first_batch.png": (batch.global_crops[1], slice(patches[0], 2 * patches[0]))}

@@ -90,6 +90,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
             log_every=cfg.watch.log_every,
             save_every=cfg.watch.checkpoint_every,
             probe_every=probe_every,
+            saves_before_probe=True,
             batch_size=cfg.optim.batch_size,
             max_bad_fraction=cfg.data.max_bad_fraction,
         )

@@ -52,6 +52,7 @@ class Duties(NamedTuple):
     log_every: int  # steps, as the next two
     save_every: int
     probe_every: int  # 0 = never; otherwise after the last step, too
+    saves_before_probe: bool  # a probe may take longer than what a preempted run has left
     batch_size: int
     max_bad_fraction: float
 
@@ -68,12 +69,14 @@ def open_training(
     resolved_config: str,
     resume: bool,
     about: str,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Training[Config, Plan, State]]:
-    """Open the run folder for writing, rewound to ``saved``, say what the run is about, and catch signals.
+    """Open the run folder for writing, rewound to ``saved`` after a last ``check``, print ``about``, and catch signals.
 
     Call it when everything else has been checked: what is refused must leave the folder as it was.
     """
     open_run(run.folder, resolved_config=resolved_config, resume=resume)
+    check()
     if saved is not None:
         rewind(run.folder, saved.step)
         dist.barrier()  # before anybody appends to what was rewound
@@ -117,8 +120,9 @@ def take_steps(t: Training, duties: Duties) -> None:
         flushing = last or step % duties.log_every == 0
         stopping = stop_vote(t.stop_signal(), last=last)
         probing = is_probe_due(duties.probe_every, step, last)
-        # Before a probe, too: it may take longer than what a preempted run has left.
-        saving = last or bool(stopping) or probing or step % duties.save_every == 0
+        saving = (
+            last or bool(stopping) or step % duties.save_every == 0 or (probing and duties.saves_before_probe)
+        )
         error = None
         if flushing or saving:
             check_gradients(t.state, t.run, reports)
