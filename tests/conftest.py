@@ -1,5 +1,6 @@
 """Shared fixtures: one thread per process, the photographs when they are at hand."""
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from glsd.packing.write import pack_samples
-from tests.helpers.small_shards import digit_sample, pack_digit_classes
+from tests.helpers.small_shards import digit_sample, pack_digit_classes, pack_noise
 from tests.helpers.warm_python import warm_python
 
 # Programs that tests start find this checkout, its tests and its laboratory.
@@ -46,6 +47,18 @@ def photos() -> Path:
             f"no photographs: {folder} has no pretrain_caltech101/ (set GLSD_PHOTOS to the folder that has)"
         )
     return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """An empty cache, which no other test has filled."""
+    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
+
+
+@pytest.fixture
+def make_shards(tmp_path):
+    """The function that packs shards of noise into the test's folder, labels number % 7 (see pack_noise)."""
+    return functools.partial(pack_noise, tmp_path)
 
 
 @pytest.fixture(scope="session")

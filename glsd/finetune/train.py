@@ -62,8 +62,6 @@ def finetune(cfg: FinetuneConfig) -> Path:
         duties = Duties(
             step=lambda: train_step(t, rates_at(cfg, plan, state.step), batches),
             step_numbers=lambda step: step_numbers(cfg, plan, step),
-            flushed=lambda row: None,
-            checked=lambda reports: None,
             save=lambda: save(t, sets),
             probe=lambda: measure(t, sets),
             log_every=cfg.watch.log_every,

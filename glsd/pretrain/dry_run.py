@@ -11,21 +11,18 @@ import torch
 from torch import Tensor
 
 from glsd.batches import CropBatch
-from glsd.cluster import dist, fsdp, shutdown
-from glsd.cluster.launch import start
+from glsd.cluster import dist, fsdp
 from glsd.config.pretrain import PretrainConfig
-from glsd.data.order import epoch_samples
-from glsd.errors import UserError, config_keys
-from glsd.pretrain.networks import State, build
-from glsd.pretrain.plan import Plan, make_plan, rates_at
+from glsd.errors import UserError
+from glsd.pretrain.networks import State
+from glsd.pretrain.plan import Plan, rates_at
 from glsd.pretrain.report import describe, open_probe
 from glsd.pretrain.step import train_step
-from glsd.pretrain.train import make_batches, restore
+from glsd.pretrain.train import make_batches, restore, set_up
 from glsd.runtime.loop import Training
 from glsd.runtime.memory import grown_since, mark_memory, total_memory
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run
-from glsd.shards.store import open_shards
 
 MIB, GIB = 2**20, 2**30
 # Seconds after which no further step is taken, and how many are at most. Warming up takes at least one step and ends when
@@ -59,17 +56,7 @@ def forecast(cfg: PretrainConfig) -> Forecast:
     With resume 'auto' and a checkpoint in the run folder it looks from there to the end. The run folder is only read.
     Raises the UserErrors of training, and one if the steps do not fit into the memory.
     """
-    accelerator = start(
-        cfg.optim.precision,
-        "launch/pretrain.py",
-        static_graph=cfg.optim.micro_batch == 0,
-        grad_compression=cfg.optim.grad_compression,
-    )
-    with config_keys({"lost_after": "cluster.lost_after", "weights": "data.weights"}):
-        shutdown.watch_others(cfg.cluster.lost_after)
-        shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
-    plan = make_plan(cfg, epoch_samples(shards.shard_sizes, shards.shard_weights))
-    state = build(cfg, accelerator)
+    accelerator, shards, plan, state = set_up(cfg)
     if cfg.resume == "auto":
         restore(cfg, state, Run(Path(cfg.out)), shards)
     open_probe(cfg)

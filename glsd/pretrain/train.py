@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from glsd.batches import CropBatch
 from glsd.cluster import dist, fsdp, shutdown
@@ -40,18 +41,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     data or the checkpoint cannot work, before the first step where that can be known; a run that already has checkpoints
     keeps them.
     """
-    accelerator = start(
-        cfg.optim.precision,
-        "launch/pretrain.py",
-        # Not together with no_sync: torch 2.15 fails in the second backward pass of a step.
-        static_graph=cfg.optim.micro_batch == 0,
-        grad_compression=cfg.optim.grad_compression,
-    )
-    with config_keys({"lost_after": "cluster.lost_after", "weights": "data.weights"}):
-        shutdown.watch_others(cfg.cluster.lost_after)
-        shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
-    plan = make_plan(cfg, epoch_samples(shards.shard_sizes, shards.shard_weights))
-    state = build(cfg, accelerator)
+    accelerator, shards, plan, state = set_up(cfg)
     run = Run(Path(cfg.out))
     saved = restore(cfg, state, run, shards) if cfg.resume == "auto" else None
     batches = make_batches(cfg, state, shards)
@@ -97,6 +87,22 @@ def pretrain(cfg: PretrainConfig) -> Path:
         with config_keys({"lr": "optim.lr", "max_bad_fraction": "data.max_bad_fraction"}):
             take_steps(t, duties)
     return run.folder
+
+
+def set_up(cfg: PretrainConfig) -> tuple[Accelerator, ShardSet, Plan, State]:
+    """Meet the other ranks, open the shards and build both networks, for training and for the dry run."""
+    accelerator = start(
+        cfg.optim.precision,
+        "launch/pretrain.py",
+        # Not together with no_sync: torch 2.15 fails in the second backward pass of a step.
+        static_graph=cfg.optim.micro_batch == 0,
+        grad_compression=cfg.optim.grad_compression,
+    )
+    with config_keys({"lost_after": "cluster.lost_after", "weights": "data.weights"}):
+        shutdown.watch_others(cfg.cluster.lost_after)
+        shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
+    plan = make_plan(cfg, epoch_samples(shards.shard_sizes, shards.shard_weights))
+    return accelerator, shards, plan, build(cfg, accelerator)
 
 
 @config_keys({name: f"data.{name}" for name in ("window_shards", "num_workers")})

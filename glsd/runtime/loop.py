@@ -1,11 +1,11 @@
-"""The loop of a training run: the duties after each step, the same for pretraining, fine-tuning and the dry run."""
+"""The loop of a training run: the duties after each step, the same for pretraining and fine-tuning."""
 
 import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -38,15 +38,15 @@ class Training(Generic[Config, Plan, State]):
     stop_signal: Callable[[], str] = lambda: ""  # the name of the signal that this process got, "" for none
 
 
-class Duties(NamedTuple):
+@dataclass(kw_only=True)
+class Duties:
     """What a story does in the loop, and how often."""
 
     step: Callable[[], StepReport]
     step_numbers: Callable[[int], dict[str, Any]]  # of a step, equal on all ranks, for its row of metrics
-    flushed: Callable[[dict[str, Any]], None]  # looks at a row of metrics
-    checked: Callable[
-        [list[StepReport]], None
-    ]  # looks at the samples that the steps since the last check used
+    flushed: Callable[[dict[str, Any]], None] = lambda row: None  # looks at a row of metrics
+    # Looks at the samples of the steps since the last check.
+    checked: Callable[[list[StepReport]], None] = lambda reports: None
     save: Callable[[], None]
     probe: Callable[[], None]
     log_every: int  # steps, as the next two

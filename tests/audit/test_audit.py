@@ -28,9 +28,7 @@ from tests.helpers.small_shards import encoded, noise_image, scene
 LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def pack(

@@ -12,6 +12,7 @@ from glsd.config.evaluate import EvalConfig
 from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import dump, load
 from glsd.config.pretrain import PretrainConfig
+from tests.helpers.dotted_keys import dotted_keys
 
 # What takes seconds to import, or is not needed before the first image is read.
 HEAVY = {
@@ -97,7 +98,7 @@ def test_help_all_explains_every_field(name, capsys):
     with pytest.raises(SystemExit):
         load(kind, ["--help", "all"], about=module.__doc__ or "", first=module.FIRST)
     text = capsys.readouterr().out
-    for key in leaves(yaml.safe_load(dump(kind()))):
+    for key in dotted_keys(yaml.safe_load(dump(kind()))):
         line = text.split(f"--{key} ", 2)[-1][:400]
         assert "(type:" in line, f"--{key} is not explained"
 
@@ -108,15 +109,6 @@ def test_print_config_resolves(name, capsys):
     with pytest.raises(SystemExit):
         load(kind, ["--print_config"])
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(dump(kind()))
-
-
-def leaves(tree, prefix=""):
-    """The dotted keys of a configuration."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
 
 
 @pytest.mark.parametrize(

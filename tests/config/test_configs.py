@@ -14,6 +14,7 @@ from glsd.config.parse import (
 )
 from glsd.config.pretrain import PretrainConfig
 from glsd.errors import UserError
+from tests.helpers.dotted_keys import dotted_keys
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -40,17 +41,9 @@ def test_every_config_is_a_delta_with_a_claim(path):
     for word in ("command:", "hardware:", "hours:", "expected:"):
         assert word in header, f"{path.name}: header lacks {word}"
     cfg: Config = load_file(KINDS[path.parent.name], path)
-    said, different = set(_leaves(yaml.safe_load(text))), set(differences(cfg))
+    said, different = set(dotted_keys(yaml.safe_load(text))), set(differences(cfg))
     superfluous = {key for key in said if not any(d == key or d.startswith(f"{key}.") for d in different)}
     assert not superfluous, f"{path.name} repeats defaults: {superfluous}"
-
-
-def _leaves(tree, prefix=""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
 
 
 def test_flags_override_files_override_defaults(tmp_path):

@@ -1,6 +1,5 @@
 """The P x M loader: crops, any number of ranks, resuming, images that cannot be read."""
 
-import functools
 import io
 import itertools
 import math
@@ -32,7 +31,7 @@ from glsd.data.decode import decode
 from glsd.errors import UserError
 from glsd.rng import Stream
 from glsd.shards.store import open_shards
-from tests.helpers.small_shards import noise_image, pack_noise
+from tests.helpers.small_shards import noise_image
 
 MORE_WORKERS_THAN_CORES = "ignore:This DataLoader will create"
 SETUP: dict[str, Any] = {
@@ -50,14 +49,7 @@ SETUP: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
-
-
-@pytest.fixture
-def make_shards(tmp_path):
-    return functools.partial(pack_noise, tmp_path)  # labels: number % 7
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def batches(shards, count: int, **changes) -> list[LabeledCrops]:

@@ -1,4 +1,3 @@
-import functools
 import io
 from typing import Any
 
@@ -12,7 +11,7 @@ from glsd.data.eval_loader import center_square, eval_loader, rank_indices
 from glsd.data.photometric import MEAN, STD
 from glsd.errors import UserError
 from glsd.shards.store import open_shards
-from tests.helpers.small_shards import noise_image, pack_noise
+from tests.helpers.small_shards import noise_image
 
 MORE_WORKERS_THAN_CORES = "ignore:This DataLoader will create"
 SETUP: dict[str, Any] = {
@@ -25,14 +24,7 @@ SETUP: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
-
-
-@pytest.fixture
-def make_shards(tmp_path):
-    return functools.partial(pack_noise, tmp_path)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 20])

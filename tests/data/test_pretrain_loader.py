@@ -1,4 +1,3 @@
-import functools
 import itertools
 import os
 import signal
@@ -20,7 +19,7 @@ from glsd.geometry import geometric_match
 from glsd.packing.write import pack_samples
 from glsd.shards.find import find_shards
 from glsd.shards.store import open_shards
-from tests.helpers.small_shards import noise_image, pack_noise
+from tests.helpers.small_shards import noise_image
 from tests.helpers.usual_spec import usual_spec
 
 MORE_WORKERS_THAN_CORES = "ignore:This DataLoader will create"
@@ -40,14 +39,7 @@ SETUP: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
-
-
-@pytest.fixture
-def make_shards(tmp_path):
-    return functools.partial(pack_noise, tmp_path)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def batches(shards, count: int, **changes) -> list[CropBatch]:

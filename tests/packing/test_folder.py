@@ -1,4 +1,3 @@
-import functools
 import json
 import os
 import subprocess
@@ -14,17 +13,9 @@ from glsd.errors import BrokenImage, UserError
 from glsd.packing.folder import pack_folder
 from glsd.packing.write import index_shards, pack_samples
 from glsd.shards.store import open_shards
-from tests.helpers.small_shards import noise_image, pack_noise
+from tests.helpers.small_shards import noise_image
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
-
-
-@pytest.fixture
-def make_shards(tmp_path):
-    return functools.partial(pack_noise, tmp_path)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"

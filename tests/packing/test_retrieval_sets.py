@@ -16,10 +16,7 @@ from glsd.shards.store import open_shards
 from tests.helpers.retrieval_trees import cub_tree, lines, put
 from tests.helpers.small_shards import noise_image
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 save_mat = functools.partial(savemat, do_compression=True)  # as MATLAB does; a changed byte is seen

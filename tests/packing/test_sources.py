@@ -25,10 +25,7 @@ from glsd.packing.torchvision_sets import TORCHVISION_SETS, pack_torchvision
 from glsd.shards.store import open_shards
 from tests.helpers.small_shards import encoded, noise_image
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

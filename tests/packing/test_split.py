@@ -17,9 +17,7 @@ LABELS = [4, 0, 9, 4, 2, 0, 9, 9, 2, 7]  # five classes, with gaps, in no order
 NAMES = [f"class {label}" for label in range(10)]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -40,9 +40,7 @@ NUM_MUTATED = 200
 ONE, TWO = noise_image(1), noise_image(2)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def contents(shards: ShardSet) -> list[tuple[str, bytes | str, int]]:

@@ -1,4 +1,3 @@
-import functools
 import io
 import json
 import os
@@ -30,17 +29,9 @@ from glsd.shards.store import (
     open_shards,
     read_classes,
 )
-from tests.helpers.small_shards import noise_image, pack_noise
+from tests.helpers.small_shards import noise_image
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLSD_CACHE", str(tmp_path / "own_cache"))
-
-
-@pytest.fixture
-def make_shards(tmp_path):
-    return functools.partial(pack_noise, tmp_path)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> Path:
