@@ -38,18 +38,18 @@ test-ranks: $(STAMP)
 test-remote: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/remote -n $(JOBS) --dist worksteal -m remote
 
-# A SLURM cluster and hosts of network namespaces on this machine: needs root; installs Debian's packages of SLURM. One test
-# after the other: several of them keep all cores busy with the start of ranks.
+# A SLURM cluster and hosts of network namespaces on this machine: needs root; installs Debian's packages of SLURM. Jobs of SLURM
+# run in one test process, and hosts in the other.
 test-cluster: $(STAMP)
 	bash tests/cluster/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster --ignore-glob='*/test_doctor_*' --ignore-glob='*/test_traffic*' --durations=25 \
-		-m "slurm or multinode"
+		-n $(JOBS) --dist loadgroup -m "slurm or multinode"
 
 # The doctor on ranks and hosts with faults, and what ranks send to each other.
 test-doctor: $(STAMP)
 	bash tests/cluster/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/doctor tests/cluster/test_doctor_*.py tests/cluster/test_traffic.py \
-		tests/benchmark/test_benchmark_scale.py -m multinode
+		tests/benchmark/test_benchmark_scale.py -n $(JOBS) --dist worksteal -m multinode
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not slow and not photos and not remote and not slurm and not multinode"
