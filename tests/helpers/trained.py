@@ -1,5 +1,6 @@
 """Run folders and a weights file with known weights: what a user has after training, without the training."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ TRAINED = PretrainConfig(
 )
 
 
-def write_run(folder: Path, config: Any, networks: dict[str, torch.nn.Module], *, step: int) -> Path:
+def write_run(folder: Path, config: Any, networks: Mapping[str, torch.nn.Module], *, step: int) -> Path:
     """Write a run folder with one checkpoint, and return the checkpoint's folder."""
     folder.mkdir()
     (folder / "config.yaml").write_text(dump(config))

@@ -39,7 +39,7 @@ def by_hand(root, model, **sizes):
     """The vectors that evaluation would measure, by file name."""
     shards = open_shards(str(root / "shards" / "train-*.tar"))
     loader = eval_loader(shards, batch_size=3, rank=0, world_size=1, num_workers=0, **sizes)
-    rows = {}
+    rows: dict[str, np.ndarray] = {}
     for batch in loader:
         features = model.features(batch.images)
         rows |= {
