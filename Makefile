@@ -67,7 +67,7 @@ format: $(STAMP)
 lock:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra s3 --extra parquet --extra tiff --extra dev --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra s3 --extra parquet --extra tiff --extra export --extra dev --universal --python-version 3.11 \
 		--no-header --no-annotate -o requirements.lock
 
 clean:

@@ -155,7 +155,7 @@ def draw_neighbors_of(run: Path, role: str, queries: str, gallery: str | None = 
     import torch
 
     from glsd.data.decode import decode
-    from glsd.load import load_network
+    from glsd.loading import load_network
     from glsd.metrics.knn import nearest_neighbors
     from glsd.shards.store import open_shards
     from glsd.show.neighbors import draw_neighbors

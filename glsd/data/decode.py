@@ -149,7 +149,7 @@ def _decode_jpeg(raw: bytes, reduction_of: Callable[[int, int], int]) -> tuple[U
     if raw.count(START_OF_SCAN) > MAX_SCANS and _num_scans(raw) > MAX_SCANS:
         raise BrokenImage(f"JPEG of more than {MAX_SCANS} scans")
     if header.mode not in ("RGB", "L"):
-        return _whole(_to_rgb(header))
+        return _whole(to_rgb(header))
     orientation = _orientation(header)
     reduction = reduction_of(header.height, header.width)
     if reduction > 1:
@@ -249,7 +249,7 @@ def _decode_other(raw: bytes) -> UInt8[Tensor, "3 h w"]:
         _check_size(*(1 + int.from_bytes(raw[place : place + 3], "little") for place in (24, 27)))
     image = Image.open(io.BytesIO(raw), formats=FORMATS)
     _check_size(*image.size)
-    return _to_rgb(image)
+    return to_rgb(image)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -259,7 +259,7 @@ def _check_size(width: int, height: int) -> None:
         raise BrokenImage(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
 
 
-def _to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
+def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
     ImageOps.exif_transpose(image, in_place=True)  # without in_place it copies even an upright image
     if image.mode.startswith(("I", "F")):
         # convert("RGB") would clip instead of scale: every 16-bit image would turn white.

@@ -7,18 +7,16 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode, functional
 
 from glsd.batches import LabeledBatch
 from glsd.data.decode import decode
 from glsd.data.order import check_rank
 from glsd.data.photometric import normalize
+from glsd.data.transform import Sizes, center_square, check_sizes
 from glsd.data.workers import make_loader
 from glsd.errors import BrokenImage, UserError
 from glsd.shards.store import ShardSet
 
-# Longer images are cut to this aspect before the resize: only the center is used, and 1 x 100000 must not become gigabytes.
-MAX_ASPECT = 8
 PADDING = -1
 
 
@@ -78,8 +76,7 @@ def eval_loader(
     -1. Raises UserError for sizes out of range.
     Source: evaluation protocol of DINO (arXiv 2104.14294), with 256 and 224 pixels there.
     """
-    if not 1 <= crop <= resize:
-        raise UserError(f"crop {crop} of images resized to {resize}: expected 1 <= crop <= resize")
+    check_sizes(Sizes(resize, crop))
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: expected at least 1")
     if limit < 0:
@@ -127,16 +124,6 @@ class _EvalDataset:
                 broken = BrokenImageRecord(index, self.shards.key(index), str(error))
         empty = torch.zeros(3, self.crop, self.crop, dtype=torch.uint8)
         return _EvalSample(empty, -1, PADDING, broken)
-
-
-def center_square(image: UInt8[Tensor, "3 h w"], *, resize_to: int, crop: int) -> UInt8[Tensor, "3 s s"]:
-    """Return the center square of ``crop`` pixels of an image resized to a short side of ``resize_to``."""
-    height, width = image.shape[1:]
-    longest = MAX_ASPECT * min(height, width)
-    if max(height, width) > longest:
-        image = functional.center_crop(image, [min(height, longest), min(width, longest)])
-    resized = functional.resize(image, [resize_to], interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return functional.center_crop(resized, [crop, crop])
 
 
 def _collate(samples: list[_EvalSample]) -> tuple[LabeledBatch, list[BrokenImageRecord]]:

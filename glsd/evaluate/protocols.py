@@ -10,7 +10,7 @@ from glsd.config.evaluate import EvalConfig
 from glsd.config.finetune import FinetuneConfig
 from glsd.errors import UserError, config_keys
 from glsd.evaluate.sets import Embedded, open_labeled, open_retrieval
-from glsd.load import Loaded
+from glsd.loading import Loaded
 from glsd.metrics.clusters import kmeans_nmi
 from glsd.metrics.knn import check_k, knn_accuracy
 from glsd.metrics.linear import check_settings, linear_probe

@@ -10,11 +10,12 @@ from accelerate import PartialState
 from glsd.cluster import dist, shutdown
 from glsd.cluster.launch import check_world, choose_interface
 from glsd.config.evaluate import EvalConfig
+from glsd.data.transform import Sizes, choose_sizes
 from glsd.errors import config_keys
 from glsd.evaluate.protocols import PROTOCOLS, describe_scores
 from glsd.evaluate.record import append_record, cannot_write
-from glsd.evaluate.sets import Embedded, Sizes, choose_sizes, embed_set
-from glsd.load import Loaded, load_network
+from glsd.evaluate.sets import Embedded, embed_set
+from glsd.loading import Loaded, load_network
 from glsd.models.backbone import check_image_size
 from glsd.models.embedder import Embedder
 from glsd.shards.store import ShardSet
@@ -24,7 +25,7 @@ POOLS = {
     "mean": "mean of patch tokens",
     "mean+max": "mean plus maximum of patch tokens",
 }
-# Argument of glsd.load -> configuration key.
+# Argument of glsd.loading -> configuration key.
 KEYS = {"path": "model", "role": "features", "image_size": "data.crop"}
 
 LOST_AFTER = 60.0  # seconds without a heartbeat after which a rank counts as lost

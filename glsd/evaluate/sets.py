@@ -14,6 +14,7 @@ from glsd.cluster import dist
 from glsd.config.evaluate import EvalDataConfig
 from glsd.config.finetune import FinetuneDataConfig
 from glsd.data.eval_loader import eval_loader
+from glsd.data.transform import Sizes
 from glsd.errors import UserError, config_keys
 from glsd.shards.store import (
     ShardSet,
@@ -21,21 +22,6 @@ from glsd.shards.store import (
     check_same_classes,
     open_shards,
 )
-
-RESIZE_TO_CROP = 256 / 224  # the margin around the center crop in DINO's protocol (arXiv 2104.14294)
-
-
-class Sizes(NamedTuple):
-    """Preprocessing in pixels: resize the short side, then cut a square from the center."""
-
-    resize: int
-    crop: int
-
-
-def choose_sizes(native: int, *, crop: int | None = None, resize: int | None = None) -> Sizes:
-    """Return the configured sizes; the default crop is ``native``, with the protocol's margin around it."""
-    crop = native if crop is None else crop
-    return Sizes(round(crop * RESIZE_TO_CROP) if resize is None else resize, crop)
 
 
 def open_labeled(patterns: str | list[str], key: str) -> ShardSet:

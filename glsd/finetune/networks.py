@@ -15,7 +15,7 @@ from glsd.cluster import dist
 from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import load_file
 from glsd.errors import UserError, config_keys
-from glsd.load import (
+from glsd.loading import (
     NATIVE_SIZE,
     Architecture,
     architecture_of,

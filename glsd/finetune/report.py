@@ -9,11 +9,11 @@ from glsd.cluster import dist
 from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import differences
 from glsd.data.balanced import ClassGroups, class_groups, split_classes
+from glsd.data.transform import choose_sizes
 from glsd.errors import UserError, config_keys
 from glsd.evaluate.protocols import describe_scores, describe_search, score_retrieval
 from glsd.evaluate.record import append_record, read_records
 from glsd.evaluate.sets import (
-    choose_sizes,
     embed_set,
     open_labeled,
     open_retrieval,

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from glsd.errors import UserError
 from glsd.precision import wide_dtype, widened
 
 
@@ -130,3 +131,23 @@ TOKENS: dict[type, Callable[[Any, Tensor], tuple[Tensor, Tensor]]] = {
     ResNet: _map_tokens,
     EfficientNet: _map_tokens,
 }
+
+
+def attention_of(net: Any, forward: Callable[[], Any]) -> Float[Tensor, "b a n"]:
+    """Return the class token's attention to the patches in the last block of ``net`` while ``forward()`` runs, by head.
+
+    Raises UserError for a network without a class token.
+    """
+    if getattr(net, "cls_token", None) is None:
+        raise UserError(
+            f"a {type(net).__name__} without class token has no attention of it: show another picture"
+        )
+    attention, kept = net.blocks[-1].attn, []
+    was_fused, attention.fused_attn = attention.fused_attn, False  # the fused kernel never holds the shares
+    handle = attention.attn_drop.register_forward_hook(lambda _, given, result: kept.append(given[0]))
+    try:
+        forward()
+    finally:
+        handle.remove()
+        attention.fused_attn = was_fused
+    return kept[-1][:, :, 0, net.num_prefix_tokens :].float()

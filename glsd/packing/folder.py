@@ -28,7 +28,7 @@ def pack_folder(
     files are skipped. Raises UserError if ``src`` holds no image or a class without number, and as pack_sources does.
     """
     src, dst = Path(src), Path(dst)
-    paths, skipped = _find_images(src)
+    paths, skipped = find_images(src)
     strays = [path for path in paths if len(path.parts) == 1]
     if strays and classes is not None:
         raise UserError(f"--classes {classes}: {src / strays[0]} lies in no subfolder, so it has no class")
@@ -46,7 +46,7 @@ def pack_folder(
     return replace(summary, stray=stray, skipped=skipped)
 
 
-def _find_images(src: Path) -> tuple[list[Path], dict[str, int]]:
+def find_images(src: Path) -> tuple[list[Path], dict[str, int]]:
     """Return the images below a folder, sorted, relative to it, and the number of other files by extension.
 
     Links to folders are followed, and each folder is visited once. Raises UserError if there is no image.

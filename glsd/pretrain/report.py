@@ -10,8 +10,9 @@ from glsd.batches import NUM_GLOBAL, CropBatch
 from glsd.cluster import dist, fsdp
 from glsd.config.parse import differences
 from glsd.config.pretrain import PretrainConfig
+from glsd.data.transform import choose_sizes
 from glsd.errors import UserError, config_keys, with_config_keys
-from glsd.evaluate.sets import choose_sizes, embed_set
+from glsd.evaluate.sets import embed_set
 from glsd.geometry import geometric_match, grid_side
 from glsd.losses.distill import similarity_match
 from glsd.metrics.knn import knn_accuracy

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from glsd.data.decode import decode
-from glsd.data.eval_loader import center_square, eval_loader, rank_indices
+from glsd.data.eval_loader import eval_loader, rank_indices
 from glsd.data.photometric import MEAN, STD
+from glsd.data.transform import center_square
 from glsd.errors import UserError
 from glsd.shards.store import open_shards
 from tests.helpers.small_shards import noise_image

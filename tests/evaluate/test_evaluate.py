@@ -24,9 +24,9 @@ from glsd.config.pretrain import (
     PretrainConfig,
     TimmArg,
 )
+from glsd.data.transform import choose_sizes
 from glsd.errors import UserError
 from glsd.evaluate.run import evaluate
-from glsd.evaluate.sets import choose_sizes
 from glsd.models.backbone import build_backbone
 from glsd.packing.write import pack_samples
 from glsd.runtime import checkpoint

@@ -7,50 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from glsd.config.finetune import FinetuneConfig, FinetuneDataConfig, FinetuneModelConfig
+from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import dump
-from glsd.config.pretrain import DataConfig, ModelConfig, PretrainConfig, TimmArg
 from glsd.errors import UserError
-from glsd.load import build_embedder, find_weights, identify, load_network
+from glsd.loading import find_weights, identify, load_network
 from glsd.models.backbone import build_backbone
-from glsd.runtime import checkpoint
-
-NAME = "vit_tiny_patch16_224"
-TINY: dict[str, TimmArg] = {"patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}
-TRAINED = PretrainConfig(
-    seed=5,
-    data=DataConfig(global_size=32, local_size=16),
-    model=ModelConfig(backbone=NAME, timm_args=TINY, pool="mean"),
-)
-
-
-def write_run(folder, config, networks, *, step):
-    folder.mkdir()
-    (folder / "config.yaml").write_text(dump(config))
-    tensors = {role: network.state_dict() for role, network in networks.items()}
-    return checkpoint.save(folder / "checkpoints", step=step, tensors=tensors, state={}, optimizer={}, keep=1)
+from tests.helpers.trained import NAME, TINY, TRAINED, trained_networks, write_run
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A run of pretraining, one of metric learning that started from it, and a weights file, each with known weights."""
-    root = tmp_path_factory.mktemp("load")
-    student, teacher = (build_backbone(NAME, image_size=32, timm_args=TINY, seed=seed) for seed in (2, 1))
-    save_file(teacher.net.state_dict(), root / "weights.safetensors")
-    networks = {
-        role: torch.nn.ModuleDict({"backbone": x}) for role, x in (("student", student), ("teacher", teacher))
-    }
-    start = write_run(root / "pretrained", TRAINED, networks, step=7)
-    tuned = FinetuneConfig(
-        init=str(start),
-        data=FinetuneDataConfig(crop=40, resize=50),
-        model=FinetuneModelConfig(backbone=NAME, timm_args=TINY, pool="cls", embed_dim=6),
-    )
-    embedder = build_embedder(replace(tuned, seed=9), "random")
-    write_run(root / "tuned", tuned, {"student": embedder, "losses": torch.nn.Linear(1, 1)}, step=3)
-    return {"root": root, "teacher": teacher, "student": student, "embedder": embedder}
+    return trained_networks(tmp_path_factory.mktemp("load"))
 
 
 def same(ours, theirs) -> bool:
@@ -134,7 +102,7 @@ def test_mistakes_are_named(world, tmp_path):
 
 def test_a_frozen_backbone_imports_no_fine_tuning():
     code = (
-        "import sys, glsd.load\n"
+        "import sys, glsd.loading\n"
         "unwanted = {'pytorch_metric_learning', 'scipy.stats', 'sklearn', 'glsd.finetune', 'glsd.losses'}\n"
         "assert not unwanted & sys.modules.keys(), unwanted & sys.modules.keys()"
     )
