@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "glsd"
-BASE = {"errors", "batches", "geometry", "precision", "rng", "files"}
+BASE = {"arrays", "errors", "batches", "geometry", "precision", "rng", "files"}
 PARTS = {"models", "losses", "optim", "metrics", "show", "runtime"}
 DATA = {"shards", "data", "packing", "audit"}
 # Room (or file at the root) -> what it may import, besides itself.

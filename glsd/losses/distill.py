@@ -14,9 +14,10 @@ from torch import Tensor
 
 from glsd.batches import Match
 from glsd.cluster import dist
-from glsd.geometry import needed_rows
+from glsd.errors import UserError
+from glsd.geometry import geometric_match, needed_rows
+from glsd.losses.cross_entropy import PrototypeCE, prototype_ce
 from glsd.losses.match import similarity
-from glsd.losses.prototype_ce import PrototypeCE, prototype_ce
 
 
 class LocalLoss(NamedTuple):
@@ -81,6 +82,48 @@ def local_loss(
     accepted = matches[0][0].weight > 0
     num_entries = accepted.numel() - teacher_patches[..., 0].numel()  # a view is not matched with itself
     return LocalLoss(*result, accepted.sum().to(dtype) / num_entries)
+
+
+def patch_loss(
+    student_patches: Sequence[Float[Tensor, "_ b _ e"]],
+    teacher_patches: Float[Tensor, "g b n e"],
+    student_prototypes: Float[Tensor, "k e"],
+    teacher_prototypes: Float[Tensor, "k e"],
+    *,
+    center: Float[Tensor, " k"],
+    boxes: Sequence[Float[Tensor, "_ b 4"]] | None = None,
+    crop_sizes: Sequence[int] = (),
+    stride: int = 16,
+    features: tuple[Sequence[Float[Tensor, "_ b _ d"]], Float[Tensor, "g b n d"]] | None = None,
+    hinge: bool = True,
+    hinge_factor: float = 1.0,
+    mean: Literal["all", "accepted"] = "all",
+    student_temp: float = 0.1,
+    teacher_temp: float = 0.04,
+) -> LocalLoss:
+    """Return the local loss of a training loop of your own: matching and cross-entropy in one call.
+
+    *_patches: bottleneck vectors of length 1, (views, images, patches, e); the student's one entry per resolution, global
+    views first; the teacher's of the global views. *_prototypes: rows of length 1. center: ``ema_center`` of the results'
+    ``teacher_mean``, zeros at the start.
+    Give ``boxes`` (views, images, 4) per resolution, x0 y0 x1 y1 in source pixels, x0 > x1 if mirrored, with the side of the
+    crops in pixels, to match patches by place; hinge and hinge_factor as in geometry.geometric_match. Or give ``features``,
+    the backbone's patch features of student and teacher, to match by similarity. With both the two losses have equal shares.
+    Raises UserError if neither is given. Source: GLSD (arXiv 2207.14676).
+    """
+    found = []
+    if boxes is not None:
+        place: dict[str, Any] = {"stride": stride, "hinge": hinge, "hinge_factor": hinge_factor}
+        found.append(geometric_match([part.cpu() for part in boxes], crop_sizes, **place))
+    if features is not None:
+        found.append(similarity_match(*features))
+    if not found:
+        raise UserError("patch_loss: give boxes (match by place), features (match by similarity) or both")
+    device = teacher_patches.device
+    matches = [(match.map(lambda tensor: tensor.to(device)), 1 / len(found)) for match in found]
+    softmax: dict[str, Any] = {"center": center, "student_temp": student_temp, "teacher_temp": teacher_temp}
+    vectors = student_patches, teacher_patches, student_prototypes, teacher_prototypes
+    return local_loss(*vectors, matches=matches, mean=mean, **softmax)
 
 
 def _mean_weights(

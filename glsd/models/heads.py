@@ -23,12 +23,12 @@ class Prototypes(nn.Module):
         self.gain = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=trainable_gain)
 
     def weight(self) -> Float[Tensor, "k e"]:
-        """Return the prototypes in float32 or better, as ``losses.prototype_ce`` takes them."""
+        """Return the prototypes in float32 or better, as ``losses.cross_entropy.prototype_ce`` takes them."""
         with torch.autocast(self.direction.device.type, enabled=False):
             return widened(self.gain) * F.normalize(widened(self.direction), dim=1, eps=1e-12)
 
     def forward(self, vectors: Float[Tensor, "r e"]) -> Float[Tensor, "r k"]:
-        """Return the logits of bottleneck vectors; for small r * k only, as training uses ``losses.prototype_ce``."""
+        """Return the logits of bottleneck vectors; for small r * k only, as training uses ``losses.cross_entropy.prototype_ce``."""
         weight = self.weight()
         return F.linear(vectors.to(weight.dtype), weight)
 

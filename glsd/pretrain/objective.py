@@ -11,8 +11,8 @@ from glsd.batches import Match
 from glsd.cluster import dist, fsdp
 from glsd.config.pretrain import LossConfig
 from glsd.losses.center import sinkhorn_center
+from glsd.losses.cross_entropy import PrototypeCE
 from glsd.losses.distill import LocalLoss, global_loss, local_loss, similarity_match
-from glsd.losses.prototype_ce import PrototypeCE
 from glsd.models.multicrop import MultiCrop, Views
 
 

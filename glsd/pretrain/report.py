@@ -15,8 +15,8 @@ from glsd.errors import UserError, config_keys, with_config_keys
 from glsd.evaluate.sets import embed_set
 from glsd.geometry import geometric_match, grid_side
 from glsd.losses.distill import similarity_match
+from glsd.metrics.effective_rank import rankme
 from glsd.metrics.knn import knn_accuracy
-from glsd.metrics.rankme import rankme
 from glsd.models.backbone import Backbone
 from glsd.models.blocks import run_uncompiled
 from glsd.pretrain.networks import State

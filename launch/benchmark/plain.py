@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glsd.batches import Match
+from glsd.losses.cross_entropy import PrototypeCE
 from glsd.losses.distill import LocalLoss
-from glsd.losses.prototype_ce import PrototypeCE
 from glsd.precision import widened
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from glsd.geometry import geometric_match, patch_centers, squared_half_diagonals
 from glsd.losses.center import ema_center
+from glsd.losses.cross_entropy import prototype_ce
 from glsd.losses.distill import global_loss, local_loss, similarity_match
 from glsd.losses.match import geometric, similarity
-from glsd.losses.prototype_ce import prototype_ce
 from glsd.optim import teacher_temp
 
 # In the published code each of the two losses is halved when both are in use; here the caller weighs them.

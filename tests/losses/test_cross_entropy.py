@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glsd.geometry import needed_rows
-from glsd.losses import prototype_ce as module
-from glsd.losses.prototype_ce import prototype_ce, student_terms
+from glsd.losses import cross_entropy as module
+from glsd.losses.cross_entropy import prototype_ce, student_terms
 from glsd.precision import product
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from glsd.metrics.rankme import rankme
+from glsd.metrics.effective_rank import rankme
 
 
 def literal_rankme(features: np.ndarray) -> float:
