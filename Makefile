@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test test-wheel test-ranks test-remote test-cluster test-doctor test-fast check format lock clean
+.PHONY: install demo docs test test-wheel test-ranks test-remote test-cluster test-doctor test-fast check format lock clean
 
 install: $(STAMP)
 
@@ -19,6 +19,10 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python launch/demo.py
+
+# The pages of docs/ as a web site in build/docs. A broken link is an error.
+docs: $(STAMP)
+	$(BIN)/mkdocs build --quiet --strict
 
 # Two test processes of one thread each suit two cores; JOBS=0 runs them in this process.
 JOBS ?= 2
@@ -67,7 +71,7 @@ format: $(STAMP)
 lock:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra s3 --extra parquet --extra tiff --extra export --extra dev --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra s3 --extra parquet --extra tiff --extra export --extra docs --extra dev --universal --python-version 3.11 \
 		--no-header --no-annotate -o requirements.lock
 
 clean:

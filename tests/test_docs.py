@@ -8,8 +8,13 @@ import pytest
 from tests.helpers.small_shards import scene
 from tests.helpers.trained import trained_networks
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [page.name for page in sorted(DOCS.glob("*.md")) if "```python" in page.read_text()]
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    str(page.relative_to(ROOT))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if "```python" in page.read_text()
+]
+MOST_LINES = 150  # of the README
 
 
 @pytest.fixture
@@ -27,10 +32,23 @@ def photos(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_code_runs(page, photos):
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     names: dict = {}
     for block in blocks:
         exec(compile(block, page, "exec"), names)
-    if page == "python.md":
+    if page == "docs/python.md":
         assert names["vectors"].shape == (8, 32)
         assert 0 < float(names["result"].matched_share) < 1
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MOST_LINES
+
+
+def test_every_page_is_reached():
+    """Links between pages are checked by ``make docs``; these are the README's, and the site's list of pages."""
+    readme = (ROOT / "README.md").read_text()
+    linked = set(re.findall(r"\]\(([^)#:]+)\)", readme))
+    assert all((ROOT / link).exists() for link in linked), linked
+    listed = set(re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}

@@ -1,4 +1,4 @@
-"""Ranks on CPUs as the README's line starts them, and the comparison of what they wrote."""
+"""Ranks on CPUs as the line in the documents starts them, and the comparison of what they wrote."""
 
 import os
 import re
@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests" / "dist"  # bodies of the rank tests
 
 
-def launch_line(readme: Path = ROOT / "README.md") -> tuple[dict[str, str], list[str]]:
-    """Environment and command, up to the script, of the README's line that starts N ranks on CPUs."""
+def launch_line(page: Path = ROOT / "docs" / "several-gpus.md") -> tuple[dict[str, str], list[str]]:
+    """Environment and command, up to the script, of the line in the documents that starts N ranks on CPUs."""
     found = re.search(
         r"^(ACCELERATE_USE_CPU=true accelerate launch .*?) launch/pretrain.py",
-        readme.read_text(),
+        page.read_text(),
         re.MULTILINE,
     )
-    assert found, "the README no longer shows how to start ranks on CPUs"
+    assert found, "the page no longer shows how to start ranks on CPUs"
     words = shlex.split(found[1])
     environment = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
     command = [word for word in words if "=" not in word or word.startswith("-")]
