@@ -15,6 +15,7 @@ COMMANDS = {
     "pretrain": ("pretrain", "pretrain a Vision Transformer on images without labels"),
     "finetune": ("finetune", "fine-tune a backbone for retrieval with labels"),
     "evaluate": ("evaluate", "measure a frozen network: k-NN, linear probe or retrieval"),
+    "show": ("show", "draw attention, patch colors or a map of the embeddings"),
     "doctor": ("doctor", "check this machine or cluster before a run"),
     "submit": ("submit", "submit a stage, a sweep or a pipeline to SLURM"),
     "demo": ("demo", "pack, pretrain, evaluate and fine-tune on embedded images, in a few minutes"),
