@@ -16,6 +16,7 @@ COMMANDS = {
     "finetune": ("finetune", "fine-tune a backbone for retrieval with labels"),
     "evaluate": ("evaluate", "measure a frozen network: k-NN, linear probe or retrieval"),
     "show": ("show", "draw attention, patch colors or a map of the embeddings"),
+    "report": ("report", "write one HTML page about a run: curves, evaluations, pictures"),
     "doctor": ("doctor", "check this machine or cluster before a run"),
     "submit": ("submit", "submit a stage, a sweep or a pipeline to SLURM"),
     "demo": ("demo", "pack, pretrain, evaluate and fine-tune on embedded images, in a few minutes"),

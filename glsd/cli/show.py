@@ -1,12 +1,9 @@
 """glsd show: pictures of what a network sees."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from glsd.inference.images import Images
-    from glsd.inference.model import Model
 
 EXAMPLES = """\
   glsd show attention runs/mine photos/             where the class token looks, head by head
@@ -38,6 +35,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the map's layout (%(default)s)")
     args = parser.parse_args(argv)
     from glsd.errors import UserError
+    from glsd.inference import look
     from glsd.inference.images import as_images
     from glsd.inference.model import load
 
@@ -45,60 +43,13 @@ def main(argv: list[str]) -> None:
     if count < 1 or (args.what != "map" and count > MOST_DRAWN):
         raise UserError(f"--count is {count}: expected 1 to {MOST_DRAWN} for {args.what}, 5 or more for map")
     images = as_images(args.images[0] if len(args.images) == 1 else args.images)
-    numbers = (
-        [i * len(images.names) // count for i in range(count)]
-        if count < len(images.names)
-        else range(len(images.names))
-    )
-    out = args.out or Path(f"{args.what}.png")
     model = load(args.model, backbone=args.backbone)
-    DRAW[args.what](model, images, list(numbers), out, args.seed)
-    print(f"wrote {out}: {args.what} of {len(numbers)} of {len(images.names)} images, by {model.name}")
-
-
-def squares(model: "Model", images: "Images", numbers: list[int]) -> tuple[Any, list[str]]:
-    """Return the squares that the network sees (n 3 s s), uint8, and the images' names. Unreadable ones are a UserError."""
-    import torch
-
-    from glsd.errors import BrokenImage, UserError
-
-    found = []
-    for number in numbers:
-        try:
-            found.append(model.transform.square(images.pixels(number)))
-        except BrokenImage as problem:
-            raise UserError(f"image {images.names[number]} cannot be read: {problem}") from problem
-    return torch.stack(found), [Path(images.names[number]).name for number in numbers]
-
-
-def attention(model: "Model", images: "Images", numbers: list[int], out: Path, seed: int) -> None:
-    from glsd.data.photometric import normalize
-    from glsd.show.attention import draw_attention
-
-    pixels, names = squares(model, images, numbers)
-    draw_attention(out, pixels, model.attention(normalize(pixels)), names)
-
-
-def pca(model: "Model", images: "Images", numbers: list[int], out: Path, seed: int) -> None:
-    from glsd.data.photometric import normalize
-    from glsd.show.pca import draw_pca, patch_colors
-
-    pixels, names = squares(model, images, numbers)
-    draw_pca(out, pixels, patch_colors(model.patches(normalize(pixels))), names)
-
-
-def map_of(model: "Model", images: "Images", numbers: list[int], out: Path, seed: int) -> None:
-    import numpy as np
-    import torch.nn.functional as F
-
-    from glsd.data.photometric import normalize
-    from glsd.show.map import draw_map, places
-
-    pixels, _ = squares(model, images, numbers)
-    vectors = np.concatenate([model.features(normalize(part)).float().numpy() for part in pixels.split(64)])
-    at, method = places(vectors, seed=seed)
-    thumbnails = F.interpolate(pixels.float(), size=(48, 48), mode="area").round().byte()
-    draw_map(out, at, thumbnails, title=f"{len(numbers)} images by {model.name} ({method})")
-
-
-DRAW = {"attention": attention, "pca": pca, "map": map_of}
+    squares = model.squares(images, look.evenly(len(images.names), count))
+    out = args.out or Path(f"{args.what}.png")
+    draw: dict[str, Callable[..., None]] = {
+        "attention": look.draw_attention_of,
+        "pca": look.draw_pca_of,
+        "map": partial(look.draw_map_of, seed=args.seed),
+    }
+    draw[args.what](model, squares, out)
+    print(f"wrote {out}: {args.what} of {len(squares.names)} of {len(images.names)} images, by {model.name}")

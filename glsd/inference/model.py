@@ -1,24 +1,32 @@
 """The face of a trained network: load it, embed images, look at its patches and its attention."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
 from glsd.data.transform import EvalTransform, choose_sizes
-from glsd.errors import UserError
+from glsd.errors import BrokenImage, UserError
 from glsd.inference.embed import embedded
-from glsd.inference.images import as_images
+from glsd.inference.images import Images, as_images
 from glsd.loading import Loaded, load_network
 from glsd.models.backbone import Backbone, check_image_size
 from glsd.models.embedder import Embedder
 from glsd.models.tokens import attention_of
 
 WORKERS_FROM = 256  # so many images are worth the start of loader processes
+
+
+class Squares(NamedTuple):
+    """Some images as a network sees them, before they are normalized."""
+
+    names: list[str]
+    pixels: UInt8[Tensor, "n 3 s s"]
 
 
 class Model:
@@ -39,6 +47,16 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<glsd model: {self.name}, width {self.width}, {self.transform}, on {self.device}>"
+
+    @property
+    def step(self) -> int | None:
+        """The step of the checkpoint, None for a network that is not a run's."""
+        return self._loaded.step
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether ``attention`` can say something."""
+        return getattr(self.backbone.net, "cls_token", None) is not None
 
     @property
     def backbone(self) -> Backbone:
@@ -88,6 +106,16 @@ class Model:
                 found.append(part.vectors)
                 bar.update(len(part.vectors))
         return np.concatenate(found)
+
+    def squares(self, images: Images, numbers: Sequence[int]) -> Squares:
+        """Return the center squares of some images. Raises UserError for one that cannot be read."""
+        found = []
+        for number in numbers:
+            try:
+                found.append(self.transform.square(images.pixels(number)))
+            except BrokenImage as problem:
+                raise UserError(f"image {images.names[number]} cannot be read: {problem}") from problem
+        return Squares([images.names[number] for number in numbers], torch.stack(found))
 
     @torch.no_grad()
     def features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
