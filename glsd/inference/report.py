@@ -14,7 +14,7 @@ from glsd.files import replacing
 from glsd.inference.images import Images, as_images
 from glsd.inference.look import draw_attention_of, draw_map_of, draw_pca_of, evenly
 from glsd.inference.model import Model, load
-from glsd.loading import identify
+from glsd.loading import find_run, identify
 from glsd.show import curves, page
 
 PICTURES = {
@@ -37,22 +37,26 @@ def write_report(path: Path, *, images: Any = None, out: Path | None = None) -> 
     and if these cannot be read, the page says why and goes without. out: the file; None = report.html in the run's folder.
     Raises UserError if ``path`` is no run, it has no checkpoint, given images cannot be read, or the page cannot be written.
     """
-    named = identify(str(path))
-    if named.run is None or named.config is None:
-        raise UserError(f"{path} is not a run: a report needs the folder that --out named")
+    run = find_run(path)
+    if run is None:
+        raise UserError(
+            f"{path} is not a run: a report needs the folder that --out named, or one of its checkpoints"
+        )
+    config = identify(str(path)).config
+    assert config is not None
     model = load(path)
     sections = [
-        page.Section("Run", _about(model, named.run, named.config)),
-        page.Section("Evaluations", _evaluations(named.run)),
-        *_curves(named.run),
-        page.Section("What the network sees", _pictures(model, named.run, named.config, images)),
-        page.Section("Configuration", _configuration(named.run, named.config)),
+        page.Section("Run", _about(model, run, config)),
+        page.Section("Evaluations", _evaluations(run)),
+        *_curves(run),
+        page.Section("What the network sees", _pictures(model, run, config, images)),
+        page.Section("Configuration", _configuration(run, config)),
     ]
-    out = out or named.run / "report.html"
+    out = out or run / "report.html"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as file:
-            file.write(page.page(f"glsd report: {named.run.name}", sections).encode())
+            file.write(page.page(f"glsd report: {run.name}", sections).encode())
     except OSError as problem:
         raise UserError(f"cannot write the report {out}: {one_line(problem)}") from problem
     return out
