@@ -62,7 +62,12 @@ def main(argv: list[str]) -> None:
     draw_neighbors_of(run, "teacher", SHARDS["val"], SHARDS["train"])
     for folder in tuned.values():
         draw_neighbors_of(folder, "student", f"{OUT}/unseen/test-*.tar")
+    chapter("6. write the report", f"glsd report {run}")
+    from glsd.inference.report import write_report
+
+    page = write_report(run)
     report(run, scores, tuned)
+    print(f"report:   {page} (open it in a browser)")
     print(f"curves:   tensorboard --logdir {OUT}")
     print(f"The demo took {time.perf_counter() - start:.0f} s.")
 

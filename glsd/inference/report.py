@@ -83,13 +83,11 @@ def _evaluations(run: Path) -> str:
     file = run / "evals.json"
     if not file.is_file():
         return page.paragraph("This run was not evaluated yet: glsd evaluate --model RUN --protocol knn ...")
+    rows: list[tuple[str, str, str, str]] = []
     try:
-        records = json.loads(file.read_text())
-        rows = [
-            (str(record["model"]), str(record["step"]), ": ".join((name, scores)), _protocol(record))
-            for record in records
-            for name, scores in _scores(record)
-        ]
+        for record in json.loads(file.read_text()):
+            model, step, protocol = str(record["model"]), str(record["step"]), _protocol(record)
+            rows += [(model, step, f"{name}: {scores}", protocol) for name, scores in _scores(record)]
     except (ValueError, TypeError, KeyError, AttributeError) as problem:
         raise UserError(f"{file} is damaged ({one_line(problem)}): move it away") from problem
     return page.table(["model", "step", "result", "protocol"], rows)
