@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": BASE | {"shards"},
     "packing": BASE | {"shards", "data"},
     "audit": BASE | {"shards", "data", "packing"},
-    "config": {"errors"},
+    "config": {"errors", "files"},
     "slurm": {"errors", "config"},
     "load": BASE | {"config", "models", "runtime"},
     "doctor": BASE | {"cluster", "shards"},
