@@ -136,6 +136,10 @@ def file_entries(path: Path, config_class: Any) -> Iterator[Entry]:
         for name, value, line in yaml_file.pairs(node):
             said, where = prefix + name, f"config file {path}, line {line}: "
             key = find(said, config_class)
+            if key is None and ")" in name:  # {scale: (0.4, 1.0)} is two keys in YAML
+                raise UserError(
+                    f"{where}{name!r} is no key: write a list with square brackets, such as [0.4, 1.0]"
+                )
             if key is None:
                 known = [*keys_of(config_class), *groups_of(config_class)]
                 raise UserError(f"{where}unknown key {said!r}{hint(said, known)}")

@@ -95,7 +95,7 @@ def free(raw: Raw) -> Any:
 def _one(raw: Raw) -> str:
     """Return the text of a single value, which is not YAML's null; ~ is a home folder."""
     if not isinstance(raw, Text):
-        raise Unfit
+        raise Unfit(", a single one" if isinstance(raw, list) else "")
     if raw.empty and raw.text != "~":
         raise Unfit(_LEAVE_OUT)
     return raw.text
@@ -208,7 +208,8 @@ def expected(kind: Any) -> str:
         return "a path"
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if part is type(None) else expected(part) for part in parts)
+        singles_first = sorted(parts, key=lambda part: typing.get_origin(part) is list)
+        return " or ".join("null" if part is type(None) else expected(part) for part in singles_first)
     if origin is dict:
         return "names with values"
     if origin is tuple:
@@ -243,6 +244,8 @@ def example(kind: Any, default: Any, key: str) -> str:
     flag = key.startswith("--")
     if origin is dict:
         return f", e.g. {key} name=4 other=[1,2]" if flag else f", e.g. {key}: {{name: 4, other: [1, 2]}}"
+    if takes_several(kind) and origin not in (list, tuple):
+        return f", e.g. {key} a.tar b.tar" if flag else f", e.g. {key}: [a.tar, b.tar]"
     if origin not in (list, tuple):
         return ""
     items = [*map(str, default)] or ["1", "0.25" if typing.get_args(kind)[0] is float else "10"]

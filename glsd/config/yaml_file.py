@@ -56,7 +56,11 @@ def _parse(text: str, source: str) -> yaml.Node | None:
         if node is not None:
             _check(node, source, set(), set())
     except (yaml.YAMLError, RecursionError) as problem:
-        raise UserError(f"{source} is not valid YAML: {one_line(problem)}") from problem
+        mark, said = getattr(problem, "problem_mark", None), getattr(problem, "problem", None)
+        where = f", line {mark.line + 1}," if mark else ""
+        raise UserError(
+            f"{source}{where} is not valid YAML: {one_line(said or problem)} (a value with any of {{ [ : # , needs quotes)"
+        ) from problem
     return node
 
 
@@ -78,10 +82,9 @@ def _check(node: yaml.Node, source: str, above: set[int], done: set[int]) -> Non
             if not isinstance(key, yaml.ScalarNode):
                 raise UserError(f"{source}, line {line(key)}: a key must be a name")
             if key.value in seen:
-                raise UserError(
-                    f"{source}: key {key.value!r} stands twice, in line {line(seen[key.value])} and in line {line(key)}: "
-                    "keep one"
-                )
+                lines = sorted({line(seen[key.value]), line(key)})
+                places = " and in line ".join(map(str, lines))
+                raise UserError(f"{source}: key {key.value!r} stands twice, in line {places}: keep one")
             seen[key.value] = key
             _check(value, source, inside, done)
             if key.tag == _MERGE and not all(isinstance(part, yaml.MappingNode) for part in _merged(value)):

@@ -269,7 +269,11 @@ def test_crop_size_must_be_a_multiple_of_the_patch(size, message):
         ("vit_tiny_patch16_224", {"pool": "mean_max"}, "one of cls, mean, mean.max; did you mean 'mean.max'"),
         ("vit_tiny_patch16_224", {"pool": "max"}, "unknown pool 'max'"),
         ("vit_tiny_patch16_224", {"drop_path": 1.0}, "^drop_path is 1.0"),
-        ("vit_tiny_patch16_224", {"timm_args": {"depht": 3}}, "depht.*check timm_args"),
+        (
+            "vit_tiny_patch16_224",
+            {"timm_args": {"depht": 3}},
+            "depht is 3, .* takes no depht: remove it; did you mean 'depth'",
+        ),
         ("vit_tiny_patch16_224", {"timm_args": {"depth": 0}}, "set depth in timm_args"),
         ("vit_tiny_patch16_224", {"timm_args": {"img_size": 32}}, "follows from image_size"),
         *(
