@@ -32,7 +32,7 @@ def flag_words(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield each flag's name and the words behind it; several words are a list."""
     name, words = None, []
     for word in argv:
-        if re.match(r"--?[A-Za-z_]", word) or word == "--":
+        if re.match(r"--?(?!\.?inf$)[A-Za-z_]", word) or word == "--":
             if name is not None:
                 yield name, words
             if not word.startswith("--") or word == "--":

@@ -130,8 +130,8 @@ def build_backbone(
     if checkpointing:
         timm_net: Any = net
         timm_net.set_grad_checkpointing(True)
-    built = Backbone(net, pool="mean" if pool == "cls" and not has_token else pool)
     try:
+        built = Backbone(net, pool="mean" if pool == "cls" and not has_token else pool)
         check_crop(built, image_size)
     except Exception as error:  # timm raises whatever its layers do
         if isinstance(error, UserError) or not timm_args:
@@ -254,12 +254,12 @@ def _create(backbone: str, args: dict[str, Any], timm_args: dict[str, Any]) -> n
             " choose a plain ViT, Eva (DINOv3), Swin, ResNet or EfficientNet"
         )
     if not net.feature_info:
-        raise UserError(f"backbone {backbone!r} has no blocks: set depth in timm_args to 1 or more")
+        raise UserError(f"timm_args {timm_args}: backbone {backbone!r} has no blocks: set depth to 1 or more")
     stages = [len(getattr(net, f"layer{i}", ())) for i in range(1, 5)] if isinstance(net, ResNet) else [1]
     if 0 in stages or (isinstance(net, ResNet) and net.feature_info[-1]["num_chs"] != net.num_features):
         raise UserError(
-            f"backbone {backbone!r} has a stage without blocks: give 4 numbers of 1 or more in"
-            " layers of timm_args (and 4 in channels)"
+            f"timm_args {timm_args}: backbone {backbone!r} has a stage without blocks: give 4 numbers of 1 or more in"
+            " layers (and 4 in channels)"
         )
     return net
 

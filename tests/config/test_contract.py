@@ -21,6 +21,8 @@ from glsd.config.parse import dump, load, load_file
 from glsd.config.pretrain import PretrainConfig
 from glsd.config.values import PathText
 
+# The type checks of the tests draw which item of a list they look at.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
 CLASSES = (PretrainConfig, FinetuneConfig, EvalConfig)
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
 SOME = settings(max_examples=40, deadline=None, derandomize=True)
