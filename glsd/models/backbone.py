@@ -1,5 +1,6 @@
 """timm backbones that return image and patch features at any crop size: ViT, Eva (DINOv3), Swin, CNNs."""
 
+import difflib
 import inspect
 import math
 import re
@@ -270,7 +271,9 @@ def _unbuildable(backbone: str, timm_args: dict[str, Any], error: Exception) -> 
     if unknown and unknown[2] in timm_args:
         module = sys.modules[timm.models.model_entrypoint(backbone).__module__]
         network = getattr(module, unknown[1], None)
-        hint = nearest(unknown[2], inspect.signature(network).parameters) if network else ""
+        known = inspect.signature(network).parameters if network else ()
+        close = difflib.get_close_matches(unknown[2], list(known), n=1, cutoff=0.7)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
         return UserError(
             f"timm_args: {unknown[2]} is {timm_args[unknown[2]]!r}, but backbone {backbone!r} takes no {unknown[2]}: "
             f"remove it{hint}"

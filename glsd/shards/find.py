@@ -105,7 +105,7 @@ def _expand(pattern: str) -> list[str]:
         raise UserError(
             f"shards {pattern!r} is a folder{pack or f': name its files, e.g. {os.path.join(pattern, chr(42))}.tar'}"
         )
-    if os.path.isfile(pattern):
+    if os.path.isfile(pattern) and not _is_image(pattern):
         return [pattern]
     try:
         names = list(braceexpand(pattern))
@@ -123,7 +123,7 @@ def _expand(pattern: str) -> list[str]:
         paths += [path for path in found if not path.endswith((SUFFIX, SOURCES_SUFFIX))]
     if images := [path for path in paths if _is_image(path)]:
         folder = os.path.dirname(images[0]) or "."
-        raise UserError(f"{shown(images[0])} is an image, not a shard{_pack_first(folder) or ''}")
+        raise UserError(f"{shown(images[0])} is an image, not a shard{_pack_first(folder)}")
     return paths
 
 
@@ -132,7 +132,7 @@ def _is_image(path: str) -> bool:
 
 
 def _pack_first(folder: str) -> str:
-    """Return the advice for a local folder of images that was named instead of shards, nothing for another folder."""
+    """Return the advice for a local folder of images that was named instead of shards, nothing for any other."""
     if not os.path.isdir(folder):
         return ""
     inside = glob.escape(folder.rstrip("/") or "/")
@@ -144,7 +144,7 @@ def _pack_first(folder: str) -> str:
     if not any(map(_is_image, names)) or any(name.endswith(".tar") for name in names):
         return ""
     command = shlex.join(["glsd", "pack", folder, "shards/"])
-    return f", which holds images: pack it first ({command}), then give 'shards/*.tar'"
+    return f": pack its images first ({command}), then give 'shards/*.tar'"
 
 
 def _matches(name: str) -> list[str]:
