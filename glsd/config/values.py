@@ -86,9 +86,9 @@ def free(raw: Raw) -> Any:
             return read(text)
         except Unfit:
             continue
-    if _is_bracketed(raw):
-        return free(_texts(raw) if text[0] == "[" else list(_pieces(raw)))
-    numbers = [free(item) for item in _pieces(raw)] if "," in text else []
+    if _is_bracketed(raw, "[]"):
+        return free(_texts(raw))
+    numbers = [free(item) for item in _pieces(raw)] if "," in text or _is_bracketed(raw) else []
     return numbers if numbers and all(type(number) in (int, float) for number in numbers) else raw.text
 
 
@@ -120,7 +120,7 @@ def _pieces(raw: Raw) -> list[Text]:
     if isinstance(raw, dict):
         raise Unfit
     if isinstance(raw, list):
-        if not all(isinstance(item, Text) for item in raw):
+        if not all(isinstance(item, Text) and item.text.strip() for item in raw):
             raise Unfit
         raw = Text(" ".join(item.text for item in raw if isinstance(item, Text)), quoted=True)
     text = raw.text.strip()

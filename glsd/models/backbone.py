@@ -267,16 +267,15 @@ def _create(backbone: str, args: dict[str, Any], timm_args: dict[str, Any]) -> n
 
 def _unbuildable(backbone: str, timm_args: dict[str, Any], error: Exception) -> UserError:
     """Return what a user reads where timm cannot build a network, or where it does not take an image."""
-    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if unknown and unknown[2] in timm_args:
-        module = sys.modules[timm.models.model_entrypoint(backbone).__module__]
-        network = getattr(module, unknown[1], None)
-        known = inspect.signature(network).parameters if network else ()
-        close = difflib.get_close_matches(unknown[2], list(known), n=1, cutoff=0.7)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if found and found[2] in timm_args:
+        network = getattr(sys.modules[timm.models.model_entrypoint(backbone).__module__], found[1], None)
+        known = inspect.signature(network).parameters if network else timm_args.keys() - {found[2]}
+        unknown = [name for name in timm_args if name not in known]
+        close = difflib.get_close_matches(found[2], list(known), n=1, cutoff=0.7)
         return UserError(
-            f"timm_args: {unknown[2]} is {timm_args[unknown[2]]!r}, but backbone {backbone!r} takes no {unknown[2]}: "
-            f"remove it{hint}"
+            f"timm_args {timm_args}: backbone {backbone!r} ({found[1]}) takes no {', '.join(unknown)}: "
+            f"remove {'it' if len(unknown) == 1 else 'them'}{f'; did you mean {close[0]!r}?' if close else ''}"
         )
     # An IndexError says no more than that a list is too short.
     said = f"{type(error).__name__}: {one_line(error)}" if isinstance(error, LookupError) else one_line(error)

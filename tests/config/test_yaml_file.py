@@ -79,6 +79,7 @@ def test_what_a_file_says_is_taken(read, text, expected):
         ("data: {global_scale: (0.4, 1.0)}\n", "write a list with square brackets"),
         ("data:\n  global_scale: [0.4]\n",
          "line 2: data.global_scale is [0.4]: expected 2 numbers, e.g. data.global_scale: [0.4, 1.0]"),
+        ("data:\n  weights:\n  - 1\n  -\n", "data.weights is [1, ]: expected numbers"),
         ("data: {shards: {a: 1}}\n", "data.shards is {a: '1'}: expected a text or texts, e.g. data.shards: [a.tar, b.tar]"),
         ("optim: {lr: {a: 1}}\n", "optim.lr is {a: '1'}: expected a number"),
         ("optim: {lr: [[1]]}\n", "optim.lr is [[1]]: expected a number"),
