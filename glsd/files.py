@@ -1,14 +1,54 @@
-"""Atomic writes, durable files and locks between processes: the only file that calls fsync and flock."""
+"""Paths as users write them, atomic writes, durable files and locks: the only file that calls fsync and flock."""
 
 import contextlib
 import errno
 import fcntl
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
+
+from glsd.errors import UserError
+
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")
+_VARIABLE = re.compile(r"\$(?:\$|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+
+
+def expand(path: str) -> str:
+    """Return a path with ``~``, ``$NAME`` and ``${NAME}`` replaced; an address such as ``s3://...`` stays as it is.
+
+    ``$$`` is a dollar sign. Raises UserError for a variable that is unset or empty, and for a ``~`` without home folder.
+    """
+    if _ADDRESS.match(path):
+        return path
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if name and not os.environ.get(name):
+            raise UserError(
+                f"path {path!r}: the environment variable {name} is not set: set it, or write $$ for a dollar sign"
+            )
+        return os.environ[name] if name else "$"
+
+    found = _VARIABLE.sub(value, path)
+    if not found.startswith("~"):
+        return found
+    home = os.path.expanduser(found)
+    if home == found:
+        raise UserError(
+            f"path {path!r}: there is no such home folder: write ./{found} for a file of that name"
+        )
+    return home
+
+
+def written(path: str) -> str:
+    """Return the text from which ``expand`` makes ``path``."""
+    if _ADDRESS.match(path):
+        return path
+    return ("./" if path.startswith("~") else "") + path.replace("$", "$$")
 
 
 @contextlib.contextmanager

@@ -11,12 +11,19 @@ from torch import Tensor
 from glsd.batches import Match, NeededRows
 from glsd.errors import UserError
 
+Stride = int | tuple[int, int]  # side of a patch in pixels of the resized crop; or its height and width
 
-def patch_centers(boxes: Float[Tensor, "*m 4"], crop_size: int, stride: int) -> Float[Tensor, "*m n 2"]:
-    """Return the center (x, y) of every patch of every crop, n = (crop_size // stride)^2, row-major.
+
+def patch_sides(stride: Stride) -> tuple[int, int]:
+    """Return height and width of a patch in pixels."""
+    return stride if isinstance(stride, tuple) else (stride, stride)
+
+
+def patch_centers(boxes: Float[Tensor, "*m 4"], crop_size: int, stride: Stride) -> Float[Tensor, "*m n 2"]:
+    """Return the center (x, y) of every patch of every crop, n = rows times columns of ``patch_grid``, row-major.
 
     boxes: x0 y0 x1 y1 at outer pixel edges of the source image, x0 > x1 for a mirrored crop; crop_size: side of the resized
-    crop in pixels; stride: side of a patch in pixels of the resized crop. Coordinates are pixel indices: the center of the
+    crop in pixels. Coordinates are pixel indices: the center of the
     first pixel of the source image is (0, 0). Same dtype as boxes. Raises UserError if the crop is smaller than one patch.
     Source: GLSD (arXiv 2207.14676), closed form of its position maps.
     """
@@ -26,21 +33,26 @@ def patch_centers(boxes: Float[Tensor, "*m 4"], crop_size: int, stride: int) -> 
 
 
 def patch_axes(
-    boxes: Float[Tensor, "*m 4"], crop_size: int, stride: int
-) -> tuple[Float[Tensor, "*m s"], Float[Tensor, "*m s"]]:
+    boxes: Float[Tensor, "*m 4"], crop_size: int, stride: Stride
+) -> tuple[Float[Tensor, "*m c"], Float[Tensor, "*m r"]]:
     """Return x of the columns and y of the rows of patch centers; a remainder of the crop belongs to no patch."""
-    place = (
-        torch.arange(grid_side(crop_size, stride), dtype=boxes.dtype, device=boxes.device) + 0.5
-    ) * stride
-    start, end = boxes[..., :2, None], boxes[..., 2:, None]
-    # Multiplying before dividing keeps simple scales exact, and with them ties. A mirrored box runs backwards by itself.
-    x, y = (start + place * (end - start) / crop_size - 0.5).unbind(-2)
-    return x, y
+
+    def centers(axis: int, count: int, side: int) -> Tensor:
+        place = (torch.arange(count, dtype=boxes.dtype, device=boxes.device) + 0.5) * side
+        start, end = boxes[..., axis, None], boxes[..., axis + 2, None]
+        # Multiplying before dividing keeps simple scales exact, and with them ties. A mirrored box runs backwards by itself.
+        return start + place * (end - start) / crop_size - 0.5
+
+    (rows, columns), (height, width) = patch_grid(crop_size, stride), patch_sides(stride)
+    return centers(0, columns, width), centers(1, rows, height)
 
 
-def squared_half_diagonals(boxes: Float[Tensor, "*m 4"], crop_size: int, stride: int) -> Float[Tensor, "*m"]:
+def squared_half_diagonals(
+    boxes: Float[Tensor, "*m 4"], crop_size: int, stride: Stride
+) -> Float[Tensor, "*m"]:
     """Return the squared half diagonal of one patch cell of every crop, in squared source pixels. Source: GLSD."""
-    cell = (boxes[..., 2:] - boxes[..., :2]).abs() * stride / crop_size
+    height, width = patch_sides(stride)
+    cell = (boxes[..., 2:] - boxes[..., :2]).abs() * boxes.new_tensor([width, height]) / crop_size
     return (cell / 2).square().sum(-1)
 
 
@@ -48,7 +60,7 @@ def geometric_match(
     boxes: Sequence[Float[Tensor, "_ b 4"]],
     crop_sizes: Sequence[int],
     *,
-    stride: int,
+    stride: Stride,
     hinge: bool,
     hinge_factor: float,
 ) -> Match:
@@ -61,16 +73,16 @@ def geometric_match(
     num_teacher = len(boxes[0])
     teacher_x, teacher_y = patch_axes(boxes[0], crop_sizes[0], stride)
     teacher_half = squared_half_diagonals(boxes[0], crop_sizes[0], stride)
-    side = teacher_x.shape[-1]
-    first_patch = torch.arange(num_teacher)[:, None, None, None] * side**2
+    columns, patches = teacher_x.shape[-1], teacher_x.shape[-1] * teacher_y.shape[-1]  # of a teacher view
+    first_patch = torch.arange(num_teacher)[:, None, None, None] * patches
     found: list[tuple[Tensor, Tensor]] = []
     resolutions = [pair for pair in zip(boxes, crop_sizes, strict=True) if len(pair[0])]
     for student, crop_size in resolutions:
         x, y = patch_axes(student, crop_size, stride)
         # Patches form a grid, so the nearest column and the nearest row are searched on their own.
-        dx, column = (x[:, None, :, :, None] - teacher_x[:, :, None]).square().min(-1)  # (v, g, b, s)
+        dx, column = (x[:, None, :, :, None] - teacher_x[:, :, None]).square().min(-1)  # (v, g, b, columns)
         dy, row = (y[:, None, :, :, None] - teacher_y[:, :, None]).square().min(-1)
-        index = first_patch + row[..., :, None] * side + column[..., None, :]  # (v, g, b, s, s)
+        index = first_patch + row[..., :, None] * columns + column[..., None, :]  # (v, g, b, rows, columns)
         half = torch.maximum(squared_half_diagonals(student, crop_size, stride)[:, None], teacher_half)
         limit = hinge_factor**2 * half[..., None, None] if hinge else torch.inf
         accepted = (dx[..., None, :] + dy[..., :, None] < limit).float()
@@ -79,9 +91,9 @@ def geometric_match(
         layout = "v g b y x -> b (v y x) g"
         found.append((rearrange(index, layout), rearrange(accepted, layout)))
     index, weight = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-    images, patches = len(index), num_teacher * side**2
-    rows = (index + torch.arange(images)[:, None, None] * patches).flatten(0, 1)
-    return Match(index, weight, needed_rows(rows, weight.flatten(0, 1) > 0, images * patches, images))
+    images, of_image = len(index), num_teacher * patches
+    rows = (index + torch.arange(images)[:, None, None] * of_image).flatten(0, 1)
+    return Match(index, weight, needed_rows(rows, weight.flatten(0, 1) > 0, images * of_image, images))
 
 
 def needed_rows(
@@ -98,8 +110,11 @@ def needed_rows(
     return NeededRows(*numbers, compact, *ends)  # type: ignore[call-arg, arg-type]
 
 
-def grid_side(crop_size: int, stride: int) -> int:
-    """Return the number of patches along one side; UserError if not even one fits."""
-    if crop_size < stride:
-        raise UserError(f"crop size {crop_size} is below one patch of {stride} pixels: use a larger crop")
-    return crop_size // stride
+def patch_grid(crop_size: int, stride: Stride) -> tuple[int, int]:
+    """Return the numbers of rows and columns of patches; UserError if not even one fits."""
+    height, width = patch_sides(stride)
+    if crop_size < max(height, width):
+        raise UserError(
+            f"crop size {crop_size} is below one patch of {max(height, width)} pixels: use a larger crop"
+        )
+    return crop_size // height, crop_size // width

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+import timm
 from jaxtyping import Float
 from torch import Tensor
 
 from glsd.config.finetune import FinetuneConfig, Pool
-from glsd.config.parse import load_file
+from glsd.config.parse import groups_in, load_file
 from glsd.config.pretrain import PretrainConfig
-from glsd.errors import UserError, config_keys, one_line, pick
+from glsd.errors import UserError, config_keys, pick
 from glsd.models.backbone import Backbone, build_backbone
 from glsd.models.embedder import Embedder
 from glsd.runtime import checkpoint
@@ -106,7 +106,8 @@ def identify(path: str, *, backbone: str = "") -> Named:
         return Named(Architecture(name, {}, None, None), weights="timm")
     of_checkpoint = any((folder / f"{role}.safetensors").is_file() for role in ("teacher", "student"))
     if path != "random" and not folder.is_file() and not of_checkpoint:
-        raise UserError(f"path {path!r}: no such run, checkpoint or weights file, and not timm:NAME")
+        hint = f"; did you mean 'timm:{path}'?" if timm.is_model(path) else ""
+        raise UserError(f"path {path!r}: no such run, checkpoint or weights file, and not timm:NAME{hint}")
     if not backbone:
         raise UserError(f"path {path!r} does not say which network it is: set backbone to its timm name")
     return Named(Architecture(backbone, {}, None, None), weights=path)
@@ -213,11 +214,7 @@ def find_run(path: Path) -> Path | None:
 
 def is_finetuned(run: Path) -> bool:
     """Tell whether a run folder is one of metric learning, by a key that only those have."""
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
-        raise UserError(f"cannot read {run / 'config.yaml'}: {one_line(error)}") from error
-    return isinstance(config, dict) and "reg" in config
+    return "reg" in groups_in(run / "config.yaml")
 
 
 def read_checkpoint(run: Path, chosen: Path | None, hint: str = "") -> Checkpoint:

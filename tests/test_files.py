@@ -1,4 +1,4 @@
-"""Atomic writes leave the old file or the new one; locks keep others out and end with their process."""
+"""Paths mean the same everywhere; atomic writes leave the old file or the new one; locks end with their process."""
 
 import errno
 import fcntl
@@ -10,11 +10,55 @@ import threading
 
 import pytest
 
-from glsd.files import locked, replacing, try_lock, unlock
+from glsd.errors import UserError
+from glsd.files import expand, locked, replacing, try_lock, unlock, written
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("~", "/home/me"),
+        ("~/x", "/home/me/x"),
+        ("a/~", "a/~"),
+        ("./~", "./~"),
+        ("$DATA/x", "/data/x"),
+        ("${DATA}/x-{000..003}.tar", "/data/x-{000..003}.tar"),
+        ("x$DATA$DATA", "x/data/data"),
+        ("$FAR/x", "s3://bucket/x"),
+        ("$NEAR/x", "/home/me/near/x"),
+        ("a$$DATA", "a$DATA"),
+        ("a$1 $-", "a$1 $-"),
+        ("s3://bucket/~/$DATA", "s3://bucket/~/$DATA"),
+        ("timm:vit_small_patch16_224.dino", "timm:vit_small_patch16_224.dino"),
+        ("", ""),
+    ],
+)
+def test_a_path_is_expanded_as_a_shell_would(path, expected, monkeypatch):
+    for name, value in {"HOME": "/home/me", "DATA": "/data", "FAR": "s3://bucket", "NEAR": "~/near"}.items():
+        monkeypatch.setenv(name, value)
+    assert expand(path) == expected
+    if not expected.startswith("~"):
+        assert expand(written(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("$NO_SUCH/x", "path '$NO_SUCH/x': the environment variable NO_SUCH is not set"),
+        ("a/${NO_SUCH}", "the environment variable NO_SUCH is not set: set it, or write $$"),
+        ("$EMPTY/x", "the environment variable EMPTY is not set"),
+        ("~no_such_user/x", "path '~no_such_user/x': there is no such home folder"),
+    ],
+)
+def test_a_path_that_names_nothing_is_one_line(path, message, monkeypatch):
+    monkeypatch.setenv("EMPTY", "")
+    with pytest.raises(UserError) as caught:
+        expand(path)
+    assert message in str(caught.value)
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):

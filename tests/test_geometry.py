@@ -6,11 +6,17 @@ import torch
 from pair_matches import apart
 
 from glsd.errors import UserError
-from glsd.geometry import geometric_match, needed_rows, patch_centers, squared_half_diagonals
+from glsd.geometry import (
+    geometric_match,
+    needed_rows,
+    patch_centers,
+    patch_grid,
+    squared_half_diagonals,
+)
 from glsd.losses.match import geometric
 
 
-def literal_centers(box, crop_size: int, stride: int) -> np.ndarray:
+def literal_centers(box, crop_size: int, stride) -> np.ndarray:
     """Resample every output pixel's source coordinate (pixel centers, half-pixel convention), mirror, average by patch."""
     x0, y0, x1, y1 = box
     left, width = min(x0, x1), abs(x1 - x0)
@@ -18,20 +24,33 @@ def literal_centers(box, crop_size: int, stride: int) -> np.ndarray:
     rows = np.array([y0 + (r + 0.5) * (y1 - y0) / crop_size - 0.5 for r in range(crop_size)])
     if x0 > x1:
         columns = columns[::-1]
-    grid = crop_size // stride
+    height, width = stride if isinstance(stride, tuple) else (stride, stride)
     found = []
-    for a in range(grid):
-        for b in range(grid):
-            x = columns[b * stride : (b + 1) * stride].mean()
-            y = rows[a * stride : (a + 1) * stride].mean()
+    for a in range(crop_size // height):
+        for b in range(crop_size // width):
+            x = columns[b * width : (b + 1) * width].mean()
+            y = rows[a * height : (a + 1) * height].mean()
             found.append((x, y))
     return np.array(found)
 
 
-@pytest.mark.parametrize(("crop_size", "stride"), [(224, 16), (96, 16), (50, 8), (32, 32), (224, 32)])
+@pytest.mark.parametrize(
+    ("crop_size", "stride"),
+    [
+        (224, 16),
+        (96, 16),
+        (50, 8),
+        (32, 32),
+        (224, 32),
+        (64, (8, 16)),
+        (64, (16, 8)),
+        (96, (32, 6)),
+        (48, (48, 16)),
+    ],
+)
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_centers_are_the_mean_pixel_coordinates(crop_size, stride, mirrored):
-    rng = np.random.default_rng(crop_size + stride)
+    rng = np.random.default_rng(crop_size)
     for _ in range(5):
         x0, y0 = rng.integers(0, 300, 2)
         w, h = rng.integers(20, 400, 2)
@@ -62,7 +81,15 @@ def test_half_diagonals_come_from_the_spacing_of_patches():
     assert squared_half_diagonals(boxes, 16, 16).shape == (2,)  # a grid of one patch has a size too
 
 
+def test_half_diagonals_of_oblong_patches():
+    """Cells of 4 x 8 pixels in a box of half the crop's height and twice its width: 2 x 16 source pixels."""
+    boxes = torch.tensor([[0.0, 0.0, 128.0, 32.0], [128.0, 0.0, 0.0, 32.0]], dtype=torch.float64)
+    assert squared_half_diagonals(boxes, 64, (4, 8)).tolist() == [65.0, 65.0]  # 1^2 + 8^2
+
+
 def test_a_crop_smaller_than_a_patch_is_the_users_mistake():
+    with pytest.raises(UserError, match="crop size 8 is below one patch of 16"):
+        patch_grid(8, (4, 16))
     with pytest.raises(UserError, match="crop size 8 is below one patch of 16"):
         patch_centers(torch.zeros(1, 4), 8, 16)
 
@@ -80,16 +107,17 @@ def random_boxes(views: int, images: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("hinge", "factor"), [(True, 1.0), (True, 0.6), (False, 1.0)])
 @pytest.mark.parametrize("num_local", [0, 3])
-def test_a_geometric_match_equals_the_search_among_all_patches(num_local, hinge, factor):
+@pytest.mark.parametrize("stride", [8, (4, 14), (28, 10)])
+def test_a_geometric_match_equals_the_search_among_all_patches(stride, num_local, hinge, factor):
     boxes, sizes = [random_boxes(2, 5, 1), random_boxes(3, 5, 2)], [56, 30]
     if not num_local:
         boxes, sizes = boxes[:1], sizes[:1]
-    match = geometric_match(boxes, sizes, stride=8, hinge=hinge, hinge_factor=factor)
+    match = geometric_match(boxes, sizes, stride=stride, hinge=hinge, hinge_factor=factor)
     centers = [
-        patch_centers(view, size, 8) for group, size in zip(boxes, sizes, strict=True) for view in group
+        patch_centers(view, size, stride) for group, size in zip(boxes, sizes, strict=True) for view in group
     ]
     halves = [
-        squared_half_diagonals(view, size, 8)
+        squared_half_diagonals(view, size, stride)
         for group, size in zip(boxes, sizes, strict=True)
         for view in group
     ]
@@ -103,10 +131,17 @@ def test_a_geometric_match_equals_the_search_among_all_patches(num_local, hinge,
             "hinge_factor": factor,
         }
         want_index, want_weight = geometric(centers[v], centers[q], **options)
-        assert torch.equal(index, want_index)
+        # Distances that are equal but for their rounding may go to either; with whole patches none are.
+        found, wanted = (
+            (centers[v] - centers[q].gather(1, chosen[..., None].expand(-1, -1, 2))).square().sum(-1)
+            for chosen in (index, want_index)
+        )
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+        assert stride != 8 or torch.equal(index, want_index)
         assert torch.equal(weight, want_weight)
-    assert match.weight[:, :49, 0].max() == 0  # a view and itself
-    assert match.weight[:, 49:98, 1].max() == 0
+    patches = centers[0].shape[1]
+    assert match.weight[:, :patches, 0].max() == 0  # a view and itself
+    assert match.weight[:, patches : 2 * patches, 1].max() == 0
 
 
 def test_needed_rows_point_to_what_the_kept_entries_point_to():

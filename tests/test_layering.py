@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": BASE | {"shards"},
     "packing": BASE | {"shards", "data"},
     "audit": BASE | {"shards", "data", "packing"},
-    "config": {"errors"},
+    "config": {"errors", "files"},
     "slurm": {"errors", "config"},
     "loading": BASE | {"config", "models", "runtime"},
     # Packing, too: what a folder or a list holds is said there, once.

@@ -85,6 +85,10 @@ def test_mistakes_are_named(world, tmp_path):
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"path": ""}, "path is not set: give a run folder"),
         ({"path": "no/such"}, "path 'no/such': no such run, checkpoint or weights file, and not timm:NAME"),
+        (
+            {"path": "vit_small_patch16_224.dino"},
+            "not timm:NAME; did you mean 'timm:vit_small_patch16_224.dino'?",
+        ),
         ({"path": file}, "does not say which network it is: set backbone"),
         ({"path": file, "backbone": NAME, "role": "student"}, "role 'student': .* is not a run"),
         ({"path": "timm:a", "backbone": "b"}, "'timm:a' and backbone 'b' name two networks"),

@@ -10,6 +10,7 @@ from glsd.audit import NEAR_BITS, Finding, counted
 from glsd.cli.door import printable
 from glsd.cli.pack import add_workers
 from glsd.errors import UserError, one_line
+from glsd.files import expand
 
 if TYPE_CHECKING:
     from glsd.audit.report import Examination, SplitSummary
@@ -37,7 +38,9 @@ def main(argv: list[str]) -> int:
         default=NEAR_BITS,
         help="how many of 64 bits differ at most in the hashes of near-duplicates (%(default)s)",
     )
-    parser.add_argument("--list", metavar="FILE", help="write every image that was found to a .tsv")
+    parser.add_argument(
+        "--list", metavar="FILE", type=expand, help="write every image that was found to a .tsv"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as a last line of JSON, too")
     add_workers(parser)
     args = parser.parse_args(argv)

@@ -20,7 +20,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Only the standard library and modules that need nothing else: this program must be able to say that packages are broken.
 from glsd.doctor import packages
 from glsd.doctor.line import Line, plain, summary, table
-from glsd.errors import with_config_keys
+from glsd.errors import UserError, with_config_keys
+from glsd.files import expand
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the doctor advises to change, and the flag for it.
@@ -41,7 +42,9 @@ def main(argv: list[str], *, installed: bool = True) -> int:
     parser = argparse.ArgumentParser(
         prog="doctor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", default="", help="the folder of your runs, which all hosts must share")
+    parser.add_argument(
+        "--out", default="", type=expand, help="the folder of your runs, which all hosts must share"
+    )
     parser.add_argument(
         "--shards", nargs="+", default=[], help="patterns of shards that every rank must reach"
     )
@@ -52,7 +55,10 @@ def main(argv: list[str], *, installed: bool = True) -> int:
         help="seconds in which all ranks must arrive (%(default).0f: the first import from a network disk is slow)",
     )
     parser.add_argument("--json", action="store_true", help="print the table once more, as one line of JSON")
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except UserError as problem:
+        parser.error(str(problem))
     if not 0 < args.wait < 1e5:
         parser.error(f"--wait is {args.wait:g}: expected seconds above 0")
     found = packages.facts(ROOT / "pyproject.toml")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from glsd.audit import counted
 from glsd.cli.door import printable
+from glsd.files import expand
 from glsd.packing import SHARD_MEGABYTES
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int | None:
 def folder(argv: list[str]) -> None:
     parser = make_parser("", "Make tar shards of a folder of images.", "photos/ shards/", OTHER_COMMANDS)
     parser.add_argument(
-        "src", help="folder of images; its subfolders are the classes, if all images lie in them"
+        "src", type=expand, help="folder of images; its subfolders are the classes, if all images lie in them"
     )
     args = parse(parser, argv, reads_images=True)
     from glsd.packing.folder import pack_folder
@@ -54,14 +55,16 @@ def folder(argv: list[str]) -> None:
 def lists(argv: list[str]) -> None:
     says = "Make tar shards of the images that .csv, .tsv or .parquet lists name."
     parser = make_parser("list", says, "list train.csv shards/")
-    parser.add_argument("files", nargs="+", help="the lists, all with the same columns")
+    parser.add_argument("files", nargs="+", type=expand, help="the lists, all with the same columns")
     parser.add_argument(
         "--path_column", default="path", help="paths, or in Parquet the image files themselves (%(default)s)"
     )
     parser.add_argument(
         "--label_column", default="label", help="numbers or names of classes; '' = no labels (%(default)s)"
     )
-    parser.add_argument("--root", help="folder that paths are relative to (default: that of the first list)")
+    parser.add_argument(
+        "--root", type=expand, help="folder that paths are relative to (default: that of the first list)"
+    )
     args = parse(parser, argv, reads_images=True)
     from glsd.packing.lists import pack_list
 
@@ -74,7 +77,7 @@ def torchvision(argv: list[str]) -> None:
     says = "Make tar shards of a data set that torchvision reads. Its image files are packed as they are, pixels as PNG."
     parser = make_parser("torchvision", says, "torchvision CIFAR10 data/ shards/ --split test")
     parser.add_argument("name", metavar="NAME", help=", ".join(TORCHVISION_SETS))
-    parser.add_argument("root", help="the folder in which torchvision keeps it")
+    parser.add_argument("root", type=expand, help="the folder in which torchvision keeps it")
     parser.add_argument("--split", help="as torchvision calls it (default: mostly train)")
     parser.add_argument("--download", action="store_true", help="let torchvision download what is missing")
     args = parse(parser, argv, reads_images=True, prefix=None)
@@ -101,7 +104,7 @@ def retrieval_set(name: str, argv: list[str]) -> None:
     benchmark = RETRIEVAL_SETS[name]
     says = f"Make tar shards of {benchmark.title} in the split of the field;\n{benchmark.owner}."
     parser = make_parser(name, says, f"{name} unpacked/ shards/{name}")
-    parser.add_argument("src", help="folder of the unpacked archives")
+    parser.add_argument("src", type=expand, help="folder of the unpacked archives")
     parser.add_argument(
         "--allow_incomplete",
         action="store_true",
@@ -121,6 +124,7 @@ def split(argv: list[str]) -> None:
     parser.add_argument(
         "--classes_file",
         metavar="FILE",
+        type=expand,
         help="class names in label order, a line each or a .json list (default: classes.json beside the shards)",
     )
     args = parse(parser, argv)
@@ -136,7 +140,9 @@ def roles(argv: list[str]) -> None:
     )
     parser = make_parser("roles", says, example)
     add_shards(parser)
-    parser.add_argument("--table", required=True, help=".jsonl or .tsv, plain or .gz: a row for each key")
+    parser.add_argument(
+        "--table", required=True, type=expand, help=".jsonl or .tsv, plain or .gz: a row for each key"
+    )
     parser.add_argument("--field", required=True, help="the column of the table that decides")
     parser.add_argument(
         "--role",
@@ -179,7 +185,7 @@ def parse(
     prefix: str | None = "train",
 ) -> dict[str, Any]:
     """Add the options of every command that packs, and those of commands that read image files; parse ``argv``."""
-    parser.add_argument("dst", help="folder for the shards")
+    parser.add_argument("dst", type=expand, help="folder for the shards")
     if reads_images:
         add_reading(parser, prefix)
     parser.add_argument(
@@ -194,7 +200,10 @@ def add_reading(parser: argparse.ArgumentParser, prefix: str | None) -> None:
         "--prefix", default=prefix, help=f"beginning of the shards' names ({prefix or 'the split'})"
     )
     parser.add_argument(
-        "--classes", metavar="FILE", help="classes.json of another packing: number the classes as it does"
+        "--classes",
+        metavar="FILE",
+        type=expand,
+        help="classes.json of another packing: number the classes as it does",
     )
     parser.add_argument(
         "--short_side",

@@ -9,7 +9,7 @@ accelerate launch -m glsd pretrain ...    several GPUs
 from glsd.config.parse import load
 from glsd.config.pretrain import PretrainConfig
 
-DRY_RUN = "--dry_run"
+DRY_RUN = ("--dry_run", "--dry-run")
 FIRST = (
     *("data.shards", "out", "resume", "matching", "model.backbone", "model.init"),
     *(
@@ -24,13 +24,13 @@ FIRST = (
 
 def main(argv: list[str]) -> None:
     """Parse, then pretrain or forecast. The imports of training take seconds, so they wait for a valid command line."""
-    words = [word for word in argv if word != DRY_RUN]
+    words = [word for word in argv if word not in DRY_RUN]
     cfg = load(PretrainConfig, words, about=__doc__ or "", first=FIRST)
     from glsd.cluster import shutdown
     from glsd.pretrain.dry_run import forecast
     from glsd.pretrain.train import pretrain
 
-    if DRY_RUN in argv:
+    if len(words) < len(argv):
         forecast(cfg)
     else:
         pretrain(cfg)

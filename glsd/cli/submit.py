@@ -18,6 +18,7 @@ import dataclasses
 from pathlib import Path
 
 from glsd.errors import UserError, one_line, pick
+from glsd.files import expand, written
 from glsd.slurm.flags import (
     CONFIGS,
     check_flags,
@@ -102,9 +103,12 @@ def array(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], b
         "--file",
         required=True,
         metavar="FILE",
+        type=expand,
         help="one line of flags for each task; empty lines and lines that begin with # do not count",
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="task N writes into FOLDER/N")
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", type=expand, help="task N writes into FOLDER/N"
+    )
     parser.add_argument(
         "--stage", choices=SWEEPABLE, default="pretrain", help="what each task runs (pretrain)"
     )
@@ -123,7 +127,7 @@ def array(name: str, options: list[str], flags: list[str]) -> tuple[list[Job], b
     job = Job(
         script="array.sbatch",
         options=[f"--array=1-{len(tasks)}{limit}", *sbatch_options(args, training=True)],
-        words=[args.stage, str(Path(args.out) / "sweep.txt"), args.out, *flags],
+        words=[args.stage, str(Path(args.out) / "sweep.txt"), written(args.out), *flags],
     )
     if not args.dry_run:
         keep_sweep(args.file, Path(args.out) / "sweep.txt")
@@ -174,7 +178,7 @@ def pipeline(name: str, options: list[str], flags: list[str]) -> tuple[list[Job]
             stage_args.name = f"{args.name}-{each}"
         cfg = check_flags(each, stage_flags)
         if source and each in SOURCE and not getattr(cfg, SOURCE[each]):
-            stage_flags = [*stage_flags, f"--{SOURCE[each]}", source]
+            stage_flags = [*stage_flags, f"--{SOURCE[each]}", written(source)]
         source = cfg.out or source
         dry_run = dry_run or stage_args.dry_run
         before = len(jobs)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from glsd.config.values import PathText
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDataConfig:
@@ -62,7 +64,7 @@ class EvalConfig:
         out: Folder of evals.json; unset = the run folder, or only printed when the model is not a run.
     """
 
-    model: str = ""
+    model: PathText = ""
     backbone: str = ""
     features: Literal["teacher", "student", "initial"] | None = None
     pool: Literal["cls", "mean", "mean+max"] | None = None
@@ -78,5 +80,5 @@ class EvalConfig:
     linear_batch_size: int = 256
     precision: Literal["no", "bf16"] = "no"
     seed: int = 0
-    out: str = ""
+    out: PathText = ""
     data: EvalDataConfig = field(default_factory=EvalDataConfig)

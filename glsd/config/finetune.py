@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from glsd.config.pretrain import TimmArg
+from glsd.config.values import PathText
 
 Pool = Literal["cls", "mean", "mean+max"]
 Reg = Literal["none", "psd", "obdsd", "mdr", "obdsd+mdr"]
@@ -198,11 +199,11 @@ class FinetuneConfig:
 
     recipes: ClassVar[tuple[str, ...]] = ("dml",)  # folders of configs/
 
-    init: str = ""
+    init: PathText = ""
     loss: str = "multi_similarity"
     loss_args: dict[str, TimmArg] = field(default_factory=dict)
     reg: Reg = "none"
-    out: str = "runs/finetune"
+    out: PathText = "runs/finetune"
     seed: int = 0
     resume: Literal["auto", "never"] = "never"
     data: FinetuneDataConfig = field(default_factory=FinetuneDataConfig)

@@ -1,72 +1,107 @@
-"""Reads a configuration from defaults, YAML files and flags, and writes it as YAML. jsonargparse parses the types."""
+"""Reads a configuration from defaults, YAML files and flags, and writes it as YAML. docs/configuration.md is its contract."""
 
-import argparse
 import dataclasses
-import re
-import shutil
 import sys
-import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
 
-from glsd.errors import UserError, nearest, one_line, pick
+from glsd.config import yaml_file
+from glsd.config.help import HELP, help_text
+from glsd.config.keys import keys_of
+from glsd.config.sources import Entry, file_entries, flag_entries, flag_words
+from glsd.config.values import PathText, Unfit, convert, example, expected, free, shown
+from glsd.config.yaml_file import Text
+from glsd.errors import UserError, pick
+from glsd.files import expand, written
 
 Config = TypeVar("Config")
 RECIPES = Path(__file__).parents[1] / "configs"
-HELP = ("-h", "--help")
-
-
-class _Parser(ArgumentParser):
-    """jsonargparse's parser, which raises UserError with one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
-        message = message.replace("Parser key", "key").replace("typing.Literal", "one of ")
-        message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message).replace(
-            "Expected a ", "expected "
-        )
-        raise UserError(one_line(message, 1000))
+SKIP_DEFAULT = "skip_default"
 
 
 def load(
-    config_class: type[Config], argv: list[str], *, about: str = "", first: Sequence[str] = ()
+    config_class: type[Config], argv: Sequence[str], *, about: str = "", first: Sequence[str] = ()
 ) -> Config:
-    """Return the configuration of a command line: defaults, then each ``--config``, then flags.
+    """Return the configuration of a command line: defaults, then each ``--config`` in order, then flags.
 
-    ``--config`` takes a YAML file or the name of a recipe. ``--help`` prints ``about`` and the keys of ``first`` and
-    exits; ``--help all`` prints every key, ``--print_config`` the resolved values.
-    Raises UserError for an unknown key or recipe (with the nearest known one), a value of the wrong type, or a file that
-    cannot be read.
+    ``--config`` takes YAML files or names of recipes. ``--help`` prints ``about`` and the keys of ``first`` and exits;
+    ``--help all`` prints every key, ``--print_config`` the resolved values (``=skip_default``: those that differ).
+    Raises UserError for an unknown key or recipe (with the nearest known one), a value of the wrong type, a file that
+    cannot be read, and a key that stands twice in a file.
     """
-    parser = _Parser(prog=Path(sys.argv[0]).name, usage=argparse.SUPPRESS)
-    parser.add_argument(
-        "--config",
-        action=ActionConfigFile,
-        help="Recipe by its name, or YAML file; holds what differs from the defaults.",
-    )
-    parser.add_class_arguments(config_class, as_group=False)
     if any(word in HELP for word in argv):
-        print(_help(parser, about.strip() or config_class.__doc__ or "", () if "all" in argv else first))
+        print(help_text(config_class, about, () if "all" in argv else first))
         sys.exit(0)
-    argv = _with_recipes(argv, getattr(config_class, "recipes", ()))
-    _check_flags(argv, config_class)
-    namespace = parser.parse_args(argv)
-    values = {f.name: parser.instantiate(namespace)[f.name] for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    return config_class(**values)
+    given = list(flag_words(argv))
+    files = [word for name, words in given if name == "config" for word in words or [""]]
+    flags = flag_entries(given, config_class)
+    recipes = _recipes(getattr(config_class, "recipes", ()))
+    sources = [list(file_entries(_file(word, recipes), config_class)) for word in files]
+    cfg = _build(config_class, _settle([*sources, flags], config_class))
+    if printing := [words for name, words in given if name == "print_config"]:
+        print(_printed(cfg, printing[-1]), end="")
+        sys.exit(0)
+    return cfg
 
 
 def load_file(config_class: type[Config], path: Path) -> Config:
     """Return the configuration of one YAML file, such as that of a run directory. Raises UserError as ``load`` does."""
-    return load(config_class, ["--config", str(path)])
+    return _build(config_class, _settle([list(file_entries(path, config_class))], config_class))
+
+
+def groups_in(path: Path) -> set[str]:
+    """Return the outermost keys of a YAML file. Raises UserError if it cannot be read."""
+    node = yaml_file.read_file(path)
+    return {name for name, _, _ in yaml_file.pairs(node)} if isinstance(node, yaml.MappingNode) else set()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that would be read as something else, such as 1e-3, no or None."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        style = None if free(Text(text)) == text else "'"
+    except (Unfit, UserError):
+        style = "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
 
 
 def dump(cfg: Any) -> str:
     """Return the whole configuration as YAML that ``load`` reads back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(cfg)), sort_keys=False, default_flow_style=None)
+    return _yaml(_tree(cfg))
+
+
+def _tree(cfg: Any) -> dict[str, Any]:
+    """Return a configuration as nested dicts, its paths as ``load`` reads them."""
+    kinds = {name: key.kind for name, key in keys_of(typing.cast(Any, type(cfg))).items()}
+
+    def tree(part: Any, prefix: str) -> dict[str, Any]:
+        found = {}
+        for field in dataclasses.fields(part):
+            value, name = getattr(part, field.name), prefix + field.name
+            if dataclasses.is_dataclass(value):
+                value = tree(value, f"{name}.")
+            elif kinds[name] == PathText:
+                value = written(value)
+            found[field.name] = value
+        return found
+
+    return tree(cfg, "")
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    return yaml.dump(_plain(tree), Dumper=_Dumper, sort_keys=False, default_flow_style=None)
 
 
 def differences(cfg: Any) -> dict[str, Any]:
@@ -75,45 +110,91 @@ def differences(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in mine.items() if key not in default or default[key] != value}
 
 
-def _help(parser: ArgumentParser, about: str, first: Sequence[str]) -> str:
-    """Return the help text: one screen with the chosen keys, or every key if none is chosen."""
-    if not first:
-        return f"{about.splitlines()[0]}\n\n{parser.format_help()}"
-    columns = min(shutil.get_terminal_size().columns, 110)
-    lines = [about, "", "What to set first, with the default in brackets:"]
-    for key in ("config", *first):
-        action = next(action for action in parser._actions if action.dest == key)
-        text = (
-            f"{action.help} [{action.default}]"
-            if action.default not in (None, "", [], {})
-            else f"{action.help}"
+def _printed(cfg: Any, words: Sequence[str]) -> str:
+    """Return what --print_config prints: everything, or with skip_default what differs."""
+    if not words:
+        return dump(cfg)
+    if list(words) != [SKIP_DEFAULT]:
+        raise UserError(f"--print_config is {' '.join(words)!r}: expected nothing, or {SKIP_DEFAULT}")
+    tree: dict[str, Any] = {}
+    for key in differences(cfg):
+        place, source = tree, _tree(cfg)
+        *groups, last = key.split(".")
+        for group in groups:
+            place, source = place.setdefault(group, {}), source[group]
+        place[last] = source[last]
+    return _yaml(tree)
+
+
+def _recipes(folders: Sequence[str]) -> dict[str, str]:
+    return {file.stem: str(file) for name in folders for file in sorted((RECIPES / name).glob("*.yaml"))}
+
+
+def _file(word: str, recipes: dict[str, str]) -> Path:
+    """Return the file that a word behind --config names; a recipe by its name, unless there is a file of that name."""
+    if not word:
+        raise UserError("--config has no value: expected a YAML file or the name of a recipe")
+    path = Path(expand(word))
+    if path.is_dir():
+        raise UserError(f"--config {word} is a folder: name the file, such as {path / 'config.yaml'}")
+    if recipes and word.isidentifier() and not path.is_file():
+        return Path(pick(recipes, word, "recipe"))
+    if path.stem in recipes and not path.exists():
+        raise UserError(
+            f"cannot read config file {path}: No such file; did you mean the recipe, --config {path.stem}?"
         )
-        indent = " " * 24
-        lines += textwrap.wrap(
-            text, columns, initial_indent=f"  --{key} ".ljust(24), subsequent_indent=indent
+    return path
+
+
+def _settle(sources: Iterable[Iterable[Entry]], config_class: Any) -> dict[str, Any]:
+    """Return the values that are set; a later source wins, and in one source an entry of names with values over the whole."""
+    keys, values = keys_of(config_class), dict[str, Any]()
+    for source in sources:
+        for entry in sorted(source, key=lambda entry: entry.key not in keys):
+            if entry.key in keys:
+                key = keys[entry.key]
+                if typing.get_origin(key.kind) is not dict or not (
+                    isinstance(entry.raw, Text) and entry.raw.empty
+                ):
+                    values[entry.key] = _value(entry, key.kind, key.default)
+            else:
+                holder, _, name = entry.key.rpartition(".")
+                value = _value(entry, None, None)
+                values[holder] = {**values.get(holder, keys[holder].default), name: value}
+    return values
+
+
+def _value(entry: Entry, kind: Any, default: Any) -> Any:
+    """Return the value of an entry; kind: of the key, None = any plain value."""
+    name = f"{entry.where}{entry.said}"
+    try:
+        value = convert(kind, entry.raw) if kind else free(entry.raw)
+    except Unfit as problem:
+        what = (
+            f"expected {expected(kind)}{problem}{example(kind, default, entry.said)}"
+            if kind
+            else f"{problem}"[2:]
         )
-    return "\n".join(
-        [*lines, "", "--help all explains every key. --print_config prints the resolved values."]
-    )
+        raise UserError(f"{name} is {shown(entry.raw)}: {what}") from problem
+    except UserError as problem:
+        raise UserError(f"{name}: {problem}") from problem
+    if kind == PathText and default and not value.strip():
+        raise UserError(f"{name} is empty: expected a path (leave it out for {default!r})")
+    return value
 
 
-def _with_recipes(argv: list[str], folders: Sequence[str]) -> list[str]:
-    """Return the command line with the name of a recipe behind ``--config`` replaced by its file."""
-    recipes = {file.stem: str(file) for name in folders for file in sorted((RECIPES / name).glob("*.yaml"))}
+def _build(config_class: type[Config], values: dict[str, Any]) -> Config:
+    def make(part: Any, prefix: str) -> Any:
+        given = {}
+        for field in dataclasses.fields(part):
+            name = prefix + field.name
+            if dataclasses.is_dataclass(field.type):
+                given[field.name] = make(field.type, f"{name}.")
+            elif name in values:
+                given[field.name] = values[name]
+        return part(**given)
 
-    def resolve(name: str) -> str:
-        named = recipes and name.isidentifier() and not Path(name).is_file()
-        return pick(recipes, name, "recipe") if named else name
-
-    found = []
-    for before, word in zip(["", *argv], argv, strict=False):
-        flag, is_joined, value = word.partition("=")
-        if before == "--config":
-            word = resolve(word)
-        elif flag == "--config" and is_joined:
-            word = f"--config={resolve(value)}"
-        found.append(word)
-    return found
+    return make(config_class, "")
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -127,76 +208,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _dotted_keys(config_class: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for f in dataclasses.fields(config_class):
-        keys.append(prefix + f.name)
-        if dataclasses.is_dataclass(f.type):
-            keys += _dotted_keys(f.type, f"{prefix}{f.name}.")
-    return keys
-
-
-def _check_flags(argv: list[str], config_class: Any) -> None:
-    """Check the keys before jsonargparse does, whose message for an unknown key names neither the file nor a neighbor."""
-    known = _dotted_keys(config_class)
-    builtin = {"help", "config", "print_config"}
-    for place, word in enumerate(argv):
-        if not word.startswith("--"):
-            continue
-        name, _, value = word[2:].partition("=")
-        free = any(name.startswith(f"{key}.") for key in known if _is_free(config_class, key))
-        if name not in known and name not in builtin and not free:
-            raise UserError(
-                f"unknown flag --{name}{_hint(name, [*known, *builtin], '--')} (all flags: --help all)"
-            )
-        if name == "config":
-            file = value or (argv[place + 1] if place + 1 < len(argv) else "")
-            _check_file(Path(file), config_class)
-
-
-def _is_free(config_class: Any, key: str) -> bool:
-    head, _, rest = key.partition(".")
-    kind = {f.name: f.type for f in dataclasses.fields(config_class)}[head]
-    return _is_free(kind, rest) if rest else typing.get_origin(kind) is dict
-
-
-def _check_file(path: Path, config_class: Any) -> None:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise UserError(f"cannot read config file {path}: {one_line(problem)}") from problem
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise UserError(f"config file {path} is not valid YAML: {one_line(problem)}") from problem
-    _check_tree(tree, config_class, "", path)
-
-
-def _check_tree(tree: Any, config_class: Any, prefix: str, path: Path) -> None:
-    if not isinstance(tree, dict):
-        where = f"key '{prefix[:-1]}'" if prefix else "the file"
-        raise UserError(f"config file {path}: {where} must hold 'key: value' lines, not {tree!r}")
-    kinds = {f.name: f.type for f in dataclasses.fields(config_class)}
-    for key, value in tree.items():
-        if key not in kinds:
-            known = [prefix + name for name in kinds] + _dotted_keys(config_class, prefix)
-            raise UserError(
-                f"config file {path}: unknown key '{prefix}{key}'{_hint(f'{prefix}{key}', known)}"
-            )
-        if typing.get_origin(kinds[key]) is dict and isinstance(value, dict):
-            for name, inner in value.items():
-                if isinstance(inner, dict):
-                    raise UserError(
-                        f"config file {path}: key '{prefix}{key}.{name}' must be a plain value or a list"
-                    )
-        if dataclasses.is_dataclass(kinds[key]):
-            _check_tree(value, kinds[key], f"{prefix}{key}.", path)
-
-
-def _hint(name: str, known: list[str], dashes: str = "") -> str:
-    """Return a hint at the nearest dotted key. A name without its group (``--lr``) finds the key that ends in it."""
-    for key in known:
-        if key.rpartition(".")[2] == name:
-            return f"; did you mean {dashes + key!r}?"
-    hint = nearest(name, known)
-    return hint.replace("'", f"'{dashes}", 1) if hint else ""

@@ -6,8 +6,11 @@ A YAML file and flags override them (glsd.config.parse). Parts of the library ta
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-# Plain values only: jsonargparse would build whatever class a nested mapping names.
-TimmArg = bool | int | float | str | list[int] | list[float] | None
+from glsd.config.values import PathText
+
+# Plain values only, from which nothing can be built.
+Plain = bool | int | float | str | None
+TimmArg = Plain | list[Plain]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ class ModelConfig:
     """
 
     backbone: str = "vit_small_patch16_224"
-    init: str = "random"
+    init: PathText = "random"
     drop_path: float = 0.1
     pool: Literal["cls", "mean"] = "cls"
     activation_checkpointing: bool = False
@@ -234,7 +237,7 @@ class PretrainConfig:
 
     recipes: ClassVar[tuple[str, ...]] = ("pretrain", "demo")  # folders of configs/
 
-    out: str = "runs/pretrain"
+    out: PathText = "runs/pretrain"
     seed: int = 0
     matching: Literal["geometric", "similarity", "both", "none"] = "geometric"
     resume: Literal["auto", "never"] = "never"

@@ -22,7 +22,7 @@ from glsd.data.order import (
 )
 from glsd.data.workers import make_loader
 from glsd.errors import BrokenImage, UserError
-from glsd.geometry import geometric_match
+from glsd.geometry import Stride, geometric_match
 from glsd.rng import Stream, random_words
 from glsd.shards.store import ShardSet
 
@@ -32,7 +32,7 @@ MAX_STAND_INS = 20
 class MatchRule(NamedTuple):
     """How patches are matched by place: arguments of geometry.geometric_match."""
 
-    stride: int
+    stride: Stride
     hinge: bool
     hinge_factor: float
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from glsd.doctor.line import Line, who
 from glsd.errors import one_line
-from glsd.files import flush, replacing, try_lock
+from glsd.files import expand, flush, replacing, try_lock
 
 # Within this time a file of another host must be seen: network disks cache that it was missing.
 SEE_SECONDS = 20.0
@@ -137,7 +137,8 @@ def disks(out: str) -> dict[str, Any]:
     with contextlib.suppress(
         RuntimeError
     ):  # neither HOME nor an entry of this user among those of the system
-        cache = Path(os.environ.get("GLSD_CACHE") or Path.home() / ".cache" / "glsd")
+        named = os.environ.get("GLSD_CACHE")
+        cache = Path(expand(named)) if named else Path.home() / ".cache" / "glsd"
     return {"cache": disk(cache) if cache else None} | ({"out": disk(Path(out))} if out else {})
 
 

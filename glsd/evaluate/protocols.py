@@ -17,7 +17,7 @@ from glsd.metrics.linear import check_settings, linear_probe
 from glsd.metrics.retrieval import retrieval_scores
 from glsd.shards.store import ShardSet, check_disjoint, check_same_classes
 
-KEYS = {"k_list": "k", "lr_list": "linear_lr", "epochs": "linear_epochs", "batch_size": "linear_batch_size"}
+KEYS = {"k_list": "--k", "lr_list": "linear_lr", "epochs": "linear_epochs", "batch_size": "linear_batch_size"}
 DEFINITIONS = (
     "Recall@K: share of all queries with an item of their class among the first K (hit@K); MAP@R, R-precision: means over "
     "the queries that have such an item, R = how many; "

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from glsd.data.transform import EvalTransform, choose_sizes
 from glsd.errors import BrokenImage, UserError
+from glsd.geometry import patch_sides
 from glsd.inference.embed import embedded
 from glsd.inference.images import Images, as_images
 from glsd.loading import Loaded, load_network
@@ -125,8 +126,7 @@ class Model:
     @torch.no_grad()
     def patches(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b r c d"]:
         """Return the backbone's patch features in rows and columns. images: as for ``features``, of any size that fits."""
-        rows, columns = (side // self.backbone.stride for side in images.shape[2:])
-        return self.backbone(images)[1].unflatten(1, (rows, columns))
+        return self.backbone(images)[1].unflatten(1, self._grid(images))
 
     @torch.no_grad()
     def attention(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b a r c"]:
@@ -135,10 +135,16 @@ class Model:
         The shares of one head sum to at most 1: the rest goes to the class token and to registers. Raises UserError for a
         network without a class token.
         """
-        for side in images.shape[2:]:
-            check_image_size(side, self.backbone.stride)
-        rows, columns = (side // self.backbone.stride for side in images.shape[2:])
-        return attention_of(self.backbone.net, lambda: self.backbone(images)).unflatten(2, (rows, columns))
+        grid = self._grid(images)
+        return attention_of(self.backbone.net, lambda: self.backbone(images)).unflatten(2, grid)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """Return the rows and columns of patches. Raises UserError for a side that is not a multiple of the patch's."""
+        height, width = images.shape[2:]
+        down, across = patch_sides(self.backbone.stride)
+        check_image_size(height, down)
+        check_image_size(width, across)
+        return height // down, width // across
 
 
 def load(

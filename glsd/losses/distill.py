@@ -15,7 +15,7 @@ from torch import Tensor
 from glsd.batches import Match
 from glsd.cluster import dist
 from glsd.errors import UserError
-from glsd.geometry import geometric_match, needed_rows
+from glsd.geometry import Stride, geometric_match, needed_rows
 from glsd.losses.cross_entropy import PrototypeCE, prototype_ce
 from glsd.losses.match import similarity
 
@@ -93,7 +93,7 @@ def patch_loss(
     center: Float[Tensor, " k"],
     boxes: Sequence[Float[Tensor, "_ b 4"]] | None = None,
     crop_sizes: Sequence[int] = (),
-    stride: int = 16,
+    stride: Stride = 16,
     features: tuple[Sequence[Float[Tensor, "_ b _ d"]], Float[Tensor, "g b n d"]] | None = None,
     hinge: bool = True,
     hinge_factor: float = 1.0,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import timm
 import torch
 from timm.models import eva, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor
@@ -87,8 +88,12 @@ def read_weights(path: str | Path) -> State:
         tuned = os.path.isfile(path / "losses.safetensors")
         path = path / ("student.safetensors" if tuned else "teacher.safetensors")
     if not os.path.isfile(path):
+        name = path.name.removeprefix("timm:")
+        hint = (
+            f"; for timm's weights set backbone to {name!r} and init to 'timm'" if timm.is_model(name) else ""
+        )
         raise UserError(
-            f"weights {str(path)!r}: no such file (expected .safetensors, a torch file or a checkpoint)"
+            f"weights {str(path)!r}: no such file (expected .safetensors, a torch file or a checkpoint){hint}"
         )
     try:
         if path.suffix == ".safetensors":
@@ -192,16 +197,19 @@ def _same_shape(found: State, own: State, name: str) -> bool:
 
 
 def _fit_pos_embed(net: Any, pos_embed: Tensor) -> Tensor | None:
-    """Resample a file's position embedding to the network's grid, None if it is of no square one.
+    """Resample a file's position embedding to the network's grid, None if it is of no grid of that shape.
 
+    Files hold no grid: images are taken to be as square as the network's own, so its patches decide the shape.
     Entries without a place stay in front.
     """
     own_prefix = 0 if net.no_embed_class else net.num_prefix_tokens
     # DINOv2 with registers: the file has an entry for the class token that timm folds into the token itself.
     for num_prefix in (own_prefix, 1, 0) if pos_embed.ndim == 3 else ():
-        side = math.isqrt(max(pos_embed.shape[1] - num_prefix, 0))
-        if side and side * side == pos_embed.shape[1] - num_prefix:
-            return resample_pos_embed(pos_embed, num_prefix, (side, side), net.patch_embed.grid_size)
+        places, (rows, columns) = max(pos_embed.shape[1] - num_prefix, 0), net.patch_embed.grid_size
+        height = math.isqrt(places * rows // columns)
+        width = height * columns // rows
+        if places and height * width == places and height * columns == width * rows:
+            return resample_pos_embed(pos_embed, num_prefix, (height, width), (rows, columns))
     if pos_embed.shape == net.pos_embed.shape:  # a grid that is not square, but the network's own
         return pos_embed
     return None

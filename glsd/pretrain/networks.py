@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from glsd.cluster import dist, fsdp
 from glsd.config.pretrain import PretrainConfig
 from glsd.errors import UserError, config_keys
-from glsd.models.backbone import build_backbone, check_image_size
+from glsd.models.backbone import build_backbone, check_crop
 from glsd.models.blocks import blocks_of, compile_blocks, compile_obstacle
 from glsd.models.heads import ProjectionHead
 from glsd.models.multicrop import MultiCrop
@@ -63,7 +63,7 @@ def build_networks(cfg: PretrainConfig) -> tuple[MultiCrop, MultiCrop]:
             )
         if cfg.data.num_local:
             with config_keys({"image_size": "data.local_size"}):
-                check_image_size(cfg.data.local_size, backbone.stride)
+                check_crop(backbone, cfg.data.local_size)
 
         def head(seed: int) -> ProjectionHead:
             h = cfg.head

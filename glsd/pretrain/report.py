@@ -1,6 +1,7 @@
 """Reports of a pretraining run: its description, health warnings, the first batch as a picture, the k-NN probe, the samples."""
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from glsd.config.pretrain import PretrainConfig
 from glsd.data.transform import choose_sizes
 from glsd.errors import UserError, config_keys, with_config_keys
 from glsd.evaluate.sets import embed_set
-from glsd.geometry import geometric_match, grid_side
+from glsd.geometry import geometric_match, patch_grid
 from glsd.losses.distill import similarity_match
 from glsd.metrics.effective_rank import rankme
 from glsd.metrics.knn import knn_accuracy
@@ -121,7 +122,7 @@ def draw_first_batch(t: Training[PretrainConfig, Plan, State], batch: CropBatch)
         hinge = {"hinge": t.cfg.loss.hinge, "hinge_factor": t.cfg.loss.hinge_factor}
         match = geometric_match(boxes, sizes, stride=student.stride, **hinge)  # type: ignore[arg-type]
     # Views 1 (the second global crop) and 2 (the first local one) against teacher view 0.
-    patches = [grid_side(part.shape[-1], student.stride) ** 2 for part in crops]
+    patches = [math.prod(patch_grid(part.shape[-1], student.stride)) for part in crops]
     drawn = {"first_batch.png": (batch.global_crops[1], slice(patches[0], 2 * patches[0]))}
     if len(batch.local_crops):
         first = NUM_GLOBAL * patches[0]

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from glsd import files
 from glsd.errors import UserError, one_line
-from glsd.files import flush, replacing, try_lock, unlock
+from glsd.files import expand, flush, replacing, try_lock, unlock
 from glsd.shards.index import REBUILD, IndexHeader, marks_digest
 from glsd.shards.remote import (
     TIMEOUT_VARIABLE,
@@ -44,7 +44,7 @@ def cache_folder(kind: str) -> Path:
     Raises UserError if the user has neither.
     """
     if named := os.environ.get(FOLDER_VARIABLE):
-        return Path(named) / kind
+        return Path(expand(named)) / kind
     try:
         return Path.home() / ".cache" / "glsd" / kind
     except RuntimeError as problem:

@@ -2,7 +2,9 @@
 
 import glob
 import hashlib
+import itertools
 import os
+import shlex
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +14,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from glsd.errors import UserError, one_line
-from glsd.files import replacing, try_lock
+from glsd.files import expand, replacing, try_lock
 from glsd.shards.cache import (
     FOLDER_VARIABLE,
     PART,
@@ -22,6 +24,7 @@ from glsd.shards.cache import (
     check_size,
 )
 from glsd.shards.index import (
+    IMAGE_EXTENSIONS,
     SUFFIX,
     VERSION,
     IndexHeader,
@@ -45,6 +48,7 @@ from glsd.shards.remote import (
     write_all,
 )
 
+MOST_SEEN = 1000  # names in a folder that are looked at, to give advice
 HIDDEN = frozenset((403, 404))  # a store that forbids listing answers 403 for a missing file
 SOURCES_SUFFIX = "-files.tsv"  # beside packed shards: the source file of each key
 
@@ -95,10 +99,13 @@ def _expand(pattern: str) -> list[str]:
     if is_remote(pattern):
         check_scheme(pattern)
     else:
-        pattern = os.path.expanduser(pattern)
+        pattern = expand(pattern)
     if os.path.isdir(pattern):
-        raise UserError(f"shards {pattern!r} is a folder: name its files, e.g. '{pattern.rstrip('/')}/*.tar'")
-    if os.path.isfile(pattern):
+        pack = _pack_first(pattern)
+        raise UserError(
+            f"shards {pattern!r} is a folder{pack or f': name its files, e.g. {os.path.join(pattern, chr(42))}.tar'}"
+        )
+    if os.path.isfile(pattern) and not _is_image(pattern):
         return [pattern]
     try:
         names = list(braceexpand(pattern))
@@ -109,9 +116,35 @@ def _expand(pattern: str) -> list[str]:
         found = _matches(name)
         if not found:
             part = "" if name == pattern else f" (of the pattern {shown(pattern)!r})"
-            raise UserError(f"no shard matches {shown(name)!r}{part}: check the path and the range")
+            pack = "" if is_remote(name) else _pack_first(os.path.dirname(name) or ".")
+            raise UserError(
+                f"no shard matches {shown(name)!r}{part}{pack or ': check the path and the range'}"
+            )
         paths += [path for path in found if not path.endswith((SUFFIX, SOURCES_SUFFIX))]
+    if images := [path for path in paths if _is_image(path)]:
+        folder = os.path.dirname(images[0]) or "."
+        raise UserError(f"{shown(images[0])} is an image, not a shard{_pack_first(folder)}")
     return paths
+
+
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower().removeprefix(".") in IMAGE_EXTENSIONS
+
+
+def _pack_first(folder: str) -> str:
+    """Return the advice for a local folder of images that was named instead of shards, nothing for any other."""
+    if not os.path.isdir(folder):
+        return ""
+    inside = glob.escape(folder.rstrip("/") or "/")
+    names = [
+        name
+        for depth in ("*", "*/*")
+        for name in itertools.islice(glob.iglob(f"{inside}/{depth}"), MOST_SEEN)
+    ]
+    if not any(map(_is_image, names)) or any(name.endswith(".tar") for name in names):
+        return ""
+    command = shlex.join(["glsd", "pack", folder, "shards/"])
+    return f": pack its images first ({command}), then give 'shards/*.tar'"
 
 
 def _matches(name: str) -> list[str]:

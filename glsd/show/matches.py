@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glsd.errors import UserError, one_line
 from glsd.files import replacing
-from glsd.geometry import grid_side
+from glsd.geometry import Stride, patch_grid, patch_sides
 
 _COLORS = colormaps["hsv"]
 
@@ -24,13 +24,13 @@ def draw_matches(
     *,
     index: Int64[Tensor, "m n"],
     weight: Float[Tensor, "m n"],
-    stride: int,
+    stride: Stride,
     lines: int = 16,
 ) -> None:
     """Write a picture, one row per image: student crop, teacher crop, matched patches joined by a line.
 
     index, weight: as in Match, of the student crop's patches into the teacher crop's; stride: side of a patch
-    in pixels. Rejected patches (weight 0) are darkened, the title counts the accepted ones; of these,
+    in pixels, or height and width. Rejected patches (weight 0) are darkened, the title counts the accepted ones; of these,
     ``lines`` spread evenly are joined.
     Raises UserError if the file cannot be written.
     """
@@ -73,11 +73,17 @@ def save_figure(figure: Figure, path: Path) -> None:
         ) from problem
 
 
-def _shade(axis, size: int, stride: int, accepted: Tensor) -> None:
-    grid = grid_side(size, stride)
+def _corner(patch: int, columns: int, stride: Stride) -> tuple[float, float]:
+    """Return x and y of a patch's upper left corner, in pixels of its crop."""
+    height, width = patch_sides(stride)
+    return patch % columns * width - 0.5, patch // columns * height - 0.5
+
+
+def _shade(axis, size: int, stride: Stride, accepted: Tensor) -> None:
+    (_, columns), (height, width) = patch_grid(size, stride), patch_sides(stride)
     for patch in (~accepted).nonzero()[:, 0].tolist():
-        corner = (patch % grid * stride - 0.5, patch // grid * stride - 0.5)
-        axis.add_patch(Rectangle(corner, stride, stride, facecolor="black", alpha=0.6, linewidth=0))
+        corner = _corner(patch, columns, stride)
+        axis.add_patch(Rectangle(corner, width, height, facecolor="black", alpha=0.6, linewidth=0))
 
 
 def _join(
@@ -86,12 +92,13 @@ def _join(
     right,
     student_size: int,
     teacher_size: int,
-    stride: int,
+    stride: Stride,
     index: Tensor,
     accepted: Tensor,
     lines: int,
 ) -> None:
-    grids = (grid_side(student_size, stride), grid_side(teacher_size, stride))
+    height, width = patch_sides(stride)
+    columns = [patch_grid(size, stride)[1] for size in (student_size, teacher_size)]
     candidates = accepted.nonzero()[:, 0]
     if len(candidates) > lines:
         # The middles of equal stretches; every i-th patch of a square grid would sit in the same columns.
@@ -99,10 +106,10 @@ def _join(
     for number, patch in enumerate(candidates.tolist()):
         color = _COLORS(number / max(len(candidates), 1))
         ends = []
-        for axis, grid, cell in ((left, grids[0], patch), (right, grids[1], int(index[patch]))):
-            x, y = cell % grid * stride - 0.5, cell // grid * stride - 0.5
-            axis.add_patch(Rectangle((x, y), stride, stride, fill=False, edgecolor=color, linewidth=1.4))
-            ends.append((x + stride / 2, y + stride / 2))
+        for axis, of_axis, cell in ((left, columns[0], patch), (right, columns[1], int(index[patch]))):
+            x, y = _corner(cell, of_axis, stride)
+            axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=1.4))
+            ends.append((x + width / 2, y + height / 2))
         figure.add_artist(
             ConnectionPatch(
                 ends[0],

@@ -22,7 +22,7 @@ def check_flags(stage: str, flags: list[str]) -> Any:
     """Return the configuration of a stage's command line, without a look at the data. Raises UserError as the stage would."""
     config = pick(CONFIGS, stage, "stage")
     for word in flags:
-        if word.partition("=")[0] in ("--help", "--print_config", "--dry_run"):
+        if word.partition("=")[0].replace("-", "_") in ("__help", "__print_config", "__dry_run"):
             raise UserError(f"{word} is not for a job: give it to launch/{stage} itself")
     with contextlib.redirect_stdout(sys.stderr):
         return load(config, flags)

@@ -1,6 +1,7 @@
 """Time and memory of the local loss over ranges of prototypes, batch and local crops, as a table and a picture."""
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from glsd.errors import UserError
-from glsd.geometry import grid_side
+from glsd.geometry import patch_grid
 from glsd.runtime.memory import total_memory
 from launch.benchmark.growth import Curve, draw_growth
 
@@ -101,7 +102,7 @@ def plain_bytes(sizes: dict[str, Any]) -> float:
     Logits and their gradients of all student rows, logits and targets of all teacher rows, and for every pair of views the
     log-softmax and the gathered targets.
     """
-    whole, local = (grid_side(sizes[name], STRIDE) ** 2 for name in ("global_size", "local_size"))
+    whole, local = (math.prod(patch_grid(sizes[name], STRIDE)) for name in ("global_size", "local_size"))
     teacher, student = 2 * whole, 2 * whole + sizes["local_crops"] * local
     pairs = 2 * whole + 2 * sizes["local_crops"] * local
     return float(FLOAT * sizes["prototypes"] * sizes["batch"] * (2 * student + 2 * teacher + 2 * pairs))

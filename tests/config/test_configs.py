@@ -61,7 +61,7 @@ def test_flags_override_files_override_defaults(tmp_path):
     [
         (["--optim.lrr", "1"], "unknown flag --optim.lrr; did you mean '--optim.lr'?"),
         (["--lr", "1"], "did you mean '--optim.lr'?"),
-        (["--optim.epochs", "many"], 'key "optim.epochs": expected int. Got value: many'),
+        (["--optim.epochs", "many"], "--optim.epochs is 'many': expected a whole number"),
         (["--matching", "geometrical"], "'geometric', 'similarity', 'both', 'none'"),
         (["--data.global_scale", "[0.1]"], "data.global_scale"),
         (["--config", "no_such.yaml"], "cannot read config file no_such.yaml"),

@@ -176,7 +176,7 @@ def test_run_folder_gets_the_file_when_out_is_unset(cfg, world):
         ({"model": ""}, "model is not set"),
         ({"model": "no/such"}, "'no/such': no such run"),
         ({"model": "timm:vit_tinny_patch16_224"}, "vit_tinny_patch16_224"),
-        ({"k": [91]}, "k holds 91: expected 1 to 90, the number of train images"),
+        ({"k": [91]}, "--k holds 91: expected 1 to 90, the number of train images"),
         ({"out": "/proc/nowhere"}, "cannot write evals.json to /proc/nowhere"),
         (
             {"data.train_shards": ""},

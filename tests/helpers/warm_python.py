@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 IMPORTED = (
     *("glsd.cli.pretrain", "glsd.cli.finetune", "glsd.cli.evaluate", "glsd.slurm.flags", "glsd.cli.door"),
     *("glsd.pretrain.dry_run", "glsd.finetune.train", "glsd.evaluate.run"),
-    *("torch.utils.tensorboard", "docstring_parser", "fsspec.implementations.http", "s3fs"),
+    *("torch.utils.tensorboard", "fsspec.implementations.http", "s3fs"),
 )
 # QUIT stands for kill -9 of the fork and its loader processes: the client, which ends when they have, must not die of it.
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT)

@@ -13,6 +13,7 @@ import glsd
 from glsd.data.decode import decode
 from glsd.data.eval_loader import eval_loader
 from glsd.errors import UserError
+from glsd.geometry import patch_sides
 from glsd.loading import Loaded
 from glsd.models.backbone import build_backbone
 from glsd.packing.folder import pack_folder
@@ -122,7 +123,7 @@ def test_attention_is_that_of_queries_and_keys(backbone, monkeypatch):
     model.features(images)
     (q, k, _), prefix = queries[-1], built.net.num_prefix_tokens
     shares = (q.double() @ k.double().mT / q.shape[-1] ** 0.5).softmax(-1)[:, :, 0, prefix:]
-    side = 32 // built.stride
+    side = 32 // patch_sides(built.stride)[0]
     attention = model.attention(images)
     assert attention.shape == (2, q.shape[1], side, side)
     torch.testing.assert_close(attention.double().flatten(2), shares, rtol=1e-4, atol=1e-6)

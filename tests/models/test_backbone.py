@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from glsd.errors import UserError
-from glsd.models.backbone import build_backbone, check_image_size
+from glsd.geometry import patch_centers, patch_sides
+from glsd.models.backbone import build_backbone, check_crop, check_image_size
 from glsd.models.tokens import POOLS
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -233,6 +234,146 @@ def test_pooling_keeps_float64():
     assert POOLS["mean+max"](torch.zeros(1, 0, 2), torch.rand(1, 3, 2).double()).dtype == torch.float64
 
 
+# Name: arguments, and the sides of a patch after the last stage.
+OBLONG: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "vit_tiny_patch16_224": (SMALL | {"patch_size": [8, 16]}, (8, 16)),
+    "vit_small_patch14_reg4_dinov2": (SMALL | {"patch_size": [32, 16]}, (32, 16)),
+    "vit_small_patch16_dinov3": (SMALL | {"patch_size": [16, 8]}, (16, 8)),
+    "eva02_tiny_patch14_224": (SMALL | {"patch_size": [16, 32]}, (16, 32)),
+    SWINS[0]: (SMALL_SWIN | {"patch_size": [2, 4]}, (16, 32)),
+    SWINS[1]: (SMALL_SWIN | {"patch_size": [4, 2]}, (32, 16)),
+}
+
+
+@pytest.mark.parametrize("name", OBLONG)
+@pytest.mark.parametrize("size", [64, 96, 32])
+def test_oblong_patches_have_centers_where_the_network_looks(name, size):
+    """The gradient of a patch feature without its neighbors' help comes from the pixels around its center."""
+    args, sides = OBLONG[name]
+    backbone = small(name, timm_args=args)
+    assert backbone.stride == sides
+    picture = images(size, 1).requires_grad_()
+    patches = backbone(picture)[1]
+    centers = patch_centers(torch.tensor([[0.0, 0.0, size, size]]), size, backbone.stride)[0]
+    assert patches.shape[1] == len(centers) == (size // sides[0]) * (size // sides[1])
+    if name in SWINS:
+        return  # its windows mix patches in every block
+    backbone.net.blocks = torch.nn.Sequential()  # no token hears of another
+    picture = images(size, 1).requires_grad_()
+    features = torch.nn.Identity()(backbone.net.patch_embed(picture)).flatten(1, 2)
+    for number in (0, 1, len(centers) // 2, len(centers) - 1):
+        (gradient,) = torch.autograd.grad(features[0, number].sum(), picture, retain_graph=True)
+        rows, columns = gradient[0].abs().sum(0).nonzero().float().unbind(1)
+        assert [columns.mean().item(), rows.mean().item()] == pytest.approx(centers[number].tolist())
+
+
+def test_a_grid_that_is_not_the_strides_is_refused_before_a_step(monkeypatch):
+    """Whatever timm may change: the network's own grid decides, at every size."""
+    monkeypatch.setattr("glsd.models.backbone._stride", lambda net: 16)
+    args = SMALL | {"patch_size": 8}
+    with pytest.raises(
+        UserError, match="makes 64 patches of an image of 64 x 64, where patches of 16 pixels would be 16"
+    ):
+        small("vit_tiny_patch16_224", timm_args=args)
+    monkeypatch.setattr("glsd.models.backbone._stride", lambda net: (8, 16))
+    with pytest.raises(
+        UserError, match="where patches of 8 x 16 pixels would be 32: use another backbone or other timm"
+    ):
+        small("vit_tiny_patch16_224", timm_args=args)
+
+
+def test_a_look_at_the_grid_changes_nothing():
+    backbone = small("resnet18")
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    check_crop(backbone, 96)
+    assert backbone.training
+    assert all(module.training for module in backbone.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
+
+
+def test_a_crop_must_be_a_multiple_of_both_sides():
+    for size, fits in ((90, "use 48 or 96"), (10, "use 48")):
+        with pytest.raises(
+            UserError, match=f"image_size {size} is not a multiple of the patch size 16 x 12: {fits}"
+        ):
+            check_image_size(size, (16, 12))
+    check_image_size(96, (16, 12))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_positions_of_an_oblong_grid_are_kept_and_resampled_as_such(size, tmp_path):
+    """4 x 2 patches and a class token are 9 entries, which are no grid of 3 x 3."""
+    args = SMALL | {"patch_size": [8, 16]}
+    first = small("vit_tiny_patch16_224", timm_args=args, image_size=32, seed=5)
+    torch.save(first.net.state_dict(), tmp_path / "w.pth")
+    again = small("vit_tiny_patch16_224", timm_args=args, image_size=size, init=str(tmp_path / "w.pth"))
+    assert again.load_report is not None
+    assert again.load_report.complete
+    found, own = again.net.pos_embed, first.net.pos_embed
+    assert torch.equal(found[:, :1], own[:, :1])
+    grid = own[:, 1:].unflatten(1, (4, 2)).permute(0, 3, 1, 2)
+    wanted = F.interpolate(grid, size=(size // 8, size // 16), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(found[:, 1:], wanted.flatten(2).transpose(1, 2))
+
+
+WRONG_ARGS = [
+    ("vit_tiny_patch16_224", {"patch_size": [8]}),
+    ("vit_tiny_patch16_224", {"patch_size": [8, 8, 8]}),
+    ("vit_tiny_patch16_224", {"patch_size": "8 x 8"}),
+    ("vit_tiny_patch16_224", {"patch_size": 0}),
+    ("vit_tiny_patch16_224", {"patch_size": -8}),
+    ("vit_tiny_patch16_224", {"patch_size": 4.5}),
+    ("vit_tiny_patch16_224", {"depth": "three"}),
+    ("vit_tiny_patch16_224", {"depth": 2.5}),
+    ("vit_tiny_patch16_224", {"num_heads": 0}),
+    ("vit_tiny_patch16_224", {"num_heads": [3]}),
+    ("vit_tiny_patch16_224", {"num_heads": 5}),
+    ("vit_tiny_patch16_224", {"embed_dim": -3}),
+    ("vit_tiny_patch16_224", {"embed_dim": [48]}),
+    ("vit_tiny_patch16_224", {"mlp_ratio": "wide"}),
+    ("vit_tiny_patch16_224", {"act_layer": "no_such"}),
+    ("vit_tiny_patch16_224", {"norm_layer": "no_such"}),
+    ("vit_tiny_patch16_224", {"weight_init": "no_such"}),
+    ("vit_tiny_patch16_224", {"reg_tokens": "four"}),
+    ("vit_small_patch16_dinov3", {"num_heads": 5}),
+    ("vit_small_patch16_dinov3", {"rope_type": "no_such"}),
+    (SWINS[0], {"num_heads": [3]}),
+    (SWINS[0], {"depths": [1, 1, 1, 1, 1]}),
+    (SWINS[0], {"window_size": [7]}),
+    (SWINS[0], {"window_size": 0}),
+    (SWINS[1], {"num_heads": [3, 3]}),
+    ("resnet18", {"layers": [1]}),
+    ("resnet18", {"channels": [8, 16]}),
+    ("resnet18", {"output_stride": 7}),
+    ("resnet18", {"stem_type": 3}),
+    ("resnet50", {"patch_size": 4}),
+    ("resnet50", SMALL),
+    ("tf_efficientnet_lite0", {"patch_size": 4}),
+]
+
+
+def test_the_settings_of_a_vit_are_all_named_that_a_resnet_does_not_take():
+    with pytest.raises(
+        UserError, match=r"'resnet50' \(ResNet\) takes no depth, embed_dim, num_heads: remove them$"
+    ):
+        small("resnet50", timm_args=SMALL)
+
+
+@pytest.mark.parametrize(("name", "args"), WRONG_ARGS, ids=lambda value: str(value))
+def test_whatever_timm_raises_is_one_line_with_the_argument_and_its_value(name, args):
+    base = SMALL if name.startswith("vit") else SMALL_SWIN if name in SWINS else {}
+    try:
+        backbone = small(name, timm_args=base | args)
+    except UserError as problem:
+        said = str(problem)
+        assert "\n" not in said
+        assert "timm_args" in said
+        assert all(f"{name!r}: {value!r}" in said for name, value in args.items())
+    else:  # timm takes it: then the network works as it says
+        size = 2 * max(patch_sides(backbone.stride))
+        assert backbone(images(size))[1].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [(90, "use 80 or 96"), (10, "use 16"), (0, "use 16"), (-16, "use 16")],
@@ -269,8 +410,16 @@ def test_crop_size_must_be_a_multiple_of_the_patch(size, message):
         ("vit_tiny_patch16_224", {"pool": "mean_max"}, "one of cls, mean, mean.max; did you mean 'mean.max'"),
         ("vit_tiny_patch16_224", {"pool": "max"}, "unknown pool 'max'"),
         ("vit_tiny_patch16_224", {"drop_path": 1.0}, "^drop_path is 1.0"),
-        ("vit_tiny_patch16_224", {"timm_args": {"depht": 3}}, "depht.*check timm_args"),
-        ("vit_tiny_patch16_224", {"timm_args": {"depth": 0}}, "set depth in timm_args"),
+        (
+            "vit_tiny_patch16_224",
+            {"timm_args": {"depht": 3}},
+            "'depht': 3.* takes no depht: remove it; did you mean 'depth'",
+        ),
+        (
+            "vit_tiny_patch16_224",
+            {"timm_args": {"depth": 0}},
+            "timm_args .*'depth': 0.* set depth to 1 or more",
+        ),
         ("vit_tiny_patch16_224", {"timm_args": {"img_size": 32}}, "follows from image_size"),
         *(
             ("vit_tiny_patch16_224", {"timm_args": {key: None}}, f"{key} cannot be set there: .* init")
