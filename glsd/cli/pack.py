@@ -5,7 +5,7 @@ import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,19 +251,19 @@ def report(*summaries: "PackSummary") -> None:
             )
         for note in summary.notes:
             print(f"note: {printable(note)}")
-        report_left_out(summary.skipped, summary.unreadable)
+        report_left_out(summary)
 
 
-def report_left_out(skipped: Mapping[str, int], unreadable: tuple[tuple[str, str], ...]) -> None:
-    if skipped:
+def report_left_out(summary: "PackSummary") -> None:
+    if skipped := summary.skipped:
         kinds = ", ".join(
             f"{count} {printable(suffix)}" for suffix, count in list(skipped.items())[:KINDS_SHOWN]
         )
         more = len(skipped) - KINDS_SHOWN
         others = f" and {sum(list(skipped.values())[KINDS_SHOWN:])} of {more} other kinds" if more > 0 else ""
         print(f"skipped {counted(sum(skipped.values()), 'file')} that are not images: {kinds}{others}")
-    unlabeled = [(path, reason) for path, reason in unreadable if reason.startswith(NO_LABEL)]
-    broken = [(path, reason) for path, reason in unreadable if not reason.startswith(NO_LABEL)]
+    unlabeled = [row for row in summary.unreadable if row[1].startswith(NO_LABEL)]
+    broken = [row for row in summary.unreadable if not row[1].startswith(NO_LABEL)]
     for images, noun, plural in (
         (unlabeled, "image without label", "images without label"),
         (broken, "unreadable image", "unreadable images"),
@@ -272,9 +272,10 @@ def report_left_out(skipped: Mapping[str, int], unreadable: tuple[tuple[str, str
             print(f"left out {counted(len(images), noun, plural)}:")
         for path, reason in images[:SHOWN]:
             print(f"  {printable(path)}: {printable(reason)}")
-    if marks := Counter(reason for _, reason in unlabeled if reason != NO_LABEL):
+    marks = Counter(reason for _, reason in unlabeled if reason != NO_LABEL)
+    if marks and summary.classes:
         kinds = ", ".join(f"{count} {printable(mark)}" for mark, count in marks.most_common(SHOWN))
-        print(f"{kinds}: if that is a class, list the names of all classes in a file for --classes")
+        print(f"{kinds}: if that is a class, list the names of all classes in a JSON file for --classes")
 
 
 def shown_range(shards: tuple[Path, ...]) -> str:

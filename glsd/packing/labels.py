@@ -1,5 +1,6 @@
 """Numbers for the labels of folders and lists. A label is a number or the name of a class; the two never mix in silence."""
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +84,7 @@ def _file_of_names(dst: Path, classes: str | Path | None) -> Path | None:
     if classes is not None:
         return Path(classes)
     earlier = dst / CLASSES_FILE
-    return earlier if earlier.is_file() else None
+    return earlier if os.path.isfile(earlier) else None
 
 
 def _numbers_of(names: Sequence[str]) -> dict[str, int]:

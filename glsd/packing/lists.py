@@ -95,9 +95,10 @@ class _LabeledOnly:
 
 
 def _without_label(texts: Sequence[str | None], labels: Sequence[int]) -> dict[int, str]:
-    """Return why each row without label has none."""
+    """Return why each row without label has none: a word that stands in its place may be the name of a class."""
+    reasons = {text: f"{NO_LABEL} ({text})" for text in set(texts) if text and text.upper() != text.lower()}
     rows = enumerate(zip(texts, labels, strict=True))
-    return {row: f"{NO_LABEL} ({text})" if text else NO_LABEL for row, (text, label) in rows if label < 0}
+    return {row: reasons.get(text, NO_LABEL) for row, (text, label) in rows if label < 0}
 
 
 def _declared(rows: _Rows, classes: str | Path | None) -> Sequence[str]:

@@ -75,7 +75,7 @@ def pack_sources(
     if short_side is not None and short_side < 1:
         raise UserError(f"short_side is {short_side}: expected a number of pixels of at least 1, such as 512")
     classes = tuple(next(iter(sources.values())).classes)
-    _check_classes(sources.values(), classes, dst)
+    _check_classes(sources, classes, dst)
     settings = {
         "prefixes": list(sources),
         "shard_megabytes": shard_megabytes,
@@ -148,12 +148,12 @@ def index_shards(patterns: str | Sequence[str], *, upload: bool = False, image: 
     return total
 
 
-def _check_classes(sources: Iterable[Source], classes: Sequence[str], dst: Path) -> None:
+def _check_classes(sources: Mapping[str, Source], classes: Sequence[str], dst: Path) -> None:
     """Raise UserError unless a label means the same class everywhere, also in an earlier packing into ``dst``."""
     name, count = next(iter(Counter(classes).most_common(1)), ("", 0))
     if count > 1:
         raise UserError(f"two classes have the name {name!r}: expected each name once")
-    for source in sources:
+    for source in sources.values():
         if source.labels is None:
             continue
         if classes and (largest := max(source.labels, default=-1)) >= len(classes):
@@ -165,19 +165,21 @@ def _check_classes(sources: Iterable[Source], classes: Sequence[str], dst: Path)
             raise UserError(
                 f"{earlier} of an earlier packing numbers other classes: pack into another folder"
             )
-        if classes and not os.path.isfile(earlier) and (shard := _labeled_shard(dst)):
+        if classes and not os.path.isfile(earlier) and (shard := _labeled_shard(dst, tuple(sources))):
             raise UserError(
                 f"{source.title} has class names, but the labels of {shard}, of an earlier packing, are numbers without names: "
                 "a label would not mean one class in both; pack into another folder"
             )
 
 
-def _labeled_shard(folder: Path) -> str | None:
-    """Return the first shard in a folder that has a label."""
-    for path in sorted(folder.glob("*.tar")):
-        if open_shards(str(path)).labels().max() >= 0:
-            return str(path)
-    return None
+def _labeled_shard(folder: Path, prefixes: Sequence[str]) -> str | None:
+    """Return the first shard in a folder that has a label; those of ``prefixes`` are refused by staged."""
+    own = tuple(f"{prefix}-" for prefix in prefixes)
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    shards = [
+        str(folder / name) for name in names if name.endswith(".tar") and not name.startswith((".", *own))
+    ]
+    return next((shard for shard in shards if open_shards(shard).labels().max() >= 0), None)
 
 
 def _watched(images: Iterator[Loaded], source: Source, first: int, hint: str | None) -> Iterator[Loaded]:

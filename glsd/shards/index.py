@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from glsd.errors import UserError, one_line
 from glsd.files import replacing
 from glsd.shards.labels import CLASSES_FILE, classes_digest, read_classes
-from glsd.shards.tar import BLOCK, IMAGE_EXTENSIONS, Samples, TarError, scan_samples
+from glsd.shards.tar import BLOCK, IMAGE_EXTENSIONS, OTHER_KINDS, Samples, TarError, scan_samples
 
 VERSION = 3
 SUFFIX = ".index"
@@ -177,12 +177,12 @@ def _why_no_image(samples: Samples, image: str) -> str:
             "themselves (tar --dereference --hard-dereference)"
         )
     if samples.unused:
-        kinds = [kind for kind, _ in samples.unused.most_common(5)]
+        kinds = [kind for kind, _ in samples.unused.most_common() if kind != OTHER_KINDS]
         wanted = f"of the kind .{image}" if image else "such as 00000000.jpg (one dot only)"
-        return (
-            f"expected members {wanted}, found {', '.join(kinds)}; to take those as the images: "
-            f"glsd pack index --image {kinds[0].removeprefix('.')} SHARDS"
-        )
+        how = f"to take one as the image: glsd pack index --image {kinds[0].removeprefix('.')} SHARDS"
+        if OTHER_KINDS in samples.unused:
+            how = "give each image its own name before the first dot"
+        return f"expected members {wanted}, found {', '.join(kinds[:5])}; {how}"
     return f"expected members such as 00000000.jpg (one dot only; {', '.join(sorted(IMAGE_EXTENSIONS))})"
 
 

@@ -217,7 +217,7 @@ def test_bad_folders(tmp_path, photos_folder):
     with pytest.raises(UserError, match=r"no images in .*empty: it is empty"):
         pack_folder(tmp_path / "empty", out)
     (tmp_path / "empty" / "a.heic").write_bytes(b"x")
-    with pytest.raises(UserError, match="none of its 1 files is one; expected bmp, "):
+    with pytest.raises(UserError, match="none of its 1 files is one; expected apng, "):
         pack_folder(tmp_path / "empty", out)
     with pytest.raises(UserError, match="is not a folder"):
         pack_folder(tmp_path / "empty" / "a.heic", out)
