@@ -98,7 +98,7 @@ def _without_label(texts: Sequence[str | None], labels: Sequence[int]) -> dict[i
     """Return why each row without label has none: a word that stands in its place may be the name of a class."""
     reasons = {text: f"{NO_LABEL} ({text})" for text in set(texts) if text and text.upper() != text.lower()}
     rows = enumerate(zip(texts, labels, strict=True))
-    return {row: reasons.get(text, NO_LABEL) for row, (text, label) in rows if label < 0}
+    return {row: reasons.get(text or "", NO_LABEL) for row, (text, label) in rows if label < 0}
 
 
 def _declared(rows: _Rows, classes: str | Path | None) -> Sequence[str]:

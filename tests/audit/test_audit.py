@@ -20,10 +20,11 @@ from glsd.audit.report import Examination, examine
 from glsd.cli import door as _door
 from glsd.cli import pack as pack_command
 from glsd.errors import UserError
+from glsd.packing.folder import pack_folder
 from glsd.packing.write import pack_samples
 from glsd.shards.index import index_path
 from glsd.shards.store import open_shards
-from tests.helpers.small_shards import encoded, noise_image, scene
+from tests.helpers.small_shards import encoded, noise_image, scene, write_tar
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
 
@@ -157,6 +158,39 @@ def test_uneven_shards_and_keys_twice(tmp_path):
     assert len(items(found, "keys")) == 12
     assert {line.split()[1] for line in items(found, "keys")} == {f"{n:08d}" for n in range(4)}
     assert not found.has_problems
+
+
+def test_findings_name_the_file_of_the_user(tmp_path):
+    for number, name in enumerate(("menorah/IMG 1426.jpg", "menorah/a\tb\\n.jpg", "emu/c.jpg", "emu/d.jpg")):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        raw = scenes(number // 2, 1)[0] if number < 3 else b"\xff\xd8\xff" + b"no image"
+        (tmp_path / "src" / name).write_bytes(raw)
+    pack_folder(tmp_path / "src", tmp_path / "out")
+    table = (tmp_path / "out" / "train-files.tsv").read_text().splitlines()[1:]
+    key = {row.split("\t")[1]: row.split("\t")[0] for row in table}
+    found = examine({"train": [f"{tmp_path}/out/train-*.tar"]})
+    (line,) = items(found, "duplicates")
+    names = [
+        ("menorah/IMG 1426.jpg", "menorah/IMG 1426.jpg"),
+        ("menorah/a\tb\\n.jpg", r"menorah/a\tb\\n.jpg"),
+    ]
+    ends = {f"{name} (train-000000.tar {key[cell]})" for name, cell in names}
+    assert set(line.split(" = ")) == ends
+    (tmp_path / "out" / "train-files.tsv").unlink()
+    (line,) = items(examine({"train": [f"{tmp_path}/out/train-*.tar"]}), "duplicates")
+    assert set(line.split(" = ")) == {f"train-000000.tar {key[cell]}" for _, cell in names}
+
+
+def test_images_of_samples_that_are_not_used(tmp_path):
+    members = [
+        (f"{n}{kind}", scenes(n + 7 * (kind == ".2.jpg"), 1)[0])
+        for n in range(3)
+        for kind in (".jpg", ".2.jpg")
+    ]
+    found = examine({"a": [str(write_tar(tmp_path / "a.tar", members))]})
+    (text,) = (finding.text for finding in found.findings if finding.topic == "unused")
+    assert text.startswith("3 further images of samples are not used: 3 .2.jpg;")
+    assert levels(found)["unused"] == "note"
 
 
 def test_damaged_shards(tmp_path):

@@ -397,6 +397,12 @@ def write_random(file: Path, texts: list[str], rng: random.Random) -> Path:
     return file
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Files need not be safe on disk: waiting for it is most of a small packing."""
+    monkeypatch.setattr("os.fsync", lambda fd: None)
+
+
 def is_refused(argv: list[str], capsys) -> bool:
     """Whether a packing ends with a UserError of one printable line, rather than with 0."""
     said = "\n"
@@ -415,7 +421,7 @@ def by_row(dst: Path, prefix: str = "train") -> list[int]:
 
 
 @pytest.mark.slow
-def test_500_random_columns_are_packed_as_their_twin(images, tmp_path, capsys):
+def test_500_random_columns_are_packed_as_their_twin(images, tmp_path, capsys, quick):
     rng = random.Random(13)
     outcomes = {"packed": 0, "refused": 0}
     for number in range(500):
@@ -443,7 +449,7 @@ FOLDERS += [["cat", "911"], ["NA", "None"], ["-1", "0", "1"]]
 
 
 @pytest.mark.slow
-def test_500_random_folders_and_lists_are_packed_as_their_twin(images, tmp_path, capsys):
+def test_500_random_folders_and_lists_are_packed_as_their_twin(images, tmp_path, capsys, quick):
     """A folder and a list of one set, either first, into one place or two, with or without --classes."""
     rng = random.Random(14)
     outcomes = {"packed": 0, "refused": 0}
