@@ -99,7 +99,11 @@ def _find_images(src: Path) -> _Found:
     if not images:
         seen = f"none of its {sum(skipped.values())} files is one" if skipped else "it is empty"
         raise UserError(f"no images in {src}: {seen}; expected {', '.join(sorted(IMAGE_EXTENSIONS))}")
-    return _Found(sorted(images, key=lambda path: path.as_posix()), dict(sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))), again)
+    return _Found(
+        sorted(images, key=lambda path: path.as_posix()),
+        dict(sorted(skipped.items(), key=lambda kind: (-kind[1], kind[0]))),
+        again,
+    )
 
 
 def _unreadable_folder(error: OSError) -> None:

@@ -167,20 +167,16 @@ def test_joined_and_compressed_tars_are_refused(make_shards, tmp_path):
         UserError, match=r"compressed with gzip, not an uncompressed tar file: uncompress it \(gunzip"
     ):
         open_shards(str(tmp_path / "c.tar.gz"))
-    for number, (opener, words) in enumerate(
-        (
-            (bz2.compress, "compressed with bzip2.*bunzip2"),
-            (lzma.compress, "compressed with xz.*unxz"),
-            (lambda raw: b"PK\x03\x04" + raw, "a zip archive.*unpack it"),
-            (
-                lambda raw: b"version https://git-lfs.github.com/spec/v1\n",
-                "a pointer of Git LFS.*git lfs pull",
-            ),
-        )
+    raw = first.read_bytes()
+    for made, words in (
+        (bz2.compress(raw), "compressed with bzip2.*bunzip2"),
+        (lzma.compress(raw), "compressed with xz.*unxz"),
+        (b"PK\x03\x04" + raw, "a zip archive.*unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS.*git lfs pull"),
     ):
-        (tmp_path / f"{number}.tar").write_bytes(opener(first.read_bytes()))
+        (tmp_path / "made.tar").write_bytes(made)
         with pytest.raises(UserError, match=words):
-            open_shards(str(tmp_path / f"{number}.tar"))
+            open_shards(str(tmp_path / "made.tar"))
 
 
 def test_tar_without_images_and_doubled_members(tmp_path):
