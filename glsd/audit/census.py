@@ -67,7 +67,7 @@ class Census:
     reasons: dict[int, str] = field(default_factory=dict)  # of unreadable images outside faulty shards
     sources: dict[Path, dict[str, str]] = field(
         default_factory=dict
-    )  # table -> source file of each key, as they are read
+    )  # table -> key -> file, as they are read
     unused: tuple[str, ...] = ()  # sentences about images of samples that are not used
 
     def __len__(self) -> int:

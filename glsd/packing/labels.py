@@ -57,10 +57,10 @@ def number_labels(
     """
     file = _file_of_names(dst, classes)
     names = read_classes(file) if file is not None else list(declared)
-    known = _numbers_of(names)
+    known, brought = _numbers_of(names), set(declared)
     given = {text for text in texts if text is not None}
     numbers = {text: label for text in given if (label := _look_up(text, known)) is not None}
-    found = {text for text in given if text in numbers or text in declared or not is_missing(text)}
+    found = {text for text in given if text in numbers or text in brought or not is_missing(text)}
     if not found:
         raise UserError(f"{title}: no row has a label; without labels: --label_column ''")
     note = ""

@@ -28,7 +28,7 @@ class _Rows:
     groups: list[RowGroup]  # of the Parquet files that hold the images themselves
     class_names: dict[
         tuple[str, ...], Path
-    ]  # lists of names in label order, from Parquet files of the datasets library
+    ]  # in label order, as Parquet files of the datasets library give them
 
 
 def pack_list(

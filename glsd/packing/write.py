@@ -174,11 +174,9 @@ def _check_classes(sources: Mapping[str, Source], classes: Sequence[str], dst: P
 
 def _labeled_shard(folder: Path, prefixes: Sequence[str]) -> str | None:
     """Return the first shard in a folder that has a label; those of ``prefixes`` are refused by staged."""
-    own = tuple(f"{prefix}-" for prefix in prefixes)
+    own = re.compile(rf"({'|'.join(map(re.escape, prefixes))})-[0-9].*|\..*", re.DOTALL)
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    shards = [
-        str(folder / name) for name in names if name.endswith(".tar") and not name.startswith((".", *own))
-    ]
+    shards = (str(folder / name) for name in names if name.endswith(".tar") and not own.fullmatch(name))
     return next((shard for shard in shards if open_shards(shard).labels().max() >= 0), None)
 
 

@@ -62,12 +62,10 @@ DTYPES: dict[str, tuple[str, type]] = {
 class Notes:
     """What an index says about members that are not used, and about the names of its labels."""
 
-    unused: dict[
-        str, int
-    ]  # image-like members that are not the image of their sample, by kind such as ".edited.jpg"
+    unused: dict[str, int]  # images that are not the one of their sample, by kind such as ".edited.jpg"
     num_links: int = 0  # images that are links
     classes: str = (
-        ""  # classes_digest of the class names by which labels were looked up; empty = labels are numbers
+        ""  # classes_digest of the names by which labels were looked up; empty = labels are numbers
     )
 
     def text(self) -> str:

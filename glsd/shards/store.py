@@ -102,8 +102,8 @@ class ShardSet:
             parts[number] = np.where(parts[number] < 0, -1, label_of[parts[number]])
         return np.concatenate(parts)
 
-    def number_classes(self, names: Mapping[str, Sequence[str]], numbers: Mapping[str, int]) -> None:
-        """Give the labels of each shard the ``numbers`` of their classes. names: of the labels of a folder's shards.
+    def renumber(self, names: Mapping[str, Sequence[str]], numbers: Mapping[str, int]) -> None:
+        """Give the labels of each shard the ``numbers`` of their classes. names: by folder, in the order of its labels.
 
         Raises UserError for a label without name.
         """
@@ -319,7 +319,7 @@ def number_together(sets: Mapping[str, ShardSet]) -> None:
         for name in known:
             numbers.setdefault(name, len(numbers))
     for shards in sets.values():
-        shards.number_classes(names, numbers)
+        shards.renumber(names, numbers)
 
 
 def _folder(path: str) -> str:

@@ -43,9 +43,8 @@ MAX_NAME_SHOWN = 100  # characters of a name in an error: it may be a megabyte l
 # The key ends at the first dot of the last path component, the rest names the member's kind.
 MEMBER_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 SPECIAL = re.compile(r"__.*__", re.DOTALL)  # __meta__.json and the like
-PADDED_LABEL = re.compile(
-    r"0[0-9]{1,17}"
-)  # the writers of .cls members put numbers there, whatever their zeros
+# The writers of .cls members put numbers there, whatever their zeros.
+PADDED_LABEL = re.compile(r"0[0-9]{1,17}")
 
 
 class TarError(ValueError):
@@ -215,9 +214,7 @@ class Samples:
     label: "array[int]" = field(default_factory=_numbers)  # -1 = none
     key_end: "array[int]" = field(default_factory=_numbers)  # where each key ends in keys
     keys: bytearray = field(default_factory=bytearray)  # one after the other, UTF-8
-    unused: Counter[str] = field(
-        default_factory=Counter
-    )  # image-like members that are not the image, by kind
+    unused: Counter[str] = field(default_factory=Counter)  # images that are not used, by kind
     num_links: int = 0  # image-like members that are links
     num_named: int = 0  # labels that were looked up by name
 
@@ -301,7 +298,7 @@ def _read_label(
     """Return the number that a label member holds, or that of the class it names, or -1."""
     file.seek(member.offset)
     raw = file.read(min(member.size, MAX_LABEL_BYTES + 1))
-    text = raw.decode(errors="replace").strip()
+    text = raw.decode(errors="replace").strip() if member.size <= MAX_LABEL_BYTES else ""
     number = int(text) if PADDED_LABEL.fullmatch(text) else whole_number(text)
     if number is None and (number := class_numbers().get(text)) is not None:
         samples.num_named += 1

@@ -283,8 +283,12 @@ def test_names_after_numbers_in_one_folder(images, tmp_path):
         UserError, match=r"src has class names, but the labels of .*train-000000\.tar.* without names"
     ):
         pack_folder(class_folders(tmp_path / "src", images, ["0", "1", "2"]), dst, prefix="val")
-    with pytest.raises(UserError, match="without names"):
-        pack_labels(["cat", "emu"], images, tmp_path, dst=dst, prefix="val")
+    for prefix in ("val", "tr"):
+        with pytest.raises(UserError, match="without names"):
+            pack_labels(["cat", "emu"], images, tmp_path, dst=dst, prefix=prefix)
+    pack_labels(["2"], images, tmp_path, dst=tmp_path / "more", prefix="train-more")
+    with pytest.raises(UserError, match=r"train-more-000000\.tar.* without names"):
+        pack_labels(["cat"], images, tmp_path, dst=tmp_path / "more", prefix="train")
     assert pack_labels(["1", "7"], images, tmp_path, dst=dst, prefix="val")[0] == [1, 7]
 
 

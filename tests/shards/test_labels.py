@@ -15,7 +15,8 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize(
-    "raw", [b"dog", b"", b"1.5", b"-2", b"1_0", b"1e3", b"9" * 40, "٣".encode(), b"\xff"]
+    "raw",
+    [b"dog", b"", b"1.5", b"-2", b"1_0", b"1e3", b"9" * 40, b"7" + b" " * 2000 + b"8", "٣".encode(), b"\xff"],
 )
 def test_label_that_is_no_integer(tmp_path, raw):
     path = write_tar(tmp_path / "a.tar", [("0.jpg", b"x"), ("0.cls", raw)])
