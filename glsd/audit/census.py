@@ -97,12 +97,13 @@ class Census:
 def parse_splits(given: Sequence[str]) -> dict[str, list[str]]:
     """Return the patterns of each split from texts ``NAME=PATTERN``; all texts without name are one split.
 
-    A path that begins like a name is written ``./NAME=...``.
+    A path that begins like a name is written ``./NAME=...``, unless its folder exists.
     """
     splits: dict[str, list[str]] = {}
     for text in given:
         match = SPLIT.fullmatch(text)
-        name, pattern = (match[1], match[2]) if match and not os.path.exists(text) else (UNNAMED, text)
+        is_path = os.path.exists(text) or os.path.isdir(os.path.dirname(text))
+        name, pattern = (match[1], match[2]) if match and not is_path else (UNNAMED, text)
         splits.setdefault(name, []).append(pattern)
     return splits
 

@@ -166,8 +166,6 @@ def _read_csv(file: Path, separators: str, path_column: str, label_column: str, 
 
 
 def _separator(header: str, separators: str, columns: set[str]) -> str:
-    """Return the first separator by which a header line has the columns, else the first of all."""
-    for separator in separators:
-        if columns <= set(next(csv.reader([header], delimiter=separator), [])):
-            return separator
-    return separators[0]
+    """Return the first separator by which a header line has the columns, else that by which it has the most."""
+    heads = {sign: next(csv.reader([header], delimiter=sign), []) for sign in separators}
+    return max(separators, key=lambda sign: (columns <= set(heads[sign]), len(heads[sign])))

@@ -238,7 +238,7 @@ def test_names_that_no_terminal_shows(tmp_path, monkeypatch):
     assert screen.buffer.getvalue().endswith(b"nobody escaped: \\udce9\n")
 
 
-def test_unnamed_splits_are_told(tmp_path):
+def test_unnamed_splits_are_told(tmp_path, monkeypatch):
     for name in ("train", "test"):
         pack(tmp_path, name, scenes(0, 3))
     found = examine(parse_splits([f"{tmp_path}/*.tar"]))
@@ -249,6 +249,10 @@ def test_unnamed_splits_are_told(tmp_path):
         "shards": ["b", "./t=1/d"],
         "test": ["x=y"],
     }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "year=2021 [a]").mkdir()
+    text = "year=2021 [a]/x-*.tar"  # a folder that exists, and no name of a split
+    assert parse_splits([text, f"train={text}"]) == {"shards": [text], "train": [text]}
 
 
 def test_mistakes(tmp_path):

@@ -253,8 +253,13 @@ def test_a_limit_that_loses_classes_is_told(cfg, tmp_path, capsys):
     record = evaluate(replace(cfg, k=[1], data=data))
     assert (record["train"]["images"], record["val"]["images"]) == (6, 6)
     assert "warning" not in capsys.readouterr().out
-    evaluate(replace(cfg, k=[1], data=replace(data, limit=2)))
-    assert "(its 2 images, spread evenly, have 2 of its 3 classes)" not in capsys.readouterr().out
+    pack_samples(sorted_rows[19:21], tmp_path / "val", prefix="val", classes=["a", "b", "c"])
+    few = replace(data, limit=2, val_shards=str(tmp_path / "val" / "*.tar"))
+    evaluate(replace(cfg, k=[1], data=few))
+    assert capsys.readouterr().out.startswith(
+        "warning: 1 of 2 classes of data.val_shards are not in data.train_shards (its 2 images, spread evenly, have 2 of its 3 "
+        "classes): 1 of 2 images count as wrong\n"
+    )
 
 
 def test_sizes_follow_the_model(cfg, world):

@@ -202,6 +202,16 @@ def test_a_list_with_another_separator(images, tmp_path, ending, separator):
     assert summary.classes == ("cat", "dog, big; brown")
 
 
+def test_a_list_with_another_separator_and_other_columns(images, tmp_path):
+    (tmp_path / "a.csv").write_text("file;klass\n0.jpg;cat\n")
+    with pytest.raises(
+        UserError, match=r"a\.csv has no column 'path', but 'file', 'klass': name it with --path_column"
+    ):
+        pack_list(tmp_path / "a.csv", tmp_path / "out", root=images)
+    pack_list(tmp_path / "a.csv", tmp_path / "out", root=images, path_column="file", label_column="klass")
+    assert packed(tmp_path / "out") == {0: 0}
+
+
 def test_a_column_that_comes_twice(images, tmp_path):
     (tmp_path / "a.csv").write_text("path,label,label\n0.jpg,1,2\n")
     with pytest.raises(UserError, match=r"a\.csv has 2 columns 'label': expected one"):
