@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -15,8 +16,9 @@ from tqdm import tqdm
 from glsd.data.decode import decode
 from glsd.errors import BrokenImage, UserError
 from glsd.packing.source import in_workers
+from glsd.packing.write import read_sources, source_table
 from glsd.shards.find import find_shards
-from glsd.shards.remote import shown
+from glsd.shards.remote import is_remote, shown
 from glsd.shards.store import ShardSet, open_shards
 
 IMAGES_AT_ONCE = 16  # images in a worker's batch
@@ -63,6 +65,10 @@ class Census:
     code: UInt64[np.ndarray, " n"]  # hash of the coarse structure
     thumb: UInt8[np.ndarray, "n t"]
     reasons: dict[int, str] = field(default_factory=dict)  # of unreadable images outside faulty shards
+    sources: dict[Path, dict[str, str]] = field(
+        default_factory=dict
+    )  # table -> key -> file, as they are read
+    unused: tuple[str, ...] = ()  # sentences about images of samples that are not used
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -76,19 +82,28 @@ class Census:
         return np.flatnonzero(self.split == self.splits.index(split))
 
     def place(self, number: int | np.integer) -> str:
-        """Return the shard and key of an image."""
-        return f"{os.path.basename(shown(self.shards[self.shard[number]]))} {self.keys[number]}"
+        """Return the file that an image was packed from, if that is known, with its shard and key."""
+        shard, key = self.shards[self.shard[number]], self.keys[number]
+        inside = f"{os.path.basename(shown(shard))} {key}"
+        if is_remote(shard):
+            return inside
+        table = source_table(shard)
+        if table not in self.sources:
+            self.sources[table] = read_sources(table)
+        file = self.sources[table].get(key)
+        return f"{file} ({inside})" if file else inside
 
 
 def parse_splits(given: Sequence[str]) -> dict[str, list[str]]:
     """Return the patterns of each split from texts ``NAME=PATTERN``; all texts without name are one split.
 
-    A path that begins like a name is written ``./NAME=...``.
+    A path that begins like a name is written ``./NAME=...``, unless its folder exists.
     """
     splits: dict[str, list[str]] = {}
     for text in given:
         match = SPLIT.fullmatch(text)
-        name, pattern = (match[1], match[2]) if match and not os.path.exists(text) else (UNNAMED, text)
+        is_path = os.path.exists(text) or os.path.isdir(os.path.dirname(text))
+        name, pattern = (match[1], match[2]) if match and not is_path else (UNNAMED, text)
         splits.setdefault(name, []).append(pattern)
     return splits
 
@@ -134,6 +149,7 @@ def _empty(splits: tuple[str, ...], sets: list[tuple[str, ShardSet]], faults: li
         splits=splits,
         shards=tuple(paths),
         faults=faults,
+        unused=tuple(note for _, shards in sets for note in shards.unused_members()),
         keys=[shards.key(i) for _, shards in sets for i in range(len(shards))],
         split=np.repeat(np.array(whose, dtype=np.int64), sizes),
         shard=np.repeat(np.arange(len(paths)), sizes),

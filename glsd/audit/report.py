@@ -13,8 +13,8 @@ from glsd.audit.census import HASH_BITS, UNNAMED, Census, contrast, take_census
 from glsd.audit.duplicates import FLAT, contents_of, exact_duplicates, near_duplicates
 from glsd.errors import UserError
 from glsd.shards.index import index_path
+from glsd.shards.labels import CLASSES_FILE, read_classes
 from glsd.shards.remote import is_remote, shown
-from glsd.shards.store import CLASSES_FILE, read_classes
 
 TINY = 32  # pixels of the short side: little is left to crop
 HUGE = 50e6  # pixels: decoding takes a second and hundreds of megabytes
@@ -66,6 +66,7 @@ def examine(
     findings = [
         *_shards(census),
         *_unreadable(census),
+        *(Finding("note", "unused", text) for text in census.unused),
         *_sizes(census),
         *_labels(census),
         *_balance(census),

@@ -4,20 +4,22 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glsd.audit import counted
 from glsd.cli.door import printable
 from glsd.files import expand
-from glsd.packing import SHARD_MEGABYTES
+from glsd.packing import NO_LABEL, SHARD_MEGABYTES
 
 if TYPE_CHECKING:
     from glsd.packing.write import PackSummary
 
 STOPPED = 130  # as shells report a program ended by Ctrl-C
 SHOWN = 5
+KINDS_SHOWN = 20
 OTHER_COMMANDS = """\
 other commands:
   glsd pack list train.csv shards/               lists with the columns path, label: .csv .tsv .parquet
@@ -92,10 +94,20 @@ def index(argv: list[str]) -> None:
         action="store_true",
         help="write the index of a remote shard beside it (default: keep it on this machine)",
     )
+    parser.add_argument(
+        "--image",
+        metavar="KIND",
+        default="",
+        help="the member that is the image where samples have several, such as tif or edited.jpg: its name behind the first dot "
+        "(default: the first of a known kind)",
+    )
     args = parser.parse_args(argv)
     from glsd.packing.write import index_shards
+    from glsd.shards.store import open_shards
 
-    print(f"indexed {index_shards(args.shards, upload=args.upload)} samples")
+    print(f"indexed {index_shards(args.shards, upload=args.upload, image=args.image)} samples")
+    for note in open_shards(args.shards).unused_members():
+        print(f"note: {printable(note)}")
 
 
 def retrieval_set(name: str, argv: list[str]) -> None:
@@ -246,17 +258,33 @@ def report(*summaries: "PackSummary") -> None:
                 f"the images have no labels because {printable(summary.stray)} lies outside the subfolders: move such images "
                 "and pack again"
             )
-        report_left_out(summary.skipped, summary.unreadable)
+        for note in summary.notes:
+            print(f"note: {printable(note)}")
+        report_left_out(summary)
 
 
-def report_left_out(skipped: Mapping[str, int], unreadable: tuple[tuple[str, str], ...]) -> None:
-    if skipped:
-        kinds = ", ".join(f"{count} {printable(suffix)}" for suffix, count in list(skipped.items())[:SHOWN])
-        print(f"skipped {counted(sum(skipped.values()), 'file')} that are not images: {kinds}")
-    if unreadable:
-        print(f"left out {counted(len(unreadable), 'unreadable image')}:")
-        for path, reason in unreadable[:SHOWN]:
+def report_left_out(summary: "PackSummary") -> None:
+    if skipped := summary.skipped:
+        kinds = ", ".join(
+            f"{count} {printable(suffix)}" for suffix, count in list(skipped.items())[:KINDS_SHOWN]
+        )
+        more = len(skipped) - KINDS_SHOWN
+        others = f" and {sum(list(skipped.values())[KINDS_SHOWN:])} of {more} other kinds" if more > 0 else ""
+        print(f"skipped {counted(sum(skipped.values()), 'file')} that are not images: {kinds}{others}")
+    unlabeled = [row for row in summary.unreadable if row[1].startswith(NO_LABEL)]
+    broken = [row for row in summary.unreadable if not row[1].startswith(NO_LABEL)]
+    for images, noun, plural in (
+        (unlabeled, "image without label", "images without label"),
+        (broken, "unreadable image", "unreadable images"),
+    ):
+        if images:
+            print(f"left out {counted(len(images), noun, plural)}:")
+        for path, reason in images[:SHOWN]:
             print(f"  {printable(path)}: {printable(reason)}")
+    marks = Counter(reason for _, reason in unlabeled if reason != NO_LABEL)
+    if marks and summary.classes:
+        kinds = ", ".join(f"{count} {printable(mark)}" for mark, count in marks.most_common(SHOWN))
+        print(f"{kinds}: if that is a class, list the names of all classes in a JSON file for --classes")
 
 
 def shown_range(shards: tuple[Path, ...]) -> str:

@@ -68,7 +68,7 @@ def eval_loader(
     limit: int = 0,
     chosen: Int64[np.ndarray, " c"] | None = None,
 ) -> EvalLoader:
-    """Return one rank's loader over the images of a set, or over ``limit`` of them spread evenly (0 = all).
+    """Return one rank's loader over the images of a set, or over ``limit`` of them, spread evenly over the classes (0 = all).
 
     chosen: dataset indices, ascending; None = the whole set. The short side is resized to ``resize`` pixels (bicubic,
     antialiased). A square of ``crop`` pixels is cut from the center and normalized with the mean and deviation of
@@ -82,20 +82,30 @@ def eval_loader(
     if limit < 0:
         raise UserError(f"limit is {limit}: expected 0 (all images) or more")
     images = np.arange(len(shards)) if chosen is None else chosen
-    rows = rank_indices(len(images), rank=rank, world_size=world_size, limit=limit)
+    if limit:
+        images = images[evenly_spread(shards.labels()[images], limit)]
+    rows = rank_indices(len(images), rank=rank, world_size=world_size)
     indices = np.append(images, PADDING)[rows]  # row -1 is padding and picks the last entry: PADDING
     dataset = _EvalDataset(shards, resize, crop)
     return EvalLoader(dataset, indices, batch_size=batch_size, num_workers=num_workers)
 
 
-def rank_indices(num_images: int, *, rank: int, world_size: int, limit: int) -> Int64[np.ndarray, " n"]:
+def evenly_spread(labels: Int64[np.ndarray, " n"], limit: int) -> Int64[np.ndarray, " m"]:
+    """Return ``limit`` places of a set, ascending: each class keeps its share, and its images are spread over the set.
+
+    All places if there are no more. A set without labels is one class.
+    """
+    count = min(limit, len(labels))
+    by_class = np.argsort(labels, kind="stable")
+    return np.sort(by_class[np.arange(count) * len(labels) // count]) if count else by_class[:0]
+
+
+def rank_indices(num_images: int, *, rank: int, world_size: int) -> Int64[np.ndarray, " n"]:
     """Return the images of one rank, padded with -1 so that every rank has the same number."""
     check_rank(rank, world_size)
-    count = min(limit, num_images) if limit else num_images
-    chosen = np.arange(count) * num_images // count
-    rows = -(-count // world_size)
+    rows = -(-num_images // world_size)
     padded = np.full(rows * world_size, PADDING)
-    padded[:count] = chosen
+    padded[:num_images] = np.arange(num_images)
     return padded[rank::world_size]
 
 

@@ -9,13 +9,14 @@ from glsd.cluster import dist
 from glsd.config.evaluate import EvalConfig
 from glsd.config.finetune import FinetuneConfig
 from glsd.errors import UserError, config_keys
-from glsd.evaluate.sets import Embedded, open_labeled, open_retrieval
+from glsd.evaluate.sets import Embedded, check_known_classes, open_labeled, open_retrieval
 from glsd.loading import Loaded
 from glsd.metrics.clusters import kmeans_nmi
 from glsd.metrics.knn import check_k, knn_accuracy
 from glsd.metrics.linear import check_settings, linear_probe
 from glsd.metrics.retrieval import retrieval_scores
-from glsd.shards.store import ShardSet, check_disjoint, check_same_classes
+from glsd.metrics.search import known_labels
+from glsd.shards.store import ShardSet, check_disjoint, number_together
 
 KEYS = {"k_list": "--k", "lr_list": "linear_lr", "epochs": "linear_epochs", "batch_size": "linear_batch_size"}
 DEFINITIONS = (
@@ -41,8 +42,10 @@ def open_classified(cfg: EvalConfig) -> dict[str, ShardSet]:
             )
         train = open_labeled(cfg.data.train_shards, "data.train_shards")
         val = open_labeled(cfg.data.val_shards, "data.val_shards")
-        check_disjoint(train, val, names=("data.train_shards", "data.val_shards"))
-        check_same_classes(train, val)
+        names = ("data.train_shards", "data.val_shards")
+        check_disjoint(train, val, names=names)
+        number_together(dict(zip(names, (train, val), strict=True)))
+        check_known_classes(train, val, names=names, limit=cfg.data.limit)
         if cfg.protocol == "knn":
             check_k(cfg.k, min(cfg.data.limit, len(train)) if cfg.data.limit else len(train))
     return {"train": train, "val": val}
@@ -71,7 +74,9 @@ def by_neighbors(cfg: EvalConfig, loaded: Loaded, sets: dict[str, Embedded], dev
             temperature=cfg.temperature,
             backend=cfg.backend,
         )
-    text = f"k-NN of L2-normalized features, votes weighted exp(cos / {cfg.temperature:g})"
+    text = (
+        f"k-NN of L2-normalized features, votes weighted exp(cos / {cfg.temperature:g}){_unknown(train, val)}"
+    )
     return text, {f"k={k}": shares for k, shares in result.items()}
 
 
@@ -93,9 +98,18 @@ def by_classifier(cfg: EvalConfig, loaded: Loaded, sets: dict[str, Embedded], de
     text = (
         "linear classifier on cached features (no augmentation), SGD momentum 0.9, no weight decay,"
         f" {cfg.linear_epochs} epochs, batch {cfg.linear_batch_size},"
-        f" lr {found.lr:g} * batch / 256{choice} to 0 by cosine"
+        f" lr {found.lr:g} * batch / 256{choice} to 0 by cosine{_unknown(train, val)}"
     )
     return text, {"linear": {"top1": found.top1, "top5": found.top5}}
+
+
+def _unknown(train: Embedded, val: Embedded) -> str:
+    lost = int((~known_labels(train.labels, val.labels)).sum())
+    return (
+        f"; {lost} of {len(val.labels)} val images have a class that train lacks, and count as wrong"
+        if lost
+        else ""
+    )
 
 
 def by_retrieval(cfg: EvalConfig, loaded: Loaded, sets: dict[str, Embedded], device: torch.device) -> Result:

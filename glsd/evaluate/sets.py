@@ -13,13 +13,14 @@ from glsd.batches import LabeledBatch
 from glsd.cluster import dist
 from glsd.config.evaluate import EvalDataConfig
 from glsd.config.finetune import FinetuneDataConfig
-from glsd.data.eval_loader import eval_loader
+from glsd.data.eval_loader import eval_loader, evenly_spread
 from glsd.data.transform import Sizes
 from glsd.errors import UserError, config_keys
+from glsd.metrics.search import known_labels
 from glsd.shards.store import (
     ShardSet,
     check_disjoint,
-    check_same_classes,
+    number_together,
     open_shards,
 )
 
@@ -27,7 +28,8 @@ from glsd.shards.store import (
 def open_labeled(patterns: str | list[str], key: str) -> ShardSet:
     """Open one labeled set.
 
-    Raises UserError, naming ``key``, if no shards are given, they hold no image, or an image has no label.
+    Raises UserError, naming ``key``, if no shards are given, they hold no image, or an image has no label, and as
+    number_together does.
     """
     if not patterns:
         example = f"shards/{key.rpartition('.')[2].removesuffix('_shards')}-*.tar"
@@ -37,7 +39,30 @@ def open_labeled(patterns: str | list[str], key: str) -> ShardSet:
         raise UserError(f"{key} {patterns!r}: no images in these shards")
     with config_keys({"shards": key}):
         shards.check_labeled()
+    number_together({key: shards})
     return shards
+
+
+def check_known_classes(train: ShardSet, val: ShardSet, *, names: tuple[str, str], limit: int = 0) -> None:
+    """Warn if the class of some val images is that of no train image; UserError if it is so for all of them.
+
+    names: of the sets, for messages. limit: most images of each set, as in eval_loader.
+    """
+    known, asked = (part.labels() for part in (train, val))
+    num_classes = len(np.unique(known))
+    if limit:
+        known, asked = (labels[evenly_spread(labels, limit)] for labels in (known, asked))
+    found = known_labels(torch.from_numpy(known), torch.from_numpy(asked), names=names)
+    if found.all() or not dist.is_main():
+        return
+    unknown = np.unique(asked[~found.numpy()])
+    left = len(np.unique(known))
+    few = f" (its {limit} images, spread evenly, have {left} of its {num_classes} classes)"
+    print(
+        f"warning: {len(unknown):,} of {len(np.unique(asked)):,} classes of {names[1]} are not in {names[0]}"
+        f"{few if left < num_classes else ''}: {int((~found).sum()):,} of {len(asked):,} images count as wrong",
+        flush=True,
+    )
 
 
 def open_retrieval(data: EvalDataConfig | FinetuneDataConfig) -> dict[str, ShardSet]:
@@ -54,7 +79,7 @@ def open_retrieval(data: EvalDataConfig | FinetuneDataConfig) -> dict[str, Shard
     sets = {role: open_labeled(getattr(data, f"{role}_shards"), f"data.{role}_shards") for role in given}
     if len(sets) == 2:
         check_disjoint(sets["query"], sets["gallery"], names=("data.query_shards", "data.gallery_shards"))
-        check_same_classes(sets["query"], sets["gallery"])
+        number_together({f"data.{role}_shards": shards for role, shards in sets.items()})
         findable = np.isin(sets["query"].labels(), sets["gallery"].labels()).any()
     else:
         findable = np.unique(sets["test"].labels(), return_counts=True)[1].max() > 1

@@ -65,8 +65,7 @@ def as_images(images: Any) -> Images:
 
 
 def _folder(path: Path) -> Images:
-    found, _ = find_images(path)
-    names = [name.as_posix() for name in found]
+    names = [name.as_posix() for name in find_images(path).images]
     return Images(str(path), names, _Read(FileReader(path, names)))
 
 

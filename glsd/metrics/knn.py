@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from glsd.errors import UserError
-from glsd.metrics.search import Search, check_labeled, comparable, nearest, rows_of
+from glsd.metrics.search import Search, check_labeled, comparable, known_labels, nearest, rows_of
 
 _NOT_FOUND = 2**31
 _QUERIES = 1024  # queries at a time
@@ -29,23 +29,24 @@ def knn_accuracy(
     The k train images of the largest cosine vote for their label with weight exp(cosine / temperature).
     Labels with equal votes rank in ascending order; a label without a vote never counts as found. backend: as in
     nearest_neighbors.
-    Raises UserError for a k outside 1..n, features that are not finite, a missing label, an unknown backend.
+    Raises UserError for a k outside 1..n, features that are not finite, a missing label, an unknown backend, and if no val
+    label is a train label.
     Source: Wu et al. (arXiv 1805.01978, section 3.4); temperature and k list of DINO (arXiv 2104.14294).
     """
     check_labeled(train=(train_features, train_labels), val=(val_features, val_labels))
     check_k(k_list, len(train_features))
     if temperature <= 0:
         raise UserError(f"temperature is {temperature}: expected a number above 0")
+    known = known_labels(train_labels.cpu(), val_labels.cpu())
     cosines, index = nearest_neighbors(val_features, train_features, k=max(k_list), backend=backend)
     classes, train_classes = train_labels.cpu().unique(return_inverse=True)
     hits = {k: torch.zeros(2, dtype=torch.int64) for k in sorted(k_list)}
     for rows in torch.arange(len(val_features)).split(_QUERIES):
         votes_for = train_classes[index[rows]]
         truth = torch.searchsorted(classes, val_labels.cpu()[rows]).clamp(max=len(classes) - 1)
-        known = classes[truth] == val_labels.cpu()[rows]
         ranks = _label_ranks(cosines[rows], votes_for, truth, len(classes), list(hits), temperature)
         for k, rank in ranks.items():
-            hits[k] += torch.stack([(known & (rank < 1)).sum(), (known & (rank < 5)).sum()])
+            hits[k] += torch.stack([(known[rows] & (rank < 1)).sum(), (known[rows] & (rank < 5)).sum()])
     shares = {k: (hits[k].double() / len(val_features)).tolist() for k in hits}
     return {k: {"top1": shares[k][0], "top5": shares[k][1]} for k in k_list}
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from glsd.errors import UserError
-from glsd.metrics.search import check_labeled
+from glsd.metrics.search import check_labeled, known_labels
 from glsd.rng import Stream, permutation, philox
 
 _MOMENTUM = 0.9
@@ -48,14 +48,14 @@ def linear_probe(
     0.001 suits 10^5 steps, so several rates may be tried: the best one on a held-out tenth of the train set trains on
     all of it. The val set chooses nothing. Order and initial weights are a function of ``seed``. Computes in float32 on
     the device of the features. Raises UserError for features that are not finite, a missing label, too small a set,
-    or settings out of range.
+    settings out of range, and if no val label is a train label.
     """
     check_labeled(train=(train_features, train_labels), val=(val_features, val_labels))
     check_settings(lr_list, epochs=epochs, batch_size=batch_size, seed=seed)
     classes, train_classes = train_labels.unique(return_inverse=True)
-    val_classes = torch.searchsorted(classes, val_labels).clamp(max=len(classes) - 1)
     # A label that was never trained is never right.
-    val_classes = torch.where(classes[val_classes] == val_labels, val_classes, -1)
+    known = known_labels(train_labels, val_labels)
+    val_classes = torch.where(known, torch.searchsorted(classes, val_labels), -1)
     train_features, val_features = train_features.float(), val_features.float()
 
     lr, held_out = lr_list[0], {}

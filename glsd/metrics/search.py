@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from glsd.errors import UserError, pick
@@ -195,3 +195,19 @@ def check_labeled(**sets: tuple[Tensor, Tensor]) -> None:
     widths = {name: features.shape[1] for name, (features, _) in sets.items()}
     if len(set(widths.values())) > 1:
         raise UserError(f"the sets have features of different widths: {widths}")
+
+
+def known_labels(
+    train_labels: Int64[Tensor, " n"],
+    val_labels: Int64[Tensor, " q"],
+    *,
+    names: tuple[str, str] = ("the train set", "the val set"),
+) -> Bool[Tensor, " q"]:
+    """Return which val labels some train image has; UserError, with the names of both sets, if none."""
+    known = torch.isin(val_labels, train_labels)
+    if not known.any():
+        raise UserError(
+            f"no class of {names[1]} is in {names[0]}, so every answer would be wrong: compare sets of the same classes; sets "
+            "without a common class, as glsd pack split makes them, are for retrieval"
+        )
+    return known

@@ -1,25 +1,22 @@
 """Packing lists of images: CSV, TSV or Parquet files with a path (or the image file itself) and a label in each row."""
 
 import csv
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from glsd.errors import BrokenImage, UserError, nearest, one_line
-from glsd.packing.folder import number_classes
+from glsd.packing import NO_LABEL
+from glsd.packing.labels import number_labels
 from glsd.packing.parquet import ParquetReader, RowGroup, read_parquet
 from glsd.packing.source import FileReader, Source, check_regular
 from glsd.packing.write import PackSummary, pack_sources
-from glsd.shards.store import CLASSES_FILE, read_classes
 
-NEGATIVE = re.compile(r"-[0-9]+")
-NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # as str(int) writes it: 007 is a class name
-CSV_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# The usual separator first; a header line that has the columns with another one is read with that.
+SEPARATORS = {".csv": ",;\t", ".tsv": "\t,;"}
 PARQUET = (".parquet", ".pq")
 MAX_CELL = 2**20  # characters
-NO_LABEL = "no label"
 
 
 @dataclass(kw_only=True)
@@ -29,7 +26,9 @@ class _Rows:
     names: list[str]  # paths as the lists give them, or list#row where the list holds the bytes
     labels: list[str | None]
     groups: list[RowGroup]  # of the Parquet files that hold the images themselves
-    class_names: list[str]  # from a Parquet file of the datasets library, in label order
+    class_names: dict[
+        tuple[str, ...], Path
+    ]  # in label order, as Parquet files of the datasets library give them
 
 
 def pack_list(
@@ -48,15 +47,15 @@ def pack_list(
     path_column: paths relative to ``root``, by default to the folder of the first list. In Parquet files the column may
     hold the image files instead, alone or as ``{bytes, path}``, as the datasets library writes them; then row groups are
     shuffled, and the rows in each.
-    label_column: "" = no labels. Numbers from 0 are kept; if any label is no number, all are class names, which are numbered
-    as in pack_folder. A row without label is left out and listed, as is a missing file.
-    Raises UserError for a list that cannot be read, lacks a column or has no row, for labels beyond the classes, and as
+    label_column: "" = no labels. All are numbers from 0, which are kept, or all are class names, which are numbered as in
+    pack_folder; see number_labels. A row without label is left out and listed, as is a missing file.
+    Raises UserError for a list that cannot be read, lacks a column or has no row, for labels that are neither, and as
     pack_sources does.
     """
     given = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     if not given:
         raise UserError("no list given: expected .csv, .tsv or .parquet files")
-    rows = _Rows(names=[], labels=[], groups=[], class_names=[])
+    rows = _Rows(names=[], labels=[], groups=[], class_names={})
     for file in given:
         _read(file, path_column, label_column, rows)
     if not rows.names:
@@ -64,48 +63,52 @@ def pack_list(
     if rows.groups and sum(group.rows for group in rows.groups) < len(rows.names):
         raise UserError(f"some of the lists hold images in {path_column}, others paths: pack them separately")
     title = ", ".join(map(str, given[:3])) + (f" and {len(given) - 3} more" if len(given) > 3 else "")
-    labels, names = _labels(rows, Path(dst), title, classes) if label_column else (None, [])
+    numbered = None
+    if label_column:
+        declared = _declared(rows, classes)
+        numbered = number_labels(rows.labels, declared, dst=Path(dst), title=title, classes=classes)
     read: Any = FileReader(Path(root) if root is not None else given[0].parent, rows.names)
     if rows.groups:
         read = ParquetReader(path_column, rows.groups)
     source = Source(
         title=title,
         names=rows.names,
-        read=read if labels is None else _LabeledOnly(read, labels),
-        labels=labels,
-        classes=tuple(names),
+        read=read if numbered is None else _LabeledOnly(read, _without_label(rows.labels, numbered.labels)),
+        labels=None if numbered is None else numbered.labels,
+        classes=() if numbered is None else tuple(numbered.classes),
         groups=[group.rows for group in rows.groups],
     )
-    return pack_sources({prefix: source}, dst, **settings)[prefix]
+    summary = pack_sources({prefix: source}, dst, **settings)[prefix]
+    return replace(summary, notes=(numbered.note,)) if numbered is not None and numbered.note else summary
 
 
 class _LabeledOnly:
-    """Reads images as another reader does; BrokenImage for one without label."""
+    """Reads images as another reader does; BrokenImage, with the reason, for one without label."""
 
-    def __init__(self, read: Any, labels: Sequence[int]):
-        self._read, self._labels = read, labels
+    def __init__(self, read: Any, reasons: Mapping[int, str]):
+        self._read, self._reasons = read, reasons
 
     def __call__(self, number: int) -> bytes:
-        if self._labels[number] < 0:
-            raise BrokenImage(NO_LABEL)
+        if number in self._reasons:
+            raise BrokenImage(self._reasons[number])
         return self._read(number)
 
 
-def _labels(rows: _Rows, dst: Path, title: str, classes: str | Path | None) -> tuple[list[int], list[str]]:
-    """Return the label of each row (-1 = none) and the class names in label order (empty = no names)."""
-    texts = {text for text in rows.labels if text is not None}
-    if not texts:
-        raise UserError(f"{title}: no row has a label; without labels: --label_column ''")
-    if negative := next(filter(NEGATIVE.fullmatch, sorted(texts)), None):
+def _without_label(texts: Sequence[str | None], labels: Sequence[int]) -> dict[int, str]:
+    """Return why each row without label has none: a word that stands in its place may be the name of a class."""
+    reasons = {text: f"{NO_LABEL} ({text})" for text in set(texts) if text and text.upper() != text.lower()}
+    rows = enumerate(zip(texts, labels, strict=True))
+    return {row: reasons.get(text or "", NO_LABEL) for row, (text, label) in rows if label < 0}
+
+
+def _declared(rows: _Rows, classes: str | Path | None) -> Sequence[str]:
+    """Return the class names that the lists bring along; UserError if they bring different ones and no file decides."""
+    if len(rows.class_names) > 1 and classes is None:
+        one, other = list(rows.class_names.values())[:2]
         raise UserError(
-            f"{title}: label {negative}: expected whole numbers from 0 (-1 or nothing = no label), or names"
+            f"{one} and {other} name different classes in their metadata: name the file that numbers all of them with --classes"
         )
-    if all(NUMBER.fullmatch(text) for text in texts):
-        file = Path(classes) if classes is not None else dst / CLASSES_FILE
-        names = read_classes(file) if classes is not None or file.is_file() else rows.class_names
-        return [-1 if text is None else int(text) for text in rows.labels], names
-    numbers = number_classes(texts, dst, title, classes)
-    return [-1 if text is None else numbers[text] for text in rows.labels], list(numbers)
+    return next(iter(rows.class_names), ())
 
 
 def _read(file: Path, path_column: str, label_column: str, rows: _Rows) -> None:
@@ -117,9 +120,10 @@ def _read(file: Path, path_column: str, label_column: str, rows: _Rows) -> None:
             rows.names += table.names
             rows.labels += table.labels
             rows.groups += table.groups
-            rows.class_names = rows.class_names or table.class_names
-        elif kind in CSV_SEPARATORS:
-            _read_csv(file, CSV_SEPARATORS[kind], path_column, label_column, rows)
+            if table.class_names:
+                rows.class_names.setdefault(tuple(table.class_names), file)
+        elif kind in SEPARATORS:
+            _read_csv(file, SEPARATORS[kind], path_column, label_column, rows)
         else:
             raise UserError(f"list {file}: expected a name that ends with .csv, .tsv or .parquet")
     except OSError as error:
@@ -134,11 +138,15 @@ def _check_columns(file: Path, columns: Sequence[str], path_column: str, label_c
                 f"list {file} has no column {column!r}, but {', '.join(map(repr, columns))}"
                 f"{nearest(column, columns)}: name it with {flag}{without}"
             )
+        if columns.count(column) > 1:
+            raise UserError(f"list {file} has {columns.count(column)} columns {column!r}: expected one")
 
 
-def _read_csv(file: Path, separator: str, path_column: str, label_column: str, rows: _Rows) -> None:
+def _read_csv(file: Path, separators: str, path_column: str, label_column: str, rows: _Rows) -> None:
     csv.field_size_limit(MAX_CELL)
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        separator = _separator(lines.readline(MAX_CELL), separators, {path_column, label_column} - {""})
+        lines.seek(0)
         table = csv.reader(lines, delimiter=separator, strict=True)
         try:
             head = next(table, [])
@@ -152,7 +160,12 @@ def _read_csv(file: Path, separator: str, path_column: str, label_column: str, r
                 if not row[path]:
                     raise csv.Error(f"empty {path_column}")
                 rows.names.append(row[path])
-                text = row[label].strip() if label is not None else ""
-                rows.labels.append(None if text in ("", "-1") else text)
+                rows.labels.append((row[label].strip() if label is not None else "") or None)
         except csv.Error as error:
             raise UserError(f"list {file}, line {table.line_num}: {error}") from error
+
+
+def _separator(header: str, separators: str, columns: set[str]) -> str:
+    """Return the first separator by which a header line has the columns, else that by which it has the most."""
+    heads = {sign: next(csv.reader([header], delimiter=sign), []) for sign in separators}
+    return max(separators, key=lambda sign: (columns <= set(heads[sign]), len(heads[sign])))

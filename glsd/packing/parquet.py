@@ -23,7 +23,7 @@ class ParquetRows(NamedTuple):
     """The rows of one file."""
 
     names: list[str]  # paths as given, or file#row where the file holds the images
-    labels: list[str | None]
+    labels: list[str | None]  # as pandas writes them; None = nothing
     groups: list[RowGroup]  # empty = paths
     class_names: list[str]  # in label order; empty = the file names none
 
@@ -38,7 +38,7 @@ def read_parquet(
     """Return the rows of a Parquet file, without the images. first: number of its first row, over all lists.
 
     Raises UserError if pyarrow is missing, the file is damaged, a path is missing or a column has another type: text, bytes
-    or {bytes, path} for the images, whole numbers or text for the labels. Raises OSError if the file cannot be read.
+    or {bytes, path} for the images, text, numbers or booleans for the labels. Raises OSError if the file cannot be read.
     """
     arrow, parquet = _pyarrow()
     try:
@@ -56,7 +56,7 @@ def read_parquet(
             paths = None if holds_images else opened.read([path_column]).column(0).to_pylist()
     except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"cannot read list {file}: {one_line(error)}") from error
-    texts = [None if label in (None, "", "-1", -1) else str(label) for label in labels]
+    texts = _texts(labels, class_names, f"list {file}: column {label_column!r}")
     if paths is not None:
         if empty := [row for row, path in enumerate(paths) if not path]:
             raise UserError(f"list {file}, row {empty[0]}: empty {path_column}")
@@ -128,8 +128,31 @@ def _holds_images(arrow: Any, file: Path, column: str, kind: Any) -> bool:
 def _check_label_type(arrow: Any, file: Path, column: str, kind: Any) -> None:
     types = arrow.types
     inner = kind.value_type if types.is_dictionary(kind) else kind
-    if not (types.is_integer(inner) or types.is_string(inner) or types.is_large_string(inner)):
+    known = (
+        types.is_integer,
+        types.is_floating,
+        types.is_decimal,
+        types.is_boolean,
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_null,
+    )
+    if not any(fits(inner) for fits in known):
         raise UserError(f"list {file}: column {column!r} is of type {kind}: expected whole numbers or names")
+
+
+def _texts(labels: Sequence[Any], class_names: Sequence[str], where: str) -> list[str | None]:
+    """Return values as pandas writes them into a CSV, and class names in place of their numbers. UserError as number_labels."""
+    texts: dict[Any, str | None] = {}
+    for label in set(labels):
+        is_place = class_names and type(label) is int and label >= 0
+        if is_place and label >= len(class_names):
+            raise UserError(
+                f"{where} holds label {label}, but its metadata name only {len(class_names)} classes"
+            )
+        texts[label] = class_names[label] if is_place else str(label).strip()
+    return [None if label is None else texts[label] or None for label in labels]
 
 
 def _class_names(metadata: dict[bytes, bytes], column: str) -> list[str]:

@@ -7,13 +7,15 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from glsd.errors import UserError
 from glsd.packing.source import Source
 from glsd.packing.write import PackSummary, pack_sources
-from glsd.shards.store import CLASSES_FILE, ShardSet, open_shards, read_classes
+from glsd.shards.labels import CLASSES_FILE, read_classes
+from glsd.shards.store import ShardSet, open_shards
 
 JSON_LINES, TSV = (".jsonl", ".jsonl.gz"), (".tsv", ".tsv.gz")
 MAX_LINE = 2**20  # characters: a small .gz can hold a line that fills the memory
@@ -49,7 +51,7 @@ def split_shards(
     numbers: dict[str, list[int]] = {"train": [], "test": []}
     for number, label in enumerate(labels):
         numbers["train" if label in training else "test"].append(number)
-    return pack_sources(_sources(shards, labels, numbers, names), dst, **settings)
+    return _pack(_sources(shards, labels, numbers, names), shards, dst, settings)
 
 
 def assign_roles(
@@ -99,7 +101,16 @@ def assign_roles(
             raise UserError(
                 f"role {role} gets no image: {field} has the values {', '.join(sorted(set(values.values()))[:9])}"
             )
-    return pack_sources(_sources(shards, labels, numbers, _class_names(shards)), dst, **settings)
+    return _pack(_sources(shards, labels, numbers, _class_names(shards)), shards, dst, settings)
+
+
+def _pack(
+    sources: Mapping[str, Source], shards: ShardSet, dst: str | Path, settings: Mapping[str, Any]
+) -> dict[str, PackSummary]:
+    """Pack some of the samples of shards; the last summary says what all of them leave behind."""
+    summaries = pack_sources(sources, dst, **settings)
+    last = next(reversed(summaries))
+    return {**summaries, last: replace(summaries[last], notes=tuple(shards.unused_members()))}
 
 
 def parse_roles(given: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -18,7 +18,7 @@ from glsd.errors import UserError, one_line
 from glsd.files import flush, locked, sync
 from glsd.shards.find import SOURCES_SUFFIX
 from glsd.shards.index import index_path
-from glsd.shards.store import CLASSES_FILE
+from glsd.shards.labels import CLASSES_FILE
 
 VERSION = 2
 JOURNAL_FILE = "journal.jsonl"

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from glsd.errors import BrokenImage, UserError, one_line, pick
-from glsd.packing.folder import number_classes
+from glsd.packing.labels import number_classes
 from glsd.packing.source import FileReader, Source
 from glsd.packing.write import PackSummary, pack_sources
-from glsd.shards.store import CLASSES_FILE
+from glsd.shards.labels import CLASSES_FILE
 
 
 class _Layout(NamedTuple):

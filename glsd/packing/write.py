@@ -6,6 +6,7 @@ file of each key).
 
 import io
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,9 +22,13 @@ from glsd.packing.source import Loaded, Source, load_images, reading_order, sour
 from glsd.packing.staging import Progress, Staging, append, staged
 from glsd.shards.find import SOURCES_SUFFIX, find_shards, index_remote
 from glsd.shards.index import BLOCK, build_index, index_path, write_index
+from glsd.shards.labels import CLASSES_FILE, read_classes
 from glsd.shards.remote import is_remote
-from glsd.shards.store import CLASSES_FILE, read_classes
+from glsd.shards.store import open_shards
 
+# Of the cells of the table of source files; the backslash comes first.
+ESCAPES = {r"\\": "\\", r"\t": "\t", r"\n": "\n", r"\r": "\r"}
+ESCAPE = re.compile(r"\\[\\tnr]")
 SAMPLE_OVERHEAD = 4 * BLOCK  # image header, padding of the image, label header, label
 
 Sample = tuple[bytes, str, int | None]  # bytes of the image file, its extension, its label
@@ -42,6 +47,7 @@ class PackSummary:
     num_resumed: int = 0  # shards that an interrupted packing had finished
     skipped: dict[str, int] = field(default_factory=dict)  # files that are no images, by extension
     stray: str = ""  # first of a few images outside the subfolders, which cost the others their labels
+    notes: tuple[str, ...] = ()  # sentences about what the user may not expect
 
 
 def pack_sources(
@@ -69,7 +75,7 @@ def pack_sources(
     if short_side is not None and short_side < 1:
         raise UserError(f"short_side is {short_side}: expected a number of pixels of at least 1, such as 512")
     classes = tuple(next(iter(sources.values())).classes)
-    _check_classes(sources.values(), classes, dst)
+    _check_classes(sources, classes, dst)
     settings = {
         "prefixes": list(sources),
         "shard_megabytes": shard_megabytes,
@@ -124,29 +130,30 @@ def pack_samples(
     return PackSummary(num_images=done.num_images, shards=shards, classes=tuple(classes))
 
 
-def index_shards(patterns: str | Sequence[str], *, upload: bool = False) -> int:
+def index_shards(patterns: str | Sequence[str], *, upload: bool = False, image: str = "") -> int:
     """Write the index beside each shard anew and return their number of samples.
 
-    The index of a remote shard is kept on this machine; with ``upload`` it is written beside the shard. Raises UserError
-    as find_shards and build_index do.
+    The index of a remote shard is kept on this machine; with ``upload`` it is written beside the shard. image: as in
+    build_index. Raises UserError as find_shards and build_index do.
     """
     total = 0
+    image = image.removeprefix(".").lower()
     for path in tqdm(find_shards(patterns), "indexing shards", disable=None):
         if is_remote(path):
-            total += index_remote(path, upload=upload)
+            total += index_remote(path, upload=upload, image=image)
             continue
-        index = build_index(path)
+        index = build_index(path, image=image)
         write_index(index, index_path(path), shard_name=os.path.basename(path))
         total += len(index)
     return total
 
 
-def _check_classes(sources: Iterable[Source], classes: Sequence[str], dst: Path) -> None:
+def _check_classes(sources: Mapping[str, Source], classes: Sequence[str], dst: Path) -> None:
     """Raise UserError unless a label means the same class everywhere, also in an earlier packing into ``dst``."""
     name, count = next(iter(Counter(classes).most_common(1)), ("", 0))
     if count > 1:
         raise UserError(f"two classes have the name {name!r}: expected each name once")
-    for source in sources:
+    for source in sources.values():
         if source.labels is None:
             continue
         if classes and (largest := max(source.labels, default=-1)) >= len(classes):
@@ -158,6 +165,19 @@ def _check_classes(sources: Iterable[Source], classes: Sequence[str], dst: Path)
             raise UserError(
                 f"{earlier} of an earlier packing numbers other classes: pack into another folder"
             )
+        if classes and not os.path.isfile(earlier) and (shard := _labeled_shard(dst, tuple(sources))):
+            raise UserError(
+                f"{source.title} has class names, but the labels of {shard}, of an earlier packing, are numbers without names: "
+                "a label would not mean one class in both; pack into another folder"
+            )
+
+
+def _labeled_shard(folder: Path, prefixes: Sequence[str]) -> str | None:
+    """Return the first shard in a folder that has a label; those of ``prefixes`` are refused by staged."""
+    own = re.compile(rf"({'|'.join(map(re.escape, prefixes))})-[0-9].*|\..*", re.DOTALL)
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    shards = (str(folder / name) for name in names if name.endswith(".tar") and not own.fullmatch(name))
+    return next((shard for shard in shards if open_shards(shard).labels().max() >= 0), None)
 
 
 def _watched(images: Iterator[Loaded], source: Source, first: int, hint: str | None) -> Iterator[Loaded]:
@@ -270,9 +290,24 @@ def _table_row(*cells: str) -> bytes:
 
 
 def _escaped(cell: str) -> str:
-    for character, escape in (("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r")):
+    for escape, character in ESCAPES.items():
         cell = cell.replace(character, escape)
     return cell
+
+
+def source_table(shard: str) -> Path:
+    """Return where the table of source files of a packed shard would be."""
+    folder, name = os.path.split(shard)
+    return Path(folder, f"{name.rpartition('-')[0]}{SOURCES_SUFFIX}")
+
+
+def read_sources(table: Path) -> dict[str, str]:
+    """Return the source file of each key, nothing if there is no table."""
+    if not table.is_file():
+        return {}
+    lines = table.read_bytes().decode("utf-8", "surrogateescape").split("\n")[1:]
+    cells = [line.split("\t") for line in lines]
+    return {row[0]: ESCAPE.sub(lambda match: ESCAPES[match[0]], row[1]) for row in cells if len(row) > 1}
 
 
 def _summary(source: Source, done: Progress, dst: Path, num_resumed: int) -> PackSummary:

@@ -13,7 +13,7 @@ from glsd.config.parse import differences
 from glsd.config.pretrain import PretrainConfig
 from glsd.data.transform import choose_sizes
 from glsd.errors import UserError, config_keys, with_config_keys
-from glsd.evaluate.sets import embed_set
+from glsd.evaluate.sets import check_known_classes, embed_set
 from glsd.geometry import geometric_match, patch_grid
 from glsd.losses.distill import similarity_match
 from glsd.metrics.effective_rank import rankme
@@ -30,7 +30,7 @@ from glsd.runtime.run import append_rows
 from glsd.shards.store import (
     ShardSet,
     check_disjoint,
-    check_same_classes,
+    number_together,
     open_shards,
 )
 
@@ -154,8 +154,10 @@ def open_probe(cfg: PretrainConfig) -> tuple[ShardSet, ShardSet] | None:
         with config_keys({"shards": f"watch.{key}"}):
             sets[key].check_labeled()
     train, val = sets["probe_train_shards"], sets["probe_val_shards"]
-    check_disjoint(train, val, names=("watch.probe_train_shards", "watch.probe_val_shards"))
-    check_same_classes(train, val)
+    names = ("watch.probe_train_shards", "watch.probe_val_shards")
+    check_disjoint(train, val, names=names)
+    number_together(dict(zip(names, (train, val), strict=True)))
+    check_known_classes(train, val, names=names, limit=w.probe_images)
     if w.probe_k > min(len(train), w.probe_images):
         raise UserError(
             f"watch.probe_k {w.probe_k} is more than the {min(len(train), w.probe_images)} images that vote"

@@ -5,8 +5,10 @@ import hashlib
 import itertools
 import os
 import shlex
+import sys
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from glsd.shards.cache import (
 )
 from glsd.shards.index import (
     IMAGE_EXTENSIONS,
+    REBUILD,
     SUFFIX,
     VERSION,
     IndexHeader,
@@ -32,8 +35,10 @@ from glsd.shards.index import (
     index_path,
     map_index,
     read_header,
+    read_notes,
     write_index,
 )
+from glsd.shards.labels import CLASSES_FILE, classes_digest, read_classes
 from glsd.shards.remote import (
     MAX_CONNECTIONS,
     RemoteFile,
@@ -50,6 +55,7 @@ from glsd.shards.remote import (
 
 MOST_SEEN = 1000  # names in a folder that are looked at, to give advice
 HIDDEN = frozenset((403, 404))  # a store that forbids listing answers 403 for a missing file
+UNUSED_SHOWN = 5
 SOURCES_SUFFIX = "-files.tsv"  # beside packed shards: the source file of each key
 
 
@@ -101,34 +107,43 @@ def _expand(pattern: str) -> list[str]:
     else:
         pattern = expand(pattern)
     if os.path.isdir(pattern):
-        pack = _pack_first(pattern)
-        raise UserError(
-            f"shards {pattern!r} is a folder{pack or f': name its files, e.g. {os.path.join(pattern, chr(42))}.tar'}"
-        )
+        raise UserError(f"shards {pattern!r} is a folder{_pack_first(pattern) or _name_its_files(pattern)}")
     if os.path.isfile(pattern) and not _is_image(pattern):
         return [pattern]
+    folder, rest = _literal_folder(pattern)
     try:
-        names = list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"shards {shown(pattern)!r}: unbalanced braces") from error
-    paths = []
-    for name in names:
-        found = _matches(name)
-        if not found:
-            part = "" if name == pattern else f" (of the pattern {shown(pattern)!r})"
-            pack = "" if is_remote(name) else _pack_first(os.path.dirname(name) or ".")
-            raise UserError(
-                f"no shard matches {shown(name)!r}{part}{pack or ': check the path and the range'}"
-            )
-        paths += [path for path in found if not path.endswith((SUFFIX, SOURCES_SUFFIX))]
+        names = list(braceexpand(rest))
+    except ValueError:
+        names = []
+    found = [_matches(folder, name) for name in names]
+    # Brackets and braces may belong to the names of the files: 'train [v2]-*.tar'.
+    if not any(found) and (literal := _matches(folder, rest.replace("[", "[[]"))):
+        return _shards_only(literal)
+    if not names:
+        raise UserError(f"shards {shown(pattern)!r}: unbalanced braces")
+    for name, paths in zip(names, found, strict=True):
+        if not paths:
+            part = "" if folder + name == pattern else f" (of the pattern {shown(pattern)!r})"
+            pack = "" if is_remote(name) else _pack_first(os.path.dirname(folder + name) or ".")
+            advice = pack or ": check the path and the range"
+            raise UserError(f"no shard matches {shown(folder + name)!r}{part}{advice}")
+    return _shards_only([path for paths in found for path in paths])
+
+
+def _shards_only(paths: Sequence[str]) -> list[str]:
+    """Return the paths without indices and tables beside shards. Raises UserError for an image."""
     if images := [path for path in paths if _is_image(path)]:
         folder = os.path.dirname(images[0]) or "."
         raise UserError(f"{shown(images[0])} is an image, not a shard{_pack_first(folder)}")
-    return paths
+    return [path for path in paths if not path.endswith((SUFFIX, SOURCES_SUFFIX))]
 
 
 def _is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower().removeprefix(".") in IMAGE_EXTENSIONS
+
+
+def _name_its_files(folder: str) -> str:
+    return f": name its files, e.g. '{folder.rstrip('/')}/*.tar'"
 
 
 def _pack_first(folder: str) -> str:
@@ -147,11 +162,27 @@ def _pack_first(folder: str) -> str:
     return f": pack its images first ({command}), then give 'shards/*.tar'"
 
 
-def _matches(name: str) -> list[str]:
+def _literal_folder(pattern: str) -> tuple[str, str]:
+    """Return the longest folder that exists by the letters of a local pattern, and the rest of the pattern.
+
+    A folder called 'shards [v2]' or 'a{b,c}' is that folder, not a pattern.
+    """
+    parts = [] if is_remote(pattern) else pattern.split("/")
+    for count in range(len(parts) - 1, 0, -1):
+        folder = "/".join(parts[:count])
+        if os.path.isdir(folder):
+            return f"{folder}/", "/".join(parts[count:])
+    return "", pattern
+
+
+def _matches(folder: str, name: str) -> list[str]:
     if is_remote(name):
         # An address without wildcard is looked up later, together with all others.
         return glob_remote(name) if any(sign in name.split("?")[0] for sign in "*[") else [name]
-    return [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
+    path = folder + name
+    if os.path.isfile(path):
+        return [path]
+    return sorted(filter(os.path.isfile, glob.glob(glob.escape(folder) + name)))
 
 
 def shard_headers(paths: Sequence[str]) -> list[IndexHeader]:
@@ -163,22 +194,66 @@ def shard_headers(paths: Sequence[str]) -> list[IndexHeader]:
     folder = cache_folder("index")
     addresses = [path for path in paths if is_remote(path)]
     headers = dict(zip(addresses, _remote_headers(addresses, folder), strict=True))
+    made: list[IndexHeader] = []
     for path in tqdm(paths, "indexing shards", delay=2, disable=None):
         if path not in headers:
-            headers[path] = _local_header(path, folder)
+            headers[path] = _local_header(path, folder, made)
+    for line in unused_members(made):
+        print(f"note: {line}", file=sys.stderr)
     return [headers[path] for path in paths]
 
 
-def _local_header(path: str, folder: Path) -> IndexHeader:
+def _local_header(path: str, folder: Path, made: list[IndexHeader]) -> IndexHeader:
+    """Return the header of a local shard's index, which is added to ``made`` if there was none."""
     status = _stat(path)
     sidecar = index_path(path)
+    is_new = False
     if not os.path.exists(sidecar):
         sidecar = _cached(folder, os.path.abspath(path), status.st_size, str(status.st_mtime_ns))
-        if not sidecar.exists():
+        is_new = not sidecar.exists()
+        if is_new:
             write_index(build_index(path), sidecar, shard_name=os.path.basename(path))
     header = read_header(sidecar)
     check_size(path, status.st_size, header)
+    _check_class_names(path, header)
+    if is_new:
+        made.append(header)
     return header
+
+
+def _check_class_names(path: str, header: IndexHeader) -> None:
+    """Raise UserError if labels that are names were numbered by another classes.json than the one beside the shard."""
+    numbered_by = read_notes(header.notes).classes
+    file = os.path.join(os.path.dirname(path), CLASSES_FILE)
+    if numbered_by and (not os.path.isfile(file) or classes_digest(read_classes(file)) != numbered_by):
+        raise UserError(
+            f"{file} is not the one by which the index of {path} numbers the class names of its labels: {REBUILD}"
+        )
+
+
+def unused_members(headers: Iterable[IndexHeader]) -> list[str]:
+    """Return a sentence about the images of samples that are not used, and one about images that are links, if any."""
+    unused: Counter[str] = Counter()
+    num_links = 0
+    for header in headers:
+        notes = read_notes(header.notes)
+        unused.update(notes.unused)
+        num_links += notes.num_links
+    lines = []
+    if unused:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in unused.most_common(UNUSED_SHOWN))
+        more = len(unused) - UNUSED_SHOWN
+        lines.append(
+            f"{sum(unused.values()):,} further images of samples are not used: {kinds}"
+            f"{f' and {more} more kinds' if more > 0 else ''}; a sample has one image, by default the first member of a known "
+            "kind: choose another with glsd pack index --image KIND SHARDS, or give each its own name before the first dot"
+        )
+    if num_links:
+        lines.append(
+            f"{num_links:,} images are links, which are not followed: write the tar again with the files themselves "
+            "(tar --dereference --hard-dereference)"
+        )
+    return lines
 
 
 def _cached(folder: Path, where: str, size: int, version: str) -> Path:
@@ -244,11 +319,11 @@ def _index_here(
     return read_header(local)
 
 
-def index_remote(address: str, *, upload: bool) -> int:
+def index_remote(address: str, *, upload: bool, image: str = "") -> int:
     """Download a remote shard, make its index and return its number of samples.
 
     The index is kept in ``$GLSD_CACHE/index``, where runs on this machine find it. ``upload`` also writes it beside the
-    shard.
+    shard. image: as in build_index.
     """
     (shard,) = look_up([address])
     if shard is None:
@@ -262,7 +337,7 @@ def index_remote(address: str, *, upload: bool) -> int:
             try:
                 copy_to(file, address, shard.size)
                 file.flush()
-                index = build_index(file.name)
+                index = build_index(file.name, image=image)
             except UserError as error:
                 raise UserError(str(error).replace(file.name, shown(address))) from error
             finally:

@@ -2,11 +2,9 @@
 
 import functools
 import hashlib
-import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -18,6 +16,7 @@ from glsd.shards.find import (
     find_sources,
     shard_cache,
     shard_headers,
+    unused_members,
 )
 from glsd.shards.index import (
     REBUILD,
@@ -25,10 +24,10 @@ from glsd.shards.index import (
     ShardIndex,
     map_index,
 )
+from glsd.shards.labels import CLASSES_FILE, read_classes
 from glsd.shards.prefetch import Prefetcher
-from glsd.shards.remote import identity, is_remote, look_up, read_all, shown
+from glsd.shards.remote import identity, is_remote, look_up, shown
 
-CLASSES_FILE = "classes.json"  # beside labeled shards: the class names, in the order of their labels
 CHECKED_AT_START = (
     1000  # up to so many shards are compared with their indices at the start: about 0.1 ms each
 )
@@ -60,6 +59,7 @@ class ShardSet:
         self._cache = cache
         self._remote = {number for number, path in enumerate(paths) if is_remote(path)}
         self._read_ahead = -1
+        self._label_of: dict[int, Int64[np.ndarray, " c"]] = {}  # shard -> label of each of its own labels
         self._prefetcher = Prefetcher(functools.partial(_fetch_one, cache, self.paths, self._headers))
 
     def __len__(self) -> int:
@@ -90,12 +90,39 @@ class ShardSet:
     def label(self, index: int) -> int:
         """Return a sample's label, -1 if it has none."""
         shard, row = self._locate(index)
-        return int(shard.index.label[row])
+        label = int(shard.index.label[row])
+        label_of = self._label_of.get(self._shard_number(index))
+        return label if label_of is None or label < 0 else int(label_of[label])
 
     def labels(self) -> Int64[np.ndarray, " n"]:
         """Return the labels of all samples, -1 where there is none."""
         # Copies, so that only one file is mapped at a time.
-        return np.concatenate([map_index(header).label.copy() for header in self._headers])
+        parts = [map_index(header).label.copy() for header in self._headers]
+        for number, label_of in self._label_of.items():
+            parts[number] = np.where(parts[number] < 0, -1, label_of[parts[number]])
+        return np.concatenate(parts)
+
+    def renumber(self, names: Mapping[str, Sequence[str]], numbers: Mapping[str, int]) -> None:
+        """Give the labels of each shard the ``numbers`` of their classes. names: by folder, in the order of its labels.
+
+        Raises UserError for a label without name.
+        """
+        self._label_of = {}
+        for shard, path in enumerate(self.paths):
+            known = names[_folder(path)]
+            largest = int(map_index(self._headers[shard]).label.max())
+            if largest >= len(known):
+                raise UserError(
+                    f"shard {shown(path)} has the label {largest}, but the {CLASSES_FILE} beside it names only {len(known)} "
+                    "classes: add the names, or remove that file if it belongs to other shards"
+                )
+            label_of = np.array([numbers[name] for name in known], dtype=np.int64)
+            if not np.array_equal(label_of, np.arange(len(known))):
+                self._label_of[shard] = label_of
+
+    def unused_members(self) -> list[str]:
+        """Return sentences about images of samples that are not used, if any."""
+        return unused_members(self._headers)
 
     def check_labeled(self) -> None:
         """Raise UserError if a sample has no label."""
@@ -104,7 +131,8 @@ class ShardSet:
             first = int(missing[0])
             raise UserError(
                 f"shards: {len(missing)} of {len(self)} images have no label, first {self.key(first)} in "
-                f"{self.shard_of(first)}: pack a folder that has one subfolder per class, or a list with labels"
+                f"{self.shard_of(first)}: a label is a .cls member with a number or a name of classes.json (.json members are not "
+                "read); pack a folder that has one subfolder per class, or a list with labels"
             )
 
     def shard_of(self, index: int) -> str:
@@ -263,36 +291,40 @@ def _place(path: str) -> str:
     return identity(path) if is_remote(path) else os.path.realpath(path)
 
 
-def check_same_classes(one: ShardSet, other: ShardSet) -> None:
-    """Raise UserError if the classes.json files beside the shards of two sets differ."""
-    folders = dict.fromkeys(path.rpartition("/")[0] for path in (*one.paths, *other.paths))
-    files = [file for folder in folders if _is_file(file := os.path.join(folder, CLASSES_FILE))]
-    for file in files[1:]:
-        if read_classes(file) != read_classes(files[0]):
-            raise UserError(
-                f"{shown(files[0])} and {shown(file)} number different classes: a label would not mean the same in both sets; "
-                f"pack one of them again with --classes {shown(files[0])}"
-            )
+def number_together(sets: Mapping[str, ShardSet]) -> None:
+    """Give the classes of all sets one numbering, by their names, so that equal labels are equal classes.
+
+    The names are those of the classes.json beside the shards; their numbers are those of the first one, and new names follow.
+    Without any names labels are compared as numbers. sets: by the key that the user gave each with, for messages.
+    Raises UserError if some shards have class names and others only numbers, and for a label without name.
+    """
+    folders = {_folder(path): key for key, shards in sets.items() for path in shards.paths}
+    names = {
+        folder: read_classes(file)
+        for folder in folders
+        if _is_file(file := os.path.join(folder, CLASSES_FILE))
+    }
+    if not names:
+        return
+    named = next(iter(names))
+    if unnamed := [folder for folder in folders if folder not in names]:
+        file = shown(os.path.join(named, CLASSES_FILE))
+        raise UserError(
+            f"{folders[named]} has class names ({file}), but {folders[unnamed[0]]} in {shown(unnamed[0]) or '.'} has only numbers: "
+            f"a label may not mean the same class in both; pack the latter again with --classes {file}, or copy that file "
+            "beside its shards if their numbers count its names from 0"
+        )
+    numbers: dict[str, int] = {}
+    for known in names.values():
+        for name in known:
+            numbers.setdefault(name, len(numbers))
+    for shards in sets.values():
+        shards.renumber(names, numbers)
+
+
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _is_file(path: str) -> bool:
     return look_up([path], HIDDEN)[0] is not None if is_remote(path) else os.path.isfile(path)
-
-
-def read_classes(file: str | Path) -> list[str]:
-    """Return the class names of a classes.json, in the order of their labels; UserError if it is not such a list."""
-    try:
-        names = json.loads(read_all(str(file)) if is_remote(str(file)) else Path(file).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:  # RecursionError: nested too deep
-        raise UserError(
-            f"cannot read {shown(str(file))} ({error}): expected a JSON list of class names"
-        ) from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(
-            f'{shown(str(file))} is not a list of class names: expected JSON such as ["cat", "dog"]'
-        )
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"{shown(str(file))} names a class twice: expected each name once, in the order of the labels"
-        )
-    return names

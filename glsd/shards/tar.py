@@ -9,11 +9,13 @@ Consecutive members with one key are one sample, as in webdataset.
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 from glsd.errors import UserError
+from glsd.shards.labels import CLASSES_FILE, is_missing, whole_number
 
 BLOCK = 512  # bytes; a tar file is a sequence of blocks, the last two of them zero
 MAX_EXTENDED = 1 << 20  # bytes of one extended header: names of a few thousand bytes, access lists of 64 KiB
@@ -26,16 +28,23 @@ GNU_MAGIC = b"ustar  \0"  # then times and sparse maps stand where others have t
 SPARSE_CONTINUES, MAP_CONTINUES = 482, 504  # a byte of the header, and of every block of the map behind it
 OCTAL = re.compile(rb" *([0-7]+) *(?:\0.*)?", re.DOTALL)
 REGULAR = b"0\0" + b"7"
+LINKS = (b"1", b"2")  # hard and symbolic
 NO_DATA = b"123456"  # links, devices, folders and pipes, whatever their size field says
 PAX_LENGTH = re.compile(rb"([1-9][0-9]{0,6}) ")
 
-IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif"))
-MAX_LABEL_BYTES = 32
+# By the formats of data/decode.py: JPEG, PNG, WebP, BMP, TIFF, PPM, GIF.
+JPEG_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "jif", "jfi", "pjpeg", "pjp")
+OTHER_EXTENSIONS = ("png", "apng", "webp", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "gif")
+IMAGE_EXTENSIONS = frozenset(JPEG_EXTENSIONS + OTHER_EXTENSIONS)
+MAX_LABEL_BYTES = 1000
+MAX_UNUSED_KINDS, MAX_KIND_LETTERS = 16, 40  # a file may have another kind in each member
+OTHER_KINDS = "others"
 MAX_NAME_SHOWN = 100  # characters of a name in an error: it may be a megabyte long
 # The key ends at the first dot of the last path component, the rest names the member's kind.
 MEMBER_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 SPECIAL = re.compile(r"__.*__", re.DOTALL)  # __meta__.json and the like
-LABEL = re.compile(rb"\s*(-1|[0-9]{1,18})\s*")
+# The writers of .cls members put numbers there, whatever their zeros.
+PADDED_LABEL = re.compile(r"0[0-9]{1,17}")
 
 
 class TarError(ValueError):
@@ -50,6 +59,7 @@ class Member(NamedTuple):
     size: int  # bytes
     regular: bool  # a file whose whole data stand here: not a folder, link, device or sparse file
     folder: bool
+    link: bool
 
 
 def read_members(file: BinaryIO) -> Iterator[Member]:
@@ -93,7 +103,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         regular = kind in REGULAR and not folder and not sparse
         name = extended.get("GNU.sparse.name", raw_name).decode(errors="surrogateescape")
         extended.clear()
-        yield Member(name, start, size, regular, folder)
+        yield Member(name, start, size, regular, folder, kind in LINKS)
     if extended:
         raise TarError(f"no member after the extended header before byte {place}")
     _check_end(file, place, end)
@@ -204,20 +214,39 @@ class Samples:
     label: "array[int]" = field(default_factory=_numbers)  # -1 = none
     key_end: "array[int]" = field(default_factory=_numbers)  # where each key ends in keys
     keys: bytearray = field(default_factory=bytearray)  # one after the other, UTF-8
+    unused: Counter[str] = field(default_factory=Counter)  # images that are not used, by kind
+    num_links: int = 0  # image-like members that are links
+    num_named: int = 0  # labels that were looked up by name
 
     def key(self, row: int) -> bytes:
         return bytes(self.keys[self.key_end[row - 1] if row else 0 : self.key_end[row]])
 
+    def leave_out(self, kind: str) -> None:
+        kind = f".{kind[:MAX_KIND_LETTERS]}"
+        if kind not in self.unused and len(self.unused) >= MAX_UNUSED_KINDS:
+            kind = OTHER_KINDS
+        self.unused[kind] += 1
 
-def scan_samples(file: BinaryIO, shard: str) -> Samples:
+
+def scan_samples(
+    file: BinaryIO,
+    shard: str,
+    *,
+    image: str = "",
+    class_numbers: Callable[[], Mapping[str, int]] = dict,
+) -> Samples:
     """Return the samples of an uncompressed tar file in order, reading only headers and labels.
 
+    image: the kind of the member that is the image, such as "tif" or "edited.jpg", by default the first of IMAGE_EXTENSIONS.
+    class_numbers: returns the numbers of class names, for labels that are names.
     A sample without an image member is kept: reading it reports it. Links and sparse files are no images. Raises
     TarError for a damaged tar, and UserError naming ``shard`` for a member that appears twice in its sample, a label
-    (``.cls``) that is neither an integer >= 0 nor -1 (none), and a sample whose members are not consecutive.
+    (``.cls``) that is neither a number nor a known name nor missing, labels of which some are names and others numbers,
+    and a sample whose members are not consecutive.
     """
     samples = Samples()
     current, kinds = None, set[str]()
+    num_labels = 0
     for member in read_members(file):
         parts = MEMBER_NAME.fullmatch(member.name)
         if parts is None or SPECIAL.fullmatch(parts[1]) or member.folder:
@@ -231,12 +260,22 @@ def scan_samples(file: BinaryIO, shard: str) -> Samples:
                 f"shard {shard}: member {_quoted(member.name)} appears twice in its sample: pack the shard again"
             )
         kinds.add(kind)
+        is_image_like = kind == image or kind.rpartition(".")[2] in IMAGE_EXTENSIONS
         if not member.regular:
-            continue
-        if kind in IMAGE_EXTENSIONS and samples.offset[-1] < 0:
-            samples.offset[-1], samples.size[-1] = member.offset, member.size
+            samples.num_links += member.link and is_image_like
         elif kind == "cls":
-            samples.label[-1] = _read_label(file, member, shard)
+            samples.label[-1] = _read_label(file, member, shard, samples, class_numbers)
+            num_labels += samples.label[-1] >= 0
+        elif is_image_like:
+            if samples.offset[-1] < 0 and (kind == image if image else kind in IMAGE_EXTENSIONS):
+                samples.offset[-1], samples.size[-1] = member.offset, member.size
+            else:
+                samples.leave_out(kind)
+    if 0 < samples.num_named < num_labels:
+        raise UserError(
+            f"shard {shard}: {samples.num_named} label members hold names, {num_labels - samples.num_named} numbers: write "
+            "either names or numbers into all of them"
+        )
     _check_together(samples, shard)
     return samples
 
@@ -249,15 +288,28 @@ def _start(samples: Samples, key: str) -> None:
     samples.key_end.append(len(samples.keys))
 
 
-def _read_label(file: BinaryIO, member: Member, shard: str) -> int:
+def _read_label(
+    file: BinaryIO,
+    member: Member,
+    shard: str,
+    samples: Samples,
+    class_numbers: Callable[[], Mapping[str, int]],
+) -> int:
+    """Return the number that a label member holds, or that of the class it names, or -1."""
     file.seek(member.offset)
     raw = file.read(min(member.size, MAX_LABEL_BYTES + 1))
-    match = LABEL.fullmatch(raw)
-    if match is None or len(raw) > MAX_LABEL_BYTES:
-        raise UserError(
-            f"shard {shard}: label member {_quoted(member.name)} holds {raw!r}: expected an integer >= 0"
-        )
-    return int(match[1])
+    text = raw.decode(errors="replace").strip() if member.size <= MAX_LABEL_BYTES else ""
+    number = int(text) if PADDED_LABEL.fullmatch(text) else whole_number(text)
+    if number is None and (number := class_numbers().get(text)) is not None:
+        samples.num_named += 1
+    if number is not None:
+        return number
+    if text and is_missing(text):
+        return -1
+    raise UserError(
+        f"shard {shard}: label member {_quoted(member.name)} holds {raw[:MAX_NAME_SHOWN]!r}: expected an integer >= 0, or a "
+        f"class name that the {CLASSES_FILE} beside the shard lists (a JSON list of names, in the order of their numbers)"
+    )
 
 
 def _check_together(samples: Samples, shard: str) -> None:

@@ -20,10 +20,11 @@ from glsd.audit.report import Examination, examine
 from glsd.cli import door as _door
 from glsd.cli import pack as pack_command
 from glsd.errors import UserError
+from glsd.packing.folder import pack_folder
 from glsd.packing.write import pack_samples
 from glsd.shards.index import index_path
 from glsd.shards.store import open_shards
-from tests.helpers.small_shards import encoded, noise_image, scene
+from tests.helpers.small_shards import encoded, noise_image, scene, write_tar
 
 LAUNCH = Path(__file__).parents[2] / "launch" / "pack.py"
 
@@ -159,6 +160,39 @@ def test_uneven_shards_and_keys_twice(tmp_path):
     assert not found.has_problems
 
 
+def test_findings_name_the_file_of_the_user(tmp_path):
+    for number, name in enumerate(("menorah/IMG 1426.jpg", "menorah/a\tb\\n.jpg", "emu/c.jpg", "emu/d.jpg")):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        raw = scenes(number // 2, 1)[0] if number < 3 else b"\xff\xd8\xff" + b"no image"
+        (tmp_path / "src" / name).write_bytes(raw)
+    pack_folder(tmp_path / "src", tmp_path / "out")
+    table = (tmp_path / "out" / "train-files.tsv").read_text().splitlines()[1:]
+    key = {row.split("\t")[1]: row.split("\t")[0] for row in table}
+    found = examine({"train": [f"{tmp_path}/out/train-*.tar"]})
+    (line,) = items(found, "duplicates")
+    names = [
+        ("menorah/IMG 1426.jpg", "menorah/IMG 1426.jpg"),
+        ("menorah/a\tb\\n.jpg", r"menorah/a\tb\\n.jpg"),
+    ]
+    ends = {f"{name} (train-000000.tar {key[cell]})" for name, cell in names}
+    assert set(line.split(" = ")) == ends
+    (tmp_path / "out" / "train-files.tsv").unlink()
+    (line,) = items(examine({"train": [f"{tmp_path}/out/train-*.tar"]}), "duplicates")
+    assert set(line.split(" = ")) == {f"train-000000.tar {key[cell]}" for _, cell in names}
+
+
+def test_images_of_samples_that_are_not_used(tmp_path):
+    members = [
+        (f"{n}{kind}", scenes(n + 7 * (kind == ".2.jpg"), 1)[0])
+        for n in range(3)
+        for kind in (".jpg", ".2.jpg")
+    ]
+    found = examine({"a": [str(write_tar(tmp_path / "a.tar", members))]})
+    (text,) = (finding.text for finding in found.findings if finding.topic == "unused")
+    assert text.startswith("3 further images of samples are not used: 3 .2.jpg;")
+    assert levels(found)["unused"] == "note"
+
+
 def test_damaged_shards(tmp_path):
     good = pack(tmp_path, "good", scenes(0, 5))
     for fault in ("cut", "other", "index"):
@@ -204,7 +238,7 @@ def test_names_that_no_terminal_shows(tmp_path, monkeypatch):
     assert screen.buffer.getvalue().endswith(b"nobody escaped: \\udce9\n")
 
 
-def test_unnamed_splits_are_told(tmp_path):
+def test_unnamed_splits_are_told(tmp_path, monkeypatch):
     for name in ("train", "test"):
         pack(tmp_path, name, scenes(0, 3))
     found = examine(parse_splits([f"{tmp_path}/*.tar"]))
@@ -215,6 +249,10 @@ def test_unnamed_splits_are_told(tmp_path):
         "shards": ["b", "./t=1/d"],
         "test": ["x=y"],
     }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "year=2021 [a]").mkdir()
+    text = "year=2021 [a]/x-*.tar"  # a folder that exists, and no name of a split
+    assert parse_splits([text, f"train={text}"]) == {"shards": [text], "train": [text]}
 
 
 def test_mistakes(tmp_path):

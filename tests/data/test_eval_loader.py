@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from glsd.data.decode import decode
-from glsd.data.eval_loader import eval_loader, rank_indices
+from glsd.data.eval_loader import eval_loader, evenly_spread, rank_indices
 from glsd.data.photometric import MEAN, STD
 from glsd.data.transform import center_square
 from glsd.errors import UserError
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 20])
 def test_every_image_once_and_as_many_rows_on_each_rank(world_size):
-    parts = [rank_indices(13, rank=rank, world_size=world_size, limit=0) for rank in range(world_size)]
+    parts = [rank_indices(13, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert len({len(part) for part in parts}) == 1
     read = np.concatenate(parts)
     assert sorted(read[read >= 0].tolist()) == list(range(13))
@@ -38,10 +38,25 @@ def test_every_image_once_and_as_many_rows_on_each_rank(world_size):
 
 
 def test_limit_is_spread_evenly():
-    chosen = rank_indices(1000, rank=0, world_size=1, limit=7)
+    chosen = evenly_spread(np.full(1000, -1), 7)
     assert len(set(chosen.tolist())) == 7
     assert set(np.diff(chosen).tolist()) <= {142, 143}
-    assert rank_indices(5, rank=0, world_size=1, limit=9).tolist() == list(range(5))
+    assert evenly_spread(np.arange(5)[::-1], 9).tolist() == list(range(5))
+    assert evenly_spread(np.arange(0), 3).tolist() == []
+
+
+@pytest.mark.parametrize("order", ["sorted", "in turn", "shuffled"])
+def test_limit_keeps_the_share_of_each_class(order):
+    """In turn, every tenth image would be of one class; sorted, the first ones would."""
+    labels = {"sorted": np.arange(200) // 20, "in turn": np.arange(200) % 10}.get(order, np.arange(200) % 10)
+    if order == "shuffled":
+        np.random.default_rng(0).shuffle(labels)
+    for limit in (10, 20, 55, 199):
+        chosen = evenly_spread(labels, limit)
+        assert len(chosen) == limit
+        assert (np.diff(chosen) > 0).all()
+        counts = np.bincount(labels[chosen], minlength=10)
+        assert set(counts.tolist()) <= {limit // 10, -(-limit // 10)}
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -106,7 +121,7 @@ def test_limit_counts_within_the_chosen(make_shards):
         return torch.cat([b.indices for b in eval_loader(shards, **{**SETUP, **change})]).tolist()
 
     chosen = np.array([0, 2, 3, 5, 8, 9])
-    assert read(chosen=chosen, limit=3) == [0, 3, 8]
+    assert read(chosen=chosen, limit=3) == [0, 2, 3]  # the labels are the numbers: 0, 8, 2, 9, 3, 5 by class
     assert read(chosen=chosen, limit=20) == chosen.tolist()
     assert read(chosen=np.arange(11), limit=4) == read(limit=4)
     assert list(eval_loader(shards, **{**SETUP, "chosen": chosen[:0]})) == []

@@ -205,11 +205,61 @@ def test_mistakes_are_one_clear_line(cfg, changes, words):
 def test_overlapping_sets_and_classes_of_other_numbers(cfg, tmp_path):
     with pytest.raises(UserError, match=r"data\.train_shards and data\.val_shards have 1 shards in common"):
         evaluate(replace(cfg, data=replace(cfg.data, val_shards=cfg.data.train_shards)))
-    pack_samples(samples(31, seed=2), tmp_path / "other", prefix="val", classes=["a", "aa", "b", "c"])
+    names = ["zebra", "c", "a", "b"]
+    turned = ((raw, kind, names.index("abc"[label])) for raw, kind, label in samples(31, seed=2, broken=(4,)))
+    pack_samples(turned, tmp_path / "other", prefix="val", classes=names)
+    other = replace(cfg.data, val_shards=str(tmp_path / "other" / "*.tar"))
+    for protocol in ("knn", "linear"):
+        expected = evaluate(replace(cfg, protocol=protocol))["result"]
+        assert evaluate(replace(cfg, protocol=protocol, data=other))["result"] == expected
+    pack_samples(samples(31, seed=2), tmp_path / "plain", prefix="val")
+    plain = replace(cfg.data, val_shards=str(tmp_path / "plain" / "*.tar"))
     with pytest.raises(
-        UserError, match=r"evaluate\d*/classes\.json and .*other/classes\.json number different"
+        UserError, match=r"^data\.train_shards has class names .* but data\.val_shards in .* only numbers"
     ):
-        evaluate(replace(cfg, data=replace(cfg.data, val_shards=str(tmp_path / "other" / "*.tar"))))
+        evaluate(replace(cfg, data=plain))
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_classes_that_training_never_saw(cfg, tmp_path, capsys, protocol):
+    """Half of the images are of a class without a name in train: they count as wrong, and are told."""
+    half = [*samples(30, seed=2), *((raw, kind, label + 3) for raw, kind, label in samples(30, seed=2))]
+    names = ["a", "b", "c", "aa", "bb", "cc"]
+    for name, rows in (("known", half[:30]), ("half", half), ("none", half[30:])):
+        pack_samples(rows, tmp_path / name, prefix="val", classes=names)
+    known, both, none = (
+        replace(cfg, protocol=protocol, data=replace(cfg.data, val_shards=str(tmp_path / name / "*.tar")))
+        for name in ("known", "half", "none")
+    )
+    full = evaluate(known)["result"]
+    assert "warning" not in capsys.readouterr().out
+    record = evaluate(both)
+    assert {key: shares["top1"] for key, shares in record["result"].items()} == {
+        key: shares["top1"] / 2 for key, shares in full.items()
+    }
+    told = "warning: 3 of 6 classes of data.val_shards are not in data.train_shards: 30 of 60 images count as wrong\n"
+    assert told in capsys.readouterr().out
+    assert record["protocol"].endswith(
+        "; 30 of 60 val images have a class that train lacks, and count as wrong"
+    )
+    with pytest.raises(UserError, match=r"^no class of data\.val_shards is in data\.train_shards"):
+        evaluate(none)
+
+
+def test_a_limit_that_loses_classes_is_told(cfg, tmp_path, capsys):
+    sorted_rows = sorted(samples(30, seed=3), key=lambda row: row[2])
+    pack_samples(sorted_rows, tmp_path / "train", classes=["a", "b", "c"])
+    data = replace(cfg.data, train_shards=str(tmp_path / "train" / "*.tar"), limit=6)
+    record = evaluate(replace(cfg, k=[1], data=data))
+    assert (record["train"]["images"], record["val"]["images"]) == (6, 6)
+    assert "warning" not in capsys.readouterr().out
+    pack_samples(sorted_rows[19:21], tmp_path / "val", prefix="val", classes=["a", "b", "c"])
+    few = replace(data, limit=2, val_shards=str(tmp_path / "val" / "*.tar"))
+    evaluate(replace(cfg, k=[1], data=few))
+    assert capsys.readouterr().out.startswith(
+        "warning: 1 of 2 classes of data.val_shards are not in data.train_shards (its 2 images, spread evenly, have 2 of its 3 "
+        "classes): 1 of 2 images count as wrong\n"
+    )
 
 
 def test_sizes_follow_the_model(cfg, world):

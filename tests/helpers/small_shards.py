@@ -94,3 +94,14 @@ def pack_noise(
             sidecar.unlink()
         packed += part
     return str(dst / f"s-{{000000..{len(sizes) - 1:06d}}}.tar"), packed
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> Path:
+    """Write a tar with members of the given names and contents, all of one kind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, raw in members:
+            header = tarfile.TarInfo(name)
+            header.size, header.type = len(raw), kind
+            tar.addfile(header, io.BytesIO(raw))
+    return path

@@ -124,8 +124,13 @@ def test_chooses_the_learning_rate_on_held_out_images():
 
 def test_an_unknown_val_label_is_never_right():
     train, labels = clusters(100)
-    found = linear_probe(train, labels, train, labels + 100, lr_list=(0.5,), epochs=2)
-    assert (found.top1, found.top5) == (0.0, 0.0)
+    plain = linear_probe(train, labels, train, labels, lr_list=(0.5,), epochs=2)
+    found = linear_probe(
+        train, labels, torch.cat([train, train]), torch.cat([labels, labels + 100]), lr_list=(0.5,), epochs=2
+    )
+    assert (found.top1, found.top5) == (plain.top1 / 2, plain.top5 / 2)
+    with pytest.raises(UserError, match="no class of the val set is in the train set"):
+        linear_probe(train, labels, train, labels + 100, lr_list=(0.5,), epochs=2)
 
 
 def test_bad_input_is_one_clear_line():

@@ -13,7 +13,7 @@ from glsd.errors import BrokenImage, UserError
 from glsd.packing.folder import pack_folder
 from glsd.packing.write import index_shards, pack_samples
 from glsd.shards.store import open_shards
-from tests.helpers.small_shards import noise_image
+from tests.helpers.small_shards import noise_image, write_tar
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -209,6 +209,109 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert pack_folder(src, tmp_path / "out").num_images == 1
 
 
+def test_two_classes_that_are_one_folder_are_refused(tmp_path):
+    """One of the two would lose its images; which one depends on the order of the names."""
+    src = tmp_path / "src"
+    (src / "cat" / "young").mkdir(parents=True)
+    (src / "cat" / "0.jpg").write_bytes(noise_image(0))
+    (src / "cat" / "young" / "1.jpg").write_bytes(noise_image(1))
+    for link, target in (("dog", "cat"), ("ape", "cat"), ("bee/old", "../cat"), ("dog/x", "../cat/young")):
+        (src / link).parent.mkdir(exist_ok=True)
+        (src / link).symlink_to(target)
+        with pytest.raises(
+            UserError, match=r"are one folder \(a link\), but lie in two classes, .*'cat'.*: remove the link"
+        ):
+            pack_folder(src, tmp_path / "out")
+        (src / link).unlink()
+    (src / "dog").mkdir(exist_ok=True)
+    (src / "dog" / "2.jpg").write_bytes(noise_image(2))
+    for link in ("cat/again", "dog/papers", "cat/papers"):
+        (tmp_path / "papers").mkdir(exist_ok=True)
+        (src / link).symlink_to(src / "cat" / "young" if link == "cat/again" else tmp_path / "papers")
+    summary = pack_folder(src, tmp_path / "out")
+    assert summary.notes == (
+        "left out folders that are links to a folder packed already: cat/young = cat/again, dog/papers = cat/papers",
+    )
+    assert sorted(contents(tmp_path / "out")) == sorted((noise_image(n), n // 2) for n in range(3))
+    (src / "stray.jpg").write_bytes(noise_image(3))
+    (src / "elk").symlink_to("cat")
+    assert (
+        pack_folder(src, tmp_path / "plain").notes[0].endswith("cat/papers, elk = cat")
+    )  # no classes, no doubt
+
+
+SPLIT_ROOTS = {
+    "ImageNet": ["train/n01/0.jpg", "train/n02/1.jpg", "val/n01/2.jpg"],
+    "other words": ["Training/a/0.jpg", "valid/a/1.jpg", "TEST/a/2.jpg"],
+    "flat": ["train/0.jpg", "val/1.jpg"],
+    "with something else": ["train/a/0.jpg", "test/a/1.jpg", "labels/2.jpg"],
+    "one split": ["train/a/0.jpg", "train/b/1.jpg"],
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_ROOTS)
+def test_splits_are_no_classes(tmp_path, name):
+    for number, path in enumerate(SPLIT_ROOTS[name]):
+        (tmp_path / "src" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / path).write_bytes(noise_image(number))
+    first = sorted({path.split("/")[0] for path in SPLIT_ROOTS[name]} - {"labels"})[0]
+    with pytest.raises(
+        UserError,
+        match=rf"subfolders of .*src are splits, not classes .*: glsd pack .*src/{first} DST --prefix {first}",
+    ):
+        pack_folder(tmp_path / "src", tmp_path / "out")
+    names = sorted({path.split("/")[0] for path in SPLIT_ROOTS[name]})
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    summary = pack_folder(tmp_path / "src", tmp_path / "out", classes=tmp_path / "names.json")
+    assert summary.classes == tuple(names)
+
+
+def test_classes_that_are_called_like_a_split(tmp_path):
+    for number, path in enumerate(["train/0.jpg", "train/1.jpg", "car/2.jpg"]):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(noise_image(number))
+    assert pack_folder(tmp_path, tmp_path / "out").classes == ("car", "train")
+
+
+def test_a_folder_above_the_classes_is_told(tmp_path):
+    for number in range(4):
+        folder = tmp_path / "src" / "images" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(noise_image(number))
+    (note,) = pack_folder(tmp_path / "src", tmp_path / "out").notes
+    assert (
+        note
+        == f"all images have one class, 'images': if its subfolders are the classes, pack {tmp_path}/src/images"
+    )
+    assert pack_folder(tmp_path / "src" / "images", tmp_path / "o2").notes == ()
+
+
+def test_every_ending_of_a_known_format_is_an_image(tmp_path, capsys):
+    src = tmp_path / "src"
+    src.mkdir()
+    kinds = {
+        "jfif": "JPEG",
+        "JPE": "JPEG",
+        "jif": "JPEG",
+        "pjpeg": "JPEG",
+        "dib": "BMP",
+        "pnm": "PPM",
+        "apng": "PNG",
+    }
+    for number, (ending, kind) in enumerate(kinds.items()):
+        (src / f"{number}.{ending}").write_bytes(noise_image(number, kind))
+    for number in range(23):
+        for copy in range(1 + (number < 2)):
+            (src / f"{copy}.x{number:02d}").write_bytes(b"no image")
+    pack.main([str(src), str(tmp_path / "out"), "--workers=0"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("packed 7 images without labels")
+    assert printed[1].startswith("skipped 25 files that are not images: 2 .x00, 2 .x01, 1 .x02, ")
+    assert printed[1].endswith(" and 3 of 3 other kinds")
+    found = {raw for raw, _ in contents(tmp_path / "out")}
+    assert found == {noise_image(number, kind) for number, kind in enumerate(kinds.values())}
+
+
 def test_bad_folders(tmp_path, photos_folder):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="does not exist"):
@@ -217,7 +320,7 @@ def test_bad_folders(tmp_path, photos_folder):
     with pytest.raises(UserError, match=r"no images in .*empty: it is empty"):
         pack_folder(tmp_path / "empty", out)
     (tmp_path / "empty" / "a.heic").write_bytes(b"x")
-    with pytest.raises(UserError, match="none of its 1 files is one; expected bmp, "):
+    with pytest.raises(UserError, match="none of its 1 files is one; expected apng, "):
         pack_folder(tmp_path / "empty", out)
     with pytest.raises(UserError, match="is not a folder"):
         pack_folder(tmp_path / "empty" / "a.heic", out)
@@ -304,7 +407,7 @@ def test_command_line(launch, photos_folder, tmp_path, capsys):
     launch([str(photos_folder), str(tmp_path / "out"), "--prefix", "p"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("packed 10 images of 2 classes into 1 shard: ")
-    assert printed[1] == "skipped 2 files that are not images: 1 .txt, 1 .jpg"
+    assert printed[1] == "skipped 2 files that are not images: 1 .jpg, 1 .txt"
     assert printed[2:] == ["left out 1 unreadable image:", "  dog/text.jpg: not an image of a known format"]
     (photos_folder / "stray.jpg").write_bytes(noise_image(11))
     launch([str(photos_folder), str(tmp_path / "out"), "--prefix", "q"])
@@ -322,6 +425,13 @@ def test_command_line(launch, photos_folder, tmp_path, capsys):
     (tmp_path / "out" / "p-000000.tar.index").unlink()
     launch(["index", str(tmp_path / "out" / "p-*.tar")])
     assert capsys.readouterr().out.strip() == "indexed 10 samples"
+    tar = write_tar(tmp_path / "m.tar", [(f"{n}.{kind}", b"x") for n in range(3) for kind in ("png", "tif")])
+    launch(["index", "--image", "tif", str(tar)])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "indexed 3 samples"
+    assert printed[1].startswith(
+        "note: 3 further images of samples are not used: 3 .png; a sample has one image"
+    )
 
 
 @pytest.mark.slow
@@ -334,5 +444,5 @@ def test_empty_folder_on_the_command_line_is_one_line_and_code_2(tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: no images in {tmp_path}: it is empty; expected bmp, ")
+    assert done.stderr.startswith(f"error: no images in {tmp_path}: it is empty; expected apng, ")
     assert done.stderr.count("\n") == 1

@@ -11,7 +11,7 @@ from glsd.errors import UserError
 from glsd.packing.split import assign_roles, parse_roles, split_shards
 from glsd.packing.write import pack_samples
 from glsd.shards.store import open_shards
-from tests.helpers.small_shards import noise_image
+from tests.helpers.small_shards import noise_image, write_tar
 
 LABELS = [4, 0, 9, 4, 2, 0, 9, 9, 2, 7]  # five classes, with gaps, in no order
 NAMES = [f"class {label}" for label in range(10)]
@@ -67,6 +67,22 @@ def test_classes_are_disjoint(shards, tmp_path, share, training, testing):
     assert (made["train"].num_classes, made["test"].num_classes) == (len(training), len(testing))
     assert made["train"].num_images + made["test"].num_images == 10
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == NAMES
+
+
+def test_images_that_stay_behind_are_told(tmp_path, main, capsys):
+    members = [
+        (f"{n}.{kind}", raw)
+        for n in range(2)
+        for kind, raw in (
+            ("cls", b"%d" % n),
+            ("png", noise_image(n, "PNG")),
+            ("edited.png", noise_image(n + 5, "PNG")),
+        )
+    ]
+    write_tar(tmp_path / "all.tar", members)
+    main(["split", str(tmp_path / "all.tar"), str(tmp_path / "out")])
+    assert "\nnote: 2 further images of samples are not used: 2 .edited.png;" in capsys.readouterr().out
+    assert packed(tmp_path / "out", "test") == {noise_image(1, "PNG"): 1}
 
 
 def test_the_share_is_of_classes_whatever_floats_say(tmp_path):
