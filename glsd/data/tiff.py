@@ -62,6 +62,7 @@ class Page:
 
     number: int  # of its directory in the file
     order: str  # of its bytes: < or >
+    is_big: bool  # BigTIFF, with 64-bit offsets
     tags: dict[int, tuple]
 
     def first(self, tag: int) -> int:
@@ -182,7 +183,7 @@ def _pages(raw: bytes) -> list[Page]:
             raise BrokenImage("damaged TIFF, or one of too many pages")
         entries = (raw[start + n * entry : start + (n + 1) * entry] for n in range(count))
         pages.append(
-            Page(len(pages), order, dict(filter(None, (_tag(raw, e, order, offset) for e in entries))))
+            Page(len(pages), order, big, dict(filter(None, (_tag(raw, e, order, offset) for e in entries))))
         )
         (place,) = struct.unpack_from(offset, raw, start + count * entry)
     return pages
@@ -243,6 +244,10 @@ def _check_layout(page: Page) -> None:
     if not 1 <= bits <= 16:
         raise BrokenImage(
             f"TIFF of {bits}-bit integers, which have no agreed white: scale them to 8 or 16 bits"
+        )
+    if page.order == ">" and bits not in (1, 2, 4, 8, 16):
+        raise BrokenImage(
+            f"TIFF of {bits}-bit samples in big-endian order, which writers disagree about: use 16 bits"
         )
     if page.first(PLANAR) not in (1, 2) or page.first(FILL_ORDER) not in (1, 2):
         raise BrokenImage("damaged TIFF: an unknown order of samples or bits")
@@ -315,6 +320,8 @@ def _is_pillows(page: Page) -> bool:
     photometric, count, bits = page.first(PHOTOMETRIC), page.num_extra, page.bits
     if (page.first(PLANAR) == 2 and page.first(SAMPLES) > 1) or page.first(FILL_ORDER) != 1:
         return False
+    if page.is_big and page.order == ">":
+        return False
     if 4 in page.tags.get(FORMAT, ()) or page.first(COMPRESSION) not in PILLOW_COMPRESSIONS:
         return False
     if photometric == RGB:
@@ -336,16 +343,14 @@ def _colors(page: Page, samples: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
         return table.astype(np.uint8).T[samples[..., 0]]
     if page.extra == ASSOCIATED:
         samples = _unmultiplied(samples, COLORS[photometric])
-    samples = samples[..., : COLORS[photometric]]
-    if bits > 8:
-        values = (samples >> (bits - 8)).astype(np.uint8)
-    else:
-        values = (samples.astype(np.uint16) * 255 // ((1 << bits) - 1)).astype(np.uint8)
-    if photometric == WHITE_IS_ZERO:
-        values = 255 - values
+    samples, most = samples[..., : COLORS[photometric]], (1 << bits) - 1
     if photometric == CMYK:
-        inks = 255 - values.astype(np.uint16)
-        values = ((inks[..., :3] * inks[..., 3:] + 127) // 255).astype(np.uint8)
+        inks = most - samples.astype(np.uint64)
+        samples = inks[..., :3] * inks[..., 3:] // most
+    elif photometric == WHITE_IS_ZERO:
+        samples = most - samples.astype(np.uint16)
+    values = samples >> (bits - 8) if bits > 8 else samples.astype(np.uint16) * 255 // most
+    values = values.astype(np.uint8)
     return _gray(values[..., 0]) if page.is_gray else np.ascontiguousarray(values)
 
 
