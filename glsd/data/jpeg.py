@@ -133,7 +133,8 @@ def _ended(raw: bytes, header: Image.Image) -> bytes:
     whole = _pixels(data)
 
     def is_whole_with(end: int) -> bool:
-        return all(np.array_equal(_pixels(data[:end] + _more_data(seed)), whole) for seed in range(4))
+        start = data[:end].rstrip(b"\xff")  # it would begin a marker
+        return all(np.array_equal(_pixels(start + _more_data(seed)), whole) for seed in range(4))
 
     # If the second were whole, too, the data would end somewhere before, and what follows them be something else.
     if not tail or not is_whole_with(len(data)) or is_whole_with(len(data) - tail):
