@@ -40,6 +40,8 @@ OTHERS = {
     "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
     "PDF": rb"%PDF",
     "PAM": rb"P7\s",
+    "PFM": rb"P[fF]\s",
+    "a Sun raster": rb"\x59\xa6\x6a\x95",
     "OpenEXR": rb"\x76\x2f\x31\x01",
     "Radiance": rb"#\?RADIANCE",
     "FITS": rb"SIMPLE  =",

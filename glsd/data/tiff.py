@@ -141,7 +141,6 @@ def decode_tiff(raw: bytes, page: Page) -> UInt8[Tensor, "3 h w"]:
     """
     if _is_pillows(page):
         image = TiffImagePlugin.TiffImageFile(io.BytesIO(raw))
-        image.seek(page.number)
         image.info.pop(
             "xmp", None
         )  # where Pillow looks for an orientation, too; it turns a TIFF when it loads it
@@ -320,7 +319,7 @@ def _is_pillows(page: Page) -> bool:
     photometric, count, bits = page.first(PHOTOMETRIC), page.num_extra, page.bits
     if (page.first(PLANAR) == 2 and page.first(SAMPLES) > 1) or page.first(FILL_ORDER) != 1:
         return False
-    if page.is_big and page.order == ">":
+    if page.number or (page.is_big and page.order == ">"):
         return False
     if 4 in page.tags.get(FORMAT, ()) or page.first(COMPRESSION) not in PILLOW_COMPRESSIONS:
         return False

@@ -20,8 +20,8 @@ def shorten(raw: bytes, short_side: int) -> tuple[bytes, str, str] | None:
 
     Returns (bytes, extension, original "{width}x{height}"). The pixels are those of ``decode`` (upright, RGB, no alpha),
     resized with Lanczos; the aspect ratio stays. A lossy original becomes a JPEG, a lossless one a PNG; gray stays gray. An
-    RGB color profile of at most MAX_PROFILE bytes is kept; EXIF, which may tell where a photograph was taken, is not. Raises BrokenImage if the image
-    cannot be decoded.
+    RGB color profile of at most MAX_PROFILE bytes is kept; EXIF, which may tell where a photograph was taken, is not.
+    Raises BrokenImage if the image cannot be decoded.
     """
     header = read_header(raw)
     if min(header.height, header.width) <= short_side:

@@ -42,7 +42,7 @@ def source(rng: np.random.Generator, channels: int = 3) -> np.ndarray:
     """A picture of 16 bits (h w c) that no turn leaves alike."""
     height, width = rng.integers(4, 40, 2)
     y, x = np.mgrid[:height, :width]
-    waves = [30_000 + 29_000 * np.sin(x / (3 + c) + y / (7 - c) + c + rng.random()) for c in range(channels)]
+    waves = [30_000 + 29_000 * np.sin(x / (3 + c) + y / (9 + c) + c + rng.random()) for c in range(channels)]
     noise = rng.integers(0, 5000, (height, width, channels))
     return (np.stack(waves, -1) + noise).clip(0, 65535).astype(np.uint16)
 
@@ -86,8 +86,14 @@ def pillow_image(rng: np.random.Generator, mode: str) -> Image.Image:
         return Image.fromarray(picture[..., 0].astype(np.int32 if mode == "I" else np.float32))
     rgba = Image.fromarray(to_bits(picture, 8))
     if mode == "LAB":
-        return Image.fromarray(to_bits(picture, 8)[..., :3], "RGB").convert("YCbCr").copy()._new(rgba.im) if 0 else Image.merge("LAB", rgba.split()[:3])
-    return rgba if mode == "RGBA" else rgba.convert("RGB").convert(mode) if mode != "LA" else rgba.convert("LA")
+        return (
+            Image.fromarray(to_bits(picture, 8)[..., :3], "RGB").convert("YCbCr").copy()._new(rgba.im)
+            if 0
+            else Image.merge("LAB", rgba.split()[:3])
+        )
+    return (
+        rgba if mode == "RGBA" else rgba.convert("RGB").convert(mode) if mode != "LA" else rgba.convert("LA")
+    )
 
 
 def by_pillow(rng: np.random.Generator) -> Written:
@@ -124,7 +130,9 @@ def by_pillow(rng: np.random.Generator) -> Written:
     is_lossy = form in ("JPEG", "WEBP", "GIF") or options.get("compression") == "jpeg"
     again = Image.open(io.BytesIO(file.getvalue())) if is_lossy else image
     if is_lossy and form == "TIFF":
-        return Written(name, file.getvalue(), meant(np.asarray(again.convert("RGB")), 8))  # turned when loaded
+        return Written(
+            name, file.getvalue(), meant(np.asarray(again.convert("RGB")), 8)
+        )  # turned when loaded
     return Written(name, file.getvalue(), pillow_meant(again, orientation))
 
 
@@ -143,7 +151,12 @@ def pillow_meant(image: Image.Image, orientation: int) -> np.ndarray:
 
 def by_tifffile(rng: np.random.Generator) -> Written:
     kind = choose(rng, ("miniswhite", "minisblack", "rgb", "rgb", "palette", "separated", "cielab", "bands"))
-    bits = choose(rng, {"palette": (8,), "rgb": (8, 8, 16, 16, 12), "separated": (8, 16)}.get(kind, (1, 2, 4, 8, 10, 12, 14, 16, 32)))
+    bits = choose(
+        rng,
+        {"palette": (8,), "rgb": (8, 8, 16, 16, 12), "separated": (8, 16)}.get(
+            kind, (1, 2, 4, 8, 10, 12, 14, 16, 32)
+        ),
+    )
     num_extra = int(rng.integers(1, 4)) if rng.random() < 0.3 and kind in ("rgb", "minisblack") else 0
     colors = {"rgb": 3, "separated": 4, "cielab": 3, "bands": int(rng.integers(2, 14))}.get(kind, 1)
     picture = source(rng, colors + num_extra)
@@ -181,12 +194,21 @@ def by_tifffile(rng: np.random.Generator) -> Written:
             expected = 255 - expected
         if kind in ("cielab", "bands"):
             expected = np.full((1, 1, 3), -1.0)
-        if num_extra and options["extrasamples"][0] == 1:  # the given colors are said to be multiplied by alpha
+        if (
+            num_extra and options["extrasamples"][0] == 1
+        ):  # the given colors are said to be multiplied by alpha
             alpha = samples[..., colors : colors + 1].astype(float)
-            straight = samples[..., :colors] * (2.0**min(bits, 16) - 1) / np.maximum(alpha, 1)
+            straight = samples[..., :colors] * (2.0 ** min(bits, 16) - 1) / np.maximum(alpha, 1)
             expected = meant(straight, min(bits, 16), orientation)
     if bits == 32:
-        samples = choose(rng, (samples.astype(np.uint32) << 16, samples.astype(np.int16) >> 1, (samples / 65535).astype(np.float32)))
+        samples = choose(
+            rng,
+            (
+                samples.astype(np.uint32) << 16,
+                samples.astype(np.int16) >> 1,
+                (samples / 65535).astype(np.float32),
+            ),
+        )
         bits = 8 * samples.itemsize
     array = samples[..., 0] if samples.shape[-1] == 1 else samples
     if options.get("planarconfig") == "separate":
@@ -215,12 +237,33 @@ def by_tifffile(rng: np.random.Generator) -> Written:
         expected = meant(own, 8, orientation)
         if num_extra and options["extrasamples"][0] == 1:
             expected = np.full((1, 1, 3), -1.0)
-    return Written(f"tifffile {kind} {array.dtype} {bits} bits {settings} { {**options, 'colormap': 0} } orientation {orientation}", file.getvalue(), expected)
+    return Written(
+        f"tifffile {kind} {array.dtype} {bits} bits {settings} { {**options, 'colormap': 0} } orientation {orientation}",
+        file.getvalue(),
+        expected,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- OpenCV
 
-OPENCV = (".png", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".webp", ".jpg", ".jp2", ".gif", ".avif", ".exr", ".hdr", ".pam", ".ras", ".pfm")
+OPENCV = (
+    ".png",
+    ".tiff",
+    ".bmp",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".webp",
+    ".jpg",
+    ".jp2",
+    ".gif",
+    ".avif",
+    ".exr",
+    ".hdr",
+    ".pam",
+    ".ras",
+    ".pfm",
+)
 
 
 def by_opencv(rng: np.random.Generator) -> Written:
@@ -229,7 +272,13 @@ def by_opencv(rng: np.random.Generator) -> Written:
         channels = choose(rng, (1, 3, 3, 4))
         bits = choose(rng, (8, 16)) if extension in (".png", ".tiff", ".ppm", ".pgm", ".jp2", ".pam") else 8
         picture = to_bits(source(rng, channels), bits)
-        given = cv2.cvtColor(picture, {1: cv2.COLOR_GRAY2BGR, 3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}[channels]) if channels > 1 else picture
+        given = (
+            cv2.cvtColor(
+                picture, {1: cv2.COLOR_GRAY2BGR, 3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}[channels]
+            )
+            if channels > 1
+            else picture
+        )
         options: list[int] = []
         if extension == ".tiff":
             options = [cv2.IMWRITE_TIFF_COMPRESSION, choose(rng, (1, 5, 8, 32773, 32946))]
@@ -254,16 +303,77 @@ def by_opencv(rng: np.random.Generator) -> Written:
 # -------------------------------------------------------------------------------------------- ImageMagick
 
 MAGICK: dict[str, tuple[tuple[str, ...], ...]] = {
-    "png": (("-depth", "8"), ("-depth", "16"), ("-colorspace", "Gray", "-depth", "16"), ("-colorspace", "Gray", "-depth", "2"), ("-type", "Palette"), ("-interlace", "PNG"), ("-define", "png:color-type=6", "-depth", "16"), ("-define", "png:color-type=4"), ("-monochrome",)),
-    "tiff": (("-depth", "8", "-compress", "LZW"), ("-depth", "16", "-compress", "Zip"), ("-depth", "16", "-interlace", "Plane"), ("-interlace", "Plane", "-compress", "RLE"), ("-colorspace", "Gray", "-depth", "16", "-endian", "MSB"), ("-colorspace", "Gray", "-define", "quantum:polarity=min-is-white"), ("-colorspace", "CMYK"), ("-colorspace", "Lab"), ("-colorspace", "YCbCr", "-compress", "None"), ("-type", "Palette"), ("-monochrome", "-compress", "Group4"), ("-monochrome", "-define", "quantum:polarity=min-is-white"), ("-depth", "32", "-define", "quantum:format=floating-point"), ("-alpha", "set", "-define", "tiff:alpha=associated"), ("-alpha", "set", "-define", "tiff:alpha=unspecified"), ("-define", "tiff:tile-geometry=16x16"), ("-depth", "12"), ("-depth", "4", "-colorspace", "Gray"), ("-define", "tiff:fill-order=lsb", "-monochrome"), ("-compress", "JPEG"), ("-depth", "16", "-define", "quantum:format=signed")),
-    "tiff64": (("-depth", "16"), ("-endian", "MSB"), ("-interlace", "Plane", "-depth", "16", "-endian", "MSB")),
-    "bmp": ((), ("-compress", "RLE", "-type", "Palette"), ("-define", "bmp:subtype=RGB565"), ("-define", "bmp:subtype=RGB555"), ("-define", "bmp:subtype=ARGB4444"), ("-define", "bmp:subtype=ARGB1555"), ("-alpha", "set"), ("-monochrome",), ("-colors", "12")),
+    "png": (
+        ("-depth", "8"),
+        ("-depth", "16"),
+        ("-colorspace", "Gray", "-depth", "16"),
+        ("-colorspace", "Gray", "-depth", "2"),
+        ("-type", "Palette"),
+        ("-interlace", "PNG"),
+        ("-define", "png:color-type=6", "-depth", "16"),
+        ("-define", "png:color-type=4"),
+        ("-monochrome",),
+    ),
+    "tiff": (
+        ("-depth", "8", "-compress", "LZW"),
+        ("-depth", "16", "-compress", "Zip"),
+        ("-depth", "16", "-interlace", "Plane"),
+        ("-interlace", "Plane", "-compress", "RLE"),
+        ("-colorspace", "Gray", "-depth", "16", "-endian", "MSB"),
+        ("-colorspace", "Gray", "-define", "quantum:polarity=min-is-white"),
+        ("-colorspace", "CMYK"),
+        ("-colorspace", "Lab"),
+        ("-colorspace", "YCbCr", "-compress", "None"),
+        ("-type", "Palette"),
+        ("-monochrome", "-compress", "Group4"),
+        ("-monochrome", "-define", "quantum:polarity=min-is-white"),
+        ("-depth", "32", "-define", "quantum:format=floating-point"),
+        ("-alpha", "set", "-define", "tiff:alpha=associated"),
+        ("-alpha", "set", "-define", "tiff:alpha=unspecified"),
+        ("-define", "tiff:tile-geometry=16x16"),
+        ("-depth", "12"),
+        ("-depth", "4", "-colorspace", "Gray"),
+        ("-define", "tiff:fill-order=lsb", "-monochrome"),
+        ("-compress", "JPEG"),
+        ("-depth", "16", "-define", "quantum:format=signed"),
+    ),
+    "tiff64": (
+        ("-depth", "16"),
+        ("-endian", "MSB"),
+        ("-interlace", "Plane", "-depth", "16", "-endian", "MSB"),
+    ),
+    "bmp": (
+        (),
+        ("-compress", "RLE", "-type", "Palette"),
+        ("-define", "bmp:subtype=RGB565"),
+        ("-define", "bmp:subtype=RGB555"),
+        ("-define", "bmp:subtype=ARGB4444"),
+        ("-define", "bmp:subtype=ARGB1555"),
+        ("-alpha", "set"),
+        ("-monochrome",),
+        ("-colors", "12"),
+    ),
     "bmp2": ((), ("-colors", "200")),
     "bmp3": ((), ("-alpha", "set"), ("-colors", "200", "-compress", "RLE")),
     "gif": ((), ("-interlace", "GIF"), ("-colors", "7")),
-    "jpeg": (("-quality", "90"), ("-sampling-factor", "4:4:4"), ("-interlace", "JPEG"), ("-colorspace", "CMYK"), ("-colorspace", "Gray"), ("-sampling-factor", "1x2"), ("-colorspace", "RGB"), ("-sampling-factor", "4:1:1")),
+    "jpeg": (
+        ("-quality", "90"),
+        ("-sampling-factor", "4:4:4"),
+        ("-interlace", "JPEG"),
+        ("-colorspace", "CMYK"),
+        ("-colorspace", "Gray"),
+        ("-sampling-factor", "1x2"),
+        ("-colorspace", "RGB"),
+        ("-sampling-factor", "4:1:1"),
+    ),
     "webp": (("-define", "webp:lossless=true"), ("-quality", "60")),
-    "ppm": (("-depth", "8"), ("-depth", "16"), ("-depth", "16", "-compress", "None"), ("-depth", "8", "-compress", "None"), ("-depth", "10")),
+    "ppm": (
+        ("-depth", "8"),
+        ("-depth", "16"),
+        ("-depth", "16", "-compress", "None"),
+        ("-depth", "8", "-compress", "None"),
+        ("-depth", "10"),
+    ),
     "pgm": (("-depth", "8"), ("-depth", "16"), ("-depth", "12"), ("-compress", "None", "-depth", "16")),
     "pbm": ((), ("-compress", "None")),
     "pam": ((),),
@@ -277,7 +387,9 @@ MAGICK: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 def magick(arguments: list[str], given: bytes) -> bytes:
-    done = subprocess.run([str(IMAGEMAGICK), *arguments], input=given, capture_output=True, check=False, timeout=60)
+    done = subprocess.run(
+        [str(IMAGEMAGICK), *arguments], input=given, capture_output=True, check=False, timeout=60
+    )
     return done.stdout
 
 
@@ -287,9 +399,40 @@ def by_imagemagick(rng: np.random.Generator) -> Written:
     orientation = int(rng.integers(1, 9)) if form in ("tiff", "tiff64") else 1
     picture = source(rng)
     height, width = picture.shape[:2]
-    options += ["-orient", ("TopLeft", "TopRight", "BottomRight", "BottomLeft", "LeftTop", "RightTop", "RightBottom", "LeftBottom")[orientation - 1]]
-    raw = magick(["-size", f"{width}x{height}", "-depth", "16", "-endian", "LSB", "rgb:-", *options, f"{form}:-"], picture.astype("<u2").tobytes())
-    back = magick(["-", "-orient", "Undefined", "-alpha", "off", "-colorspace", "sRGB", "-endian", "LSB", "-depth", "16", "rgb:-"], raw)
+    options += [
+        "-orient",
+        (
+            "TopLeft",
+            "TopRight",
+            "BottomRight",
+            "BottomLeft",
+            "LeftTop",
+            "RightTop",
+            "RightBottom",
+            "LeftBottom",
+        )[orientation - 1],
+    ]
+    raw = magick(
+        ["-size", f"{width}x{height}", "-depth", "16", "-endian", "LSB", "rgb:-", *options, f"{form}:-"],
+        picture.astype("<u2").tobytes(),
+    )
+    back = magick(
+        [
+            "-",
+            "-orient",
+            "Undefined",
+            "-alpha",
+            "off",
+            "-colorspace",
+            "sRGB",
+            "-endian",
+            "LSB",
+            "-depth",
+            "16",
+            "rgb:-",
+        ],
+        raw,
+    )
     if len(back) != 6 * height * width:
         return Written(f"ImageMagick {form} {options}", raw, np.full((1, 1, 3), -1.0))
     own = np.frombuffer(back, "<u2").reshape(height, width, 3)
