@@ -272,6 +272,8 @@ def _check_extra(page: Page) -> None:
         raise BrokenImage(
             f"TIFF of {count + 1} bands, and nobody says which are red, green and blue: {BANDS_ADVICE}"
         )
+    if photometric == WHITE_IS_ZERO and page.extra == ASSOCIATED:
+        raise BrokenImage("TIFF of inverted gray that is multiplied by alpha: convert it to RGB")
     if photometric == CMYK and (page.first(INK_SET) != 1 or (count and page.extra != UNASSOCIATED)):
         raise BrokenImage("TIFF of other inks than cyan, magenta, yellow and black: convert it to RGB")
     if photometric == PALETTE and ((count and not is_alpha) or COLOR_MAP not in page.tags or page.bits > 8):
@@ -333,6 +335,7 @@ def _is_pillows(page: Page) -> bool:
 def _colors(page: Page, samples: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     """Return the colors of the samples (h w s) that tifffile has unpacked."""
     photometric, bits = page.first(PHOTOMETRIC), page.bits
+    most = (1 << bits) - 1
     if photometric == PALETTE:
         table = np.array(page.tags[COLOR_MAP], dtype=np.uint16).reshape(3, -1)
         if table.shape[1] != 1 << bits:
@@ -341,8 +344,9 @@ def _colors(page: Page, samples: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
             table >>= 8
         return table.astype(np.uint8).T[samples[..., 0]]
     if page.extra == ASSOCIATED:
-        samples = _unmultiplied(samples, COLORS[photometric])
-    samples, most = samples[..., : COLORS[photometric]], (1 << bits) - 1
+        values = _unmultiplied(samples[..., : COLORS[photometric]], samples[..., COLORS[photometric], None])
+        return _gray(values[..., 0]) if page.is_gray else values
+    samples = samples[..., : COLORS[photometric]]
     if photometric == CMYK:
         inks = most - samples.astype(np.uint64)
         samples = inks[..., :3] * inks[..., 3:] // most
@@ -353,13 +357,11 @@ def _colors(page: Page, samples: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     return _gray(values[..., 0]) if page.is_gray else np.ascontiguousarray(values)
 
 
-def _unmultiplied(samples: np.ndarray, num_colors: int) -> np.ndarray:
-    """Return colors that were multiplied by alpha as they were before; 0 where alpha is 0."""
-    colors, alpha = samples[..., :num_colors].astype(np.uint64), samples[..., num_colors : num_colors + 1]
+def _unmultiplied(colors: np.ndarray, alpha: np.ndarray) -> UInt8[np.ndarray, "h w c"]:
+    """Return colors that were multiplied by alpha (h w 1) as they were before; 0 where alpha is 0."""
     if (colors > alpha).any():
         raise BrokenImage("TIFF whose colors exceed the alpha that they are said to be multiplied by")
-    most = np.uint64(np.iinfo(samples.dtype).max)
-    return (colors * most // np.maximum(alpha, 1).astype(np.uint64)).astype(samples.dtype)
+    return (colors.astype(np.uint32) * 255 // np.maximum(alpha, 1)).astype(np.uint8)
 
 
 def _tensor(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[Tensor, "3 h w"]:

@@ -70,7 +70,7 @@ def test_gray_is_scaled_by_its_mode_whatever_its_values(top):
     ):
         pixels = as_array(decode(encode(image, form)))
         assert np.array_equal(pixels[..., 0], gray >> 8)
-    with pytest.raises(BrokenImage, match="signed integers.*no agreed black and white"):
+    with pytest.raises(BrokenImage, match="signed integers"):
         decode(encode(Image.fromarray(gray.astype(np.int32)), "TIFF"))
 
 

@@ -39,8 +39,8 @@ def by_pillow(raw: bytes) -> np.ndarray:
 @pytest.mark.parametrize("name", sorted(set(fuzz_images.originals()) - {"tiff float"}))
 def test_whole_files_look_as_in_a_viewer(name):
     raw = fuzz_images.originals()[name]
-    expected = by_pillow(raw)
-    if name in ("png 16", "tiff 16", "pgm 16"):  # convert() would clip them to white
+    expected = picture() if name in fuzz_images.rare_tiffs() else by_pillow(raw)
+    if name in ("png 16", "tiff 16", "pgm 16", "tiff white"):  # convert() would clip them to white
         expected = picture()[..., :1].repeat(3, axis=2)
     elif name == "pgm 10 bit":
         expected = (
