@@ -23,6 +23,7 @@ from tests.helpers.fuzz_images import (
     png,
     png_chunk,
 )
+from tests.helpers.image_bytes import directory
 
 SEED = 5
 NUM_MUTATED = 1000
@@ -90,6 +91,23 @@ def many_scans(count: int, width: int, height: int) -> bytes:
     raw = encode(Image.new("L", (32, 32), 90), "JPEG", progressive=True)
     last = raw.rindex(b"\xff\xda")
     return jpeg_claiming(raw[:-2] + raw[last:-2] * count + b"\xff\xd9", width, height)
+
+
+def tiff_planes(width: int, height: int, packed: bytes) -> bytes:
+    """An RGB TIFF whose three planes are the same deflated bytes."""
+    tags = {
+        256: [width],
+        257: [height],
+        258: [8] * 3,
+        259: [8],
+        262: [2],
+        273: [8] * 3,
+        277: [3],
+        278: [height],
+    }
+    tags |= {279: [len(packed)] * 3, 284: [2]}
+    data = packed + bytes(len(packed) % 2)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory(tags, 8 + len(data))
 
 
 JPEG = encode(Image.fromarray(picture()), "JPEG")
@@ -203,6 +221,21 @@ BOMBS: dict[str, tuple[Callable[[], bytes], int, int]] = {
     "PNG one pixel high": (lambda: solid_png(178_000_000, 1), 10, 1),
     "WebP of 16383 x 16383 in 200 bytes": (lambda: webp_canvas(16383, 16383), 10, 1),
     "JPEG of 170 million pixels in a kilobyte": (lambda: jpeg_claiming(JPEG, 65500, 2600), 2100, 20),
+    "TIFF of 170 million pixels in a kilobyte": (
+        lambda: tiff_planes(13_000, 13_000, zlib.compress(b"")),
+        2100,
+        20,
+    ),
+    "TIFF of 16 x 16 pixels that unpack to 300 MB": (
+        lambda: tiff_planes(16, 16, zlib.compress(bytes(300 << 20), 9)),
+        40,
+        2,
+    ),
+    "JPEG of 170 million pixels in a kilobyte, without an end": (
+        lambda: jpeg_claiming(JPEG, 65500, 2600)[:-2],
+        10,
+        1,
+    ),
     "JPEG of 20,000 scans": (lambda: many_scans(20_000, 8000, 8000), 10, 1),
     "JPEG of 20,000 scans and a run of 0xff": (
         lambda: JPEG[:2] + b"\xff" * 300_000 + b"\0" + many_scans(20_000, 8000, 8000)[2:],

@@ -160,7 +160,7 @@ def rare_tiffs() -> dict[str, bytes]:
     planes = np.moveaxis(picture(), -1, 0)
     deep = picture().astype(np.uint16) * 257
     white = 255 - picture()[..., 0]
-    made = {
+    made: dict[str, tuple[np.ndarray, str, dict, dict]] = {
         "tiff planes": (planes, "rgb", {"planarconfig": "separate", "compression": "zlib"}, {}),
         "tiff white": (white, "miniswhite", {"compression": "lzw", "tile": (16, 16)}, {}),
         "tiff planes 16": (np.moveaxis(deep, -1, 0), "rgb", {"planarconfig": "separate"}, {"byteorder": ">"}),

@@ -43,7 +43,7 @@ def tiff(
         278: [height],
         279: [len(strip) for strip in strips],
         284: [planar],
-        **{int(name[1:]): values for name, values in more.items()},
+        **{int(name[1:]): values for name, values in more.items() if len(values)},
     }
     start = b"II*\0" if order == "<" else b"MM\0*"
     data = b"".join(strips)

@@ -247,7 +247,7 @@ def by_opencv(rng: np.random.Generator) -> Written:
     assert is_written
     expected = None if bits == 32 else meant(picture, bits)
     if extension in LOSING:
-        expected = meant(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB), 8)
+        expected = meant(np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)), 8)
     return Written(f"OpenCV {extension} {given.shape} {given.dtype} {options}", data.tobytes(), expected)
 
 
