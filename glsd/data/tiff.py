@@ -13,27 +13,20 @@ from jaxtyping import UInt8
 from PIL import TiffImagePlugin
 from torch import Tensor
 
-from glsd.data.pixels import ORIENTATION, check_size, upright
+from glsd.data.pixels import MAX_PIXELS, ORIENTATION, check_size, upright
 from glsd.errors import BrokenImage
 
 MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF, with 64-bit offsets
 MAX_PAGES, MAX_SEGMENTS = 4096, 1 << 20
+MAX_SAMPLES = 4 * MAX_PIXELS  # of an image or a tile
+ROWS_AT_ONCE = 256  # whose colors are computed: bounds the memory for them
 
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, FILL_ORDER, DESCRIPTION = 256, 257, 258, 259, 262, 266, 270
 STRIPS, SAMPLES, STRIP_ROWS, STRIP_SIZES, PLANAR, PREDICTOR, COLOR_MAP = 273, 277, 278, 279, 284, 317, 320
 TILE_WIDTH, TILE_HEIGHT, TILES, TILE_SIZES, INK_SET, EXTRA, FORMAT = 322, 323, 324, 325, 332, 338, 339
 SUBFILE, OLD_SUBFILE, DEPTH, STACK, PROFILE = 254, 255, 32997, 33629, 34675
 # What a missing tag means.
-DEFAULTS = {
-    BITS: 1,
-    COMPRESSION: 1,
-    FILL_ORDER: 1,
-    SAMPLES: 1,
-    PLANAR: 1,
-    PREDICTOR: 1,
-    INK_SET: 1,
-    FORMAT: 1,
-}
+DEFAULTS = dict.fromkeys((BITS, COMPRESSION, FILL_ORDER, SAMPLES, PLANAR, PREDICTOR, INK_SET, FORMAT), 1)
 DEFAULTS |= {SUBFILE: 0, OLD_SUBFILE: 1, DEPTH: 1, ORIENTATION: 1}
 TAGS = {*DEFAULTS, WIDTH, HEIGHT, PHOTOMETRIC, DESCRIPTION, STRIPS, STRIP_ROWS, STRIP_SIZES, COLOR_MAP}
 TAGS |= {TILE_WIDTH, TILE_HEIGHT, TILES, TILE_SIZES, EXTRA, STACK, PROFILE}
@@ -44,7 +37,7 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
 COLORS = {WHITE_IS_ZERO: 1, BLACK_IS_ZERO: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3}  # samples of a color
 PHOTOMETRICS = {4: "transparency mask", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32803: "raw camera data"}
 PHOTOMETRICS |= {32844: "LogL", 32845: "LogLuv", 34892: "raw camera data"}
-FORMATS = {2: "signed integers", 3: "floats", 5: "complex integers", 6: "complex floats"}
+FORMATS = {2: ("signed integers", "int"), 3: ("floats", "float")}
 NONE, LZW, JPEG, DEFLATE = 1, 5, 7, (8, 32946)
 FAX = (2, 3, 4)
 # LZMA, zstd: tifffile reads them, and not every Pillow.
@@ -129,7 +122,7 @@ def open_tiff(raw: bytes) -> Page:
         raise BrokenImage(
             f"TIFF of {alike} pages of one channel each (channels, a stack or a film?): {PAGES_ADVICE}"
         )
-    if hidden := _hidden_pages(page):
+    if len(shown) == 1 and (hidden := _hidden_pages(page)):
         raise BrokenImage(f"TIFF of {hidden}: {PAGES_ADVICE}")
     return page
 
@@ -141,9 +134,7 @@ def decode_tiff(raw: bytes, page: Page) -> UInt8[Tensor, "3 h w"]:
     """
     if _is_pillows(page):
         image = TiffImagePlugin.TiffImageFile(io.BytesIO(raw))
-        image.info.pop(
-            "xmp", None
-        )  # where Pillow looks for an orientation, too; it turns a TIFF when it loads it
+        image.info.pop("xmp", None)  # Pillow turns a TIFF when it loads it, and asks XMP, too
         if image.mode.startswith("I"):
             return _tensor(_gray((np.asarray(image) >> 8).astype(np.uint8)))
         return _tensor(np.array(image.convert("RGB")))
@@ -161,9 +152,11 @@ def decode_tiff(raw: bytes, page: Page) -> UInt8[Tensor, "3 h w"]:
     planes, height, width = _planes(page), page.height, page.width
     if samples.shape != (planes, 1, height, width, page.first(SAMPLES) // planes):
         raise BrokenImage(f"damaged TIFF: pixels of shape {samples.shape}")
-    samples = np.moveaxis(samples[:, 0], 0, -1) if planes > 1 else samples[0, 0]
-    colors = _colors(page, samples.reshape(height, width, -1))
-    return upright(_tensor(colors), page.first(ORIENTATION))
+    samples = np.moveaxis(samples[:, 0, :, :, 0], 0, -1) if planes > 1 else samples[0, 0]
+    pixels = np.empty((height, width, 3), np.uint8)
+    for row in range(0, height, ROWS_AT_ONCE):
+        pixels[row : row + ROWS_AT_ONCE] = _colors(page, samples[row : row + ROWS_AT_ONCE])
+    return upright(_tensor(pixels), page.first(ORIENTATION))
 
 
 def _pages(raw: bytes) -> list[Page]:
@@ -236,9 +229,9 @@ def _check_layout(page: Page) -> None:
         raise BrokenImage(f"TIFF of {samples} samples of {page.tags.get(BITS)} bits")
     formats = set(page.tags.get(FORMAT, (1,)))
     if wrong := sorted(formats - {1, 4}):
+        what, name = FORMATS.get(wrong[0], ("complex numbers", "complex"))
         raise BrokenImage(
-            f"TIFF of {bits}-bit {FORMATS.get(wrong[0], 'samples of an unknown kind')} "
-            f"({_numpy_name(wrong[0], bits)}), which have no agreed black and white: scale them to 8 or 16 bits"
+            f"TIFF of {what} ({name}{bits}), which have no agreed black and white: scale them to 8 or 16 bits"
         )
     if not 1 <= bits <= 16:
         raise BrokenImage(
@@ -257,17 +250,10 @@ def _check_layout(page: Page) -> None:
     _check_extra(page)
 
 
-def _numpy_name(kind: int, bits: int) -> str:
-    return f"{ {2: 'int', 3: 'float'}.get(kind, 'complex') }{bits}"
-
-
 def _check_extra(page: Page) -> None:
     """Raise BrokenImage unless the color of a page is all that its samples are, or clearly apart from the others."""
-    photometric, count, is_alpha = (
-        page.first(PHOTOMETRIC),
-        page.num_extra,
-        page.extra in (ASSOCIATED, UNASSOCIATED),
-    )
+    photometric, count = page.first(PHOTOMETRIC), page.num_extra
+    is_alpha = page.extra in (ASSOCIATED, UNASSOCIATED)
     if page.is_gray and count and not (count == 1 and is_alpha):
         raise BrokenImage(
             f"TIFF of {count + 1} bands, and nobody says which are red, green and blue: {BANDS_ADVICE}"
@@ -299,6 +285,10 @@ def _check_data(page: Page, length: int) -> None:
     else:
         columns, rows = width, min(height, page.first(STRIP_ROWS) if STRIP_ROWS in page.tags else height)
         offsets, sizes = page.tags.get(STRIPS, ()), page.tags.get(STRIP_SIZES, ())
+    if max(width * height, columns * rows) * page.first(SAMPLES) > MAX_SAMPLES:
+        raise BrokenImage(
+            f"TIFF of {page.first(SAMPLES)} bands: more than the limit of {MAX_SAMPLES} samples"
+        )
     if columns < 1 or rows < 1:
         raise BrokenImage("damaged TIFF: tiles or strips of no pixels")
     parts = _planes(page) * math.ceil(height / rows) * math.ceil(width / columns)
@@ -308,11 +298,8 @@ def _check_data(page: Page, length: int) -> None:
         raise BrokenImage("truncated TIFF: some pixels are behind the end of the file")
     if page.first(COMPRESSION) == NONE:
         line = math.ceil(columns * page.bits * page.first(SAMPLES) / _planes(page) / 8)
-        last = rows if TILES in page.tags else (height - 1) % rows + 1
-        if (
-            sum(sizes) < line * (rows * (parts - _planes(page)) + last * _planes(page))
-            and TILES not in page.tags
-        ):
+        lines = parts * rows if TILES in page.tags else _planes(page) * height
+        if sum(sizes) < line * lines:
             raise BrokenImage("truncated TIFF: fewer bytes than pixels")
 
 
@@ -326,7 +313,7 @@ def _is_pillows(page: Page) -> bool:
     if 4 in page.tags.get(FORMAT, ()) or page.first(COMPRESSION) not in PILLOW_COMPRESSIONS:
         return False
     if photometric == RGB:
-        return bits in (8, 16) and (not count or (count == 1 and page.extra == UNASSOCIATED))
+        return bits in (8, 16) and (not count or (count == 1 and page.extra != ASSOCIATED))
     if photometric in (CMYK, PALETTE, YCBCR):
         return bits == 8 and not count and max(page.tags.get(COLOR_MAP, (256,))) > 255
     return not count and (bits == 1 or (photometric == BLACK_IS_ZERO and bits in (8, 16)))
@@ -348,7 +335,7 @@ def _colors(page: Page, samples: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
         return _gray(values[..., 0]) if page.is_gray else values
     samples = samples[..., : COLORS[photometric]]
     if photometric == CMYK:
-        inks = most - samples.astype(np.uint64)
+        inks = most - samples.astype(np.uint32)  # 65535 x 65535 fits
         samples = inks[..., :3] * inks[..., 3:] // most
     elif photometric == WHITE_IS_ZERO:
         samples = most - samples.astype(np.uint16)

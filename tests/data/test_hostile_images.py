@@ -23,7 +23,7 @@ from tests.helpers.fuzz_images import (
     png,
     png_chunk,
 )
-from tests.helpers.image_bytes import directory
+from tests.helpers.image_bytes import directory, tiff
 
 SEED = 5
 NUM_MUTATED = 1000
@@ -230,6 +230,20 @@ BOMBS: dict[str, tuple[Callable[[], bytes], int, int]] = {
         lambda: tiff_planes(16, 16, zlib.compress(bytes(300 << 20), 9)),
         40,
         2,
+    ),
+    "TIFF of 16 x 16 pixels of 60,000 bands in a tile of 8192 x 8192": (
+        lambda: tiff(
+            np.zeros((16, 16, 1), np.uint8),
+            8,
+            2,
+            t277=[60_000],
+            t322=[8192],
+            t323=[8192],
+            t324=[8],
+            t325=[99],
+        ),
+        10,
+        1,
     ),
     "JPEG of 170 million pixels in a kilobyte, without an end": (
         lambda: jpeg_claiming(JPEG, 65500, 2600)[:-2],
