@@ -58,8 +58,8 @@ def examine(
 
     To be fixed: shards that are damaged or do not fit their index, unreadable images, images of more than 8 bits of which
     all in a split are nearly black, labels that only some images of a split have or that classes.json does not name,
-    duplicates and near-duplicates between splits. near_bits: how many of
-    the 64 bits of two hashes may differ for two images to be compared. Raises UserError for a pattern without match.
+    duplicates and near-duplicates between splits. near_bits: how many of the 64 bits of two hashes may differ for two
+    images to be compared. Raises UserError for a pattern without match.
     """
     if not 0 <= near_bits <= HASH_BITS // 4:
         raise UserError(f"near_bits is {near_bits}: expected 0 (only equal hashes) to {HASH_BITS // 4}")

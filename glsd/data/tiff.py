@@ -6,6 +6,7 @@ import math
 import re
 import struct
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -106,7 +107,7 @@ def open_tiff(raw: bytes) -> Page:
     """Return the picture that a TIFF file shows: its first page; no pixel is decoded.
 
     Raises BrokenImage for what no reader here reads right, and for a file of several gray pages of one size: whether they
-    are channels, a stack or a film, each is a part of something.
+    are channels, a stack or a film, each is a part of something. So it does where it takes the extra, without it.
     """
     pages = _pages(raw)
     shown = [page for page in pages if not page.first(SUBFILE) & 5 and page.first(OLD_SUBFILE) != 2]
@@ -124,30 +125,20 @@ def open_tiff(raw: bytes) -> Page:
         )
     if len(shown) == 1 and (hidden := _hidden_pages(page)):
         raise BrokenImage(f"TIFF of {hidden}: {PAGES_ADVICE}")
+    if not _is_pillows(page):
+        _tifffile(page)  # now, so that a packing command says it
     return page
 
 
 def decode_tiff(raw: bytes, page: Page) -> UInt8[Tensor, "3 h w"]:
-    """Return the pixels of a page of open_tiff(), upright; alpha is dropped.
-
-    Raises BrokenImage where it takes the extra and that is not installed.
-    """
+    """Return the pixels of a page of open_tiff(), upright; alpha is dropped."""
     if _is_pillows(page):
         image = TiffImagePlugin.TiffImageFile(io.BytesIO(raw))
         image.info.pop("xmp", None)  # Pillow turns a TIFF when it loads it, and asks XMP, too
         if image.mode.startswith("I"):
             return _tensor(_gray((np.asarray(image) >> 8).astype(np.uint8)))
         return _tensor(np.array(image.convert("RGB")))
-    try:
-        import imagecodecs  # noqa: F401 - tifffile decompresses with it
-        import tifffile
-    except ImportError as error:
-        what = f"{page.bits}-bit samples, PhotometricInterpretation {page.first(PHOTOMETRIC)}"
-        raise BrokenImage(
-            f"TIFF of a less common layout ({what}): to read it, pip install 'glsd[tiff]'"
-        ) from error
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is raised
-    with tifffile.TiffFile(io.BytesIO(raw), is_ome=False) as file:
+    with _tifffile(page).TiffFile(io.BytesIO(raw), is_ome=False) as file:
         samples = file.pages[page.number].asarray(squeeze=False, maxworkers=1)
     planes, height, width = _planes(page), page.height, page.width
     if samples.shape != (planes, 1, height, width, page.first(SAMPLES) // planes):
@@ -157,6 +148,20 @@ def decode_tiff(raw: bytes, page: Page) -> UInt8[Tensor, "3 h w"]:
     for row in range(0, height, ROWS_AT_ONCE):
         pixels[row : row + ROWS_AT_ONCE] = _colors(page, samples[row : row + ROWS_AT_ONCE])
     return upright(_tensor(pixels), page.first(ORIENTATION))
+
+
+def _tifffile(page: Page) -> ModuleType:
+    """Return the reader of the extra; BrokenImage without it."""
+    try:
+        import imagecodecs  # noqa: F401 - tifffile decompresses with it
+        import tifffile
+    except ImportError as error:
+        what = f"{page.bits}-bit samples, PhotometricInterpretation {page.first(PHOTOMETRIC)}"
+        raise BrokenImage(
+            f"TIFF of a less common layout ({what}): to read it, pip install 'glsd[tiff]'"
+        ) from error
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is raised
+    return tifffile
 
 
 def _pages(raw: bytes) -> list[Page]:

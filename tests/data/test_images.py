@@ -583,6 +583,8 @@ def test_without_the_extra_a_line_says_what_to_install(monkeypatch):
             assert "pip install 'glsd[tiff]'" in str(error)  # noqa: PT017 - which files these are is not the question
             assert "pip install 'glsd[tiff]'" in rows("Refused")[EXTRA]
             refused += 1
+            with pytest.raises(BrokenImage, match="pip install"):
+                read_header(raw)
         else:
             assert np.abs(ours - pixels.astype(float)).max() <= 1
     assert 20 < refused < len(every) - 20
