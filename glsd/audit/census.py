@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8, UInt64
 from tqdm import tqdm
 
-from glsd.data.decode import decode
+from glsd.data.decode import decode, read_header
 from glsd.errors import BrokenImage, UserError
 from glsd.packing.source import in_workers
 from glsd.packing.write import read_sources, source_table
@@ -42,6 +42,8 @@ class _Examined(NamedTuple):
     pixel_digest: bytes = NO_DIGEST
     code: int = 0
     thumb: np.ndarray | None = None
+    bits: int = 8
+    peak: int = 0
     reason: str = ""
     is_shard_fault: bool = False  # the reason is about the shard, not the image
 
@@ -64,6 +66,8 @@ class Census:
     pixel_digest: np.ndarray
     code: UInt64[np.ndarray, " n"]  # hash of the coarse structure
     thumb: UInt8[np.ndarray, "n t"]
+    bits: Int64[np.ndarray, " n"]  # of a stored sample
+    peak: Int64[np.ndarray, " n"]  # the brightest value of the decoded image, 0..255
     reasons: dict[int, str] = field(default_factory=dict)  # of unreadable images outside faulty shards
     sources: dict[Path, dict[str, str]] = field(
         default_factory=dict
@@ -161,6 +165,8 @@ def _empty(splits: tuple[str, ...], sets: list[tuple[str, ShardSet]], faults: li
         pixel_digest=np.zeros(n, f"V{DIGEST_BYTES}"),
         code=np.zeros(n, np.uint64),
         thumb=np.zeros((n, 3 * THUMB_SIDE**2), np.uint8),
+        bits=np.full(n, 8),
+        peak=np.zeros(n, np.int64),
     )
 
 
@@ -181,6 +187,7 @@ def _read(census: Census, start: int, name: str, shards: ShardSet, workers: int,
         census.pixel_digest[number] = one.pixel_digest
         census.code[number] = one.code
         census.thumb[number] = one.thumb
+        census.bits[number], census.peak[number] = one.bits, one.peak
     for shard, reason in faulty.items():
         census.faults.append((name, census.shards[shard], reason))
         _forget(census, shard)
@@ -223,7 +230,13 @@ class _Examiner:
         digest.update(pixels.data)
         code, thumb = fingerprint(pixels)
         return broken._replace(
-            width=width, height=height, pixel_digest=digest.digest()[:DIGEST_BYTES], code=code, thumb=thumb
+            width=width,
+            height=height,
+            pixel_digest=digest.digest()[:DIGEST_BYTES],
+            code=code,
+            thumb=thumb,
+            bits=read_header(raw).bits,
+            peak=int(pixels.max()),
         )
 
 

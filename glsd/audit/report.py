@@ -22,6 +22,7 @@ LONG = 5.0  # long side / short side
 LARGE_SHORT_SIDE = 800  # pixels: with such a median, decoding is most of the work of training
 UNEVEN_SHARDS = 2.0  # largest / median
 UNEVEN_CLASSES = 10.0  # largest / smallest
+DARK = 64  # of 255: an image of more than 8 bits that stays below leaves two bits unused
 PERCENTILES = (0, 5, 50, 95, 100)
 
 
@@ -55,9 +56,10 @@ def examine(
 ) -> Examination:
     """Read and decode every image of some splits, each given by its patterns of shards.
 
-    To be fixed: shards that are damaged or do not fit their index, unreadable images, labels that only some images of a
-    split have or that classes.json does not name, duplicates and near-duplicates between splits. near_bits: how many of
-    the 64 bits of two hashes may differ for two images to be compared. Raises UserError for a pattern without match.
+    To be fixed: shards that are damaged or do not fit their index, unreadable images, images of more than 8 bits of which
+    all in a split are nearly black, labels that only some images of a split have or that classes.json does not name,
+    duplicates and near-duplicates between splits. near_bits: how many of the 64 bits of two hashes may differ for two
+    images to be compared. Raises UserError for a pattern without match.
     """
     if not 0 <= near_bits <= HASH_BITS // 4:
         raise UserError(f"near_bits is {near_bits}: expected 0 (only equal hashes) to {HASH_BITS // 4}")
@@ -68,6 +70,7 @@ def examine(
         *_unreadable(census),
         *(Finding("note", "unused", text) for text in census.unused),
         *_sizes(census),
+        *_depths(census),
         *_labels(census),
         *_balance(census),
         *_keys(census),
@@ -162,6 +165,28 @@ def _sizes(census: Census) -> Iterator[Finding]:
         )
     elif len(rows) and not any(those.any() for _, those, _ in odd):
         yield Finding("ok", "sizes", "no image is tiny, huge, long or blank")
+
+
+def _depths(census: Census) -> Iterator[Finding]:
+    """Find images of more than 8 bits that stay nearly black, such as 12-bit values in files of 16 bits."""
+    for name in census.splits:
+        mine = census.rows(name)
+        deep = mine[census.readable()[mine] & (census.bits[mine] > 8)]
+        dark = deep[census.peak[deep] < DARK]
+        if not len(dark):
+            continue
+        unused = 8 - np.ceil(np.log2(census.peak[dark] + 1)).astype(int)
+        tops = [((int(census.peak[n]) + 1) << int(census.bits[n] - 8)) - 1 for n in dark]
+        whites = [(1 << int(bits)) - 1 for bits in census.bits[dark]]
+        items = tuple(
+            (census.place(number), f"values up to {top} of {white}")
+            for number, top, white in zip(dark, tops, whites, strict=True)
+        )
+        text = (
+            f"{name}: {len(dark):,} of {len(deep):,} images of more than 8 bits are nearly black: values up to {max(tops)} of "
+            f"{max(whites)}. If their white is there, multiply the values by {1 << int(unused.min())} before packing"
+        )
+        yield Finding("FIX" if len(dark) == len(deep) else "note", "range", text, items)
 
 
 def _labels(census: Census) -> Iterator[Finding]:

@@ -17,7 +17,8 @@ from jaxtyping import Float, Float32, Float64, UInt8
 from torch import Tensor
 
 from glsd.batches import NUM_GLOBAL, PHOTOMETRIC_FIELDS
-from glsd.data.decode import REDUCTIONS, decode_reduced
+from glsd.data.decode import decode_reduced
+from glsd.data.jpeg import REDUCTIONS
 from glsd.data.workers import single_threaded
 from glsd.errors import UserError
 from glsd.rng import Stream, uniforms

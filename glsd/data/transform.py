@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from glsd.data.decode import to_rgb
+from glsd.data.decode import from_pillow
 from glsd.data.photometric import normalize
-from glsd.errors import UserError
+from glsd.errors import BrokenImage, UserError
 
 # Longer images are cut to this aspect before the resize: only the center is used, and 1 x 100000 must not become gigabytes.
 MAX_ASPECT = 8
@@ -76,7 +76,10 @@ class EvalTransform:
 def as_pixels(image: Any) -> UInt8[Tensor, "3 h w"]:
     """Return the pixels of a Pillow image, an array (h, w, 3) or a tensor (3, h, w), which must be uint8 RGB."""
     if isinstance(image, Image.Image):
-        return to_rgb(image.copy())  # which turns it upright in place
+        try:
+            return from_pillow(image)
+        except BrokenImage as problem:
+            raise UserError(f"an image cannot be used: {problem}") from problem
     if isinstance(image, np.ndarray):
         if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -2,10 +2,8 @@
 
 import errno
 import hashlib
-import io
 import os
 import stat
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
-from PIL import Image
 
-from glsd.data.decode import FORMATS, decode
+from glsd.data.decode import decode, read_header
 from glsd.data.workers import make_loader, raised
 from glsd.errors import BrokenImage, UserError
 from glsd.packing.resize import shorten
@@ -159,7 +156,7 @@ class _Task:
         label = source.labels[number] if source.labels is not None else -1
         try:
             raw = source.read(number)
-            extension = image_extension(raw)
+            extension = read_header(raw).kind
             if self.short_side and (smaller := shorten(raw, self.short_side)):
                 return Loaded(number, smaller[0], smaller[1], label, smaller[2])
             if self.full_check:
@@ -172,17 +169,3 @@ class _Task:
         if source.keeps_extensions and given in IMAGE_EXTENSIONS:
             extension = given
         return Loaded(number, raw, extension, label)
-
-
-def image_extension(raw: bytes) -> str:
-    """Return the extension for the bytes of an image file; BrokenImage if the header is of no known format."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images long before it refuses them
-            with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
-                kind = str(image.format).lower()
-    except Image.UnidentifiedImageError as error:
-        raise BrokenImage("not an image of a known format" if raw else "empty file (0 bytes)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BrokenImage(str(error)) from error
-    return "jpg" if kind in ("jpeg", "mpo") else kind

@@ -89,6 +89,31 @@ def test_unreadable_images(tmp_path):
         assert levels(found)["duplicates"] == levels(found)["near duplicates"] == "ok"
 
 
+def test_twelve_bits_in_files_of_sixteen(tmp_path):
+    """They train nearly black; the auditor says what range it found, and what to do."""
+
+    def deep(seed: int, bits: int) -> bytes:
+        gray = np.asarray(scene(seed).convert("L")).astype(np.uint16)
+        gray[0, 0] = 255
+        return encoded(Image.fromarray((gray * 257) >> (16 - bits)), "PNG")
+
+    twelve = pack(tmp_path, "twelve", [deep(n, 12) for n in range(6)])
+    found = examine({"a": [twelve]})
+    assert levels(found)["range"] == "FIX"
+    (text,) = (finding.text for finding in found.findings if finding.topic == "range")
+    assert text == (
+        "a: 6 of 6 images of more than 8 bits are nearly black: values up to 4095 of 65535. If their white is there, "
+        "multiply the values by 16 before packing"
+    )
+    assert items(found, "range")[1] == "twelve-000000.tar 00000001 values up to 4095 of 65535"
+    mixed = pack(tmp_path, "mixed", [*(deep(n, 16) for n in range(5)), deep(9, 10)])
+    found = examine({"a": [mixed]})
+    assert levels(found)["range"] == "note"
+    assert items(found, "range") == ["mixed-000000.tar 00000005 values up to 1023 of 65535"]
+    assert "range" not in levels(examine({"a": [pack(tmp_path, "whole", [deep(n, 16) for n in range(5)])]}))
+    assert "range" not in levels(examine({"a": [pack(tmp_path, "eight", scenes(0, 5))]}))
+
+
 def test_copies_inside_a_split_are_a_note(tmp_path):
     bitmap = encoded(Image.open(io.BytesIO(scenes(2, 1)[0])), "PNG")  # the same pixels, other bytes
     shards = pack(tmp_path, "a", [*scenes(0, 10), *scenes(4, 1), bitmap], [0] * 11 + [5])

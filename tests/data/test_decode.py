@@ -66,13 +66,12 @@ def test_gray_is_scaled_by_its_mode_whatever_its_values(top):
     for image, form in (
         (Image.fromarray(gray), "PNG"),
         (Image.fromarray(gray), "TIFF"),
-        (Image.fromarray(gray.astype(np.int32)), "TIFF"),
         (Image.fromarray(gray.astype(np.int32)), "PPM"),
     ):
         pixels = as_array(decode(encode(image, form)))
         assert np.array_equal(pixels[..., 0], gray >> 8)
-    with pytest.raises(BrokenImage, match=r"outside 0\.\.65535"):
-        decode(encode(Image.fromarray(gray.astype(np.int32) + 65536), "TIFF"))
+    with pytest.raises(BrokenImage, match="signed integers"):
+        decode(encode(Image.fromarray(gray.astype(np.int32)), "TIFF"))
 
 
 def test_other_formats_are_not_even_opened():
@@ -174,7 +173,7 @@ def test_jpeg_with_something_appended_is_whole(kind):
 def test_truncated_jpeg_is_refused_wherever_it_was_cut(kind):
     raw = JPEGS[kind]()
     assert raw.count(b"\xff\xd9") == (2 if "thumbnail" in kind else 1)
-    for end in range(0, len(raw) - 1, 5):
+    for end in range(0, len(raw) - 2, 5):
         with pytest.raises(BrokenImage):
             decode(raw[:end])
     scan = raw.rindex(b"\xff\xda")

@@ -18,7 +18,8 @@ from glsd.data.crops import (
     draw,
     random_crop,
 )
-from glsd.data.decode import Grid, decode, decode_reduced, upright, upright_grid
+from glsd.data.decode import decode, decode_reduced
+from glsd.data.pixels import Grid, upright, upright_grid
 from glsd.errors import BrokenImage
 from tests.helpers.usual_spec import usual_spec
 

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
+import tifffile
 from PIL import Image, TiffImagePlugin
 
 HEIGHT, WIDTH = 24, 32
@@ -143,6 +144,7 @@ def originals() -> dict[str, bytes]:
         "tiff float": encode(rgb.convert("F"), "TIFF"),
         "tiff tiled": tiled_tiff(picture()),
         "tiff cmyk": encode(rgb.convert("CMYK"), "TIFF"),
+        **rare_tiffs(),
         "tiff turned": encode(rgb, "TIFF", tiffinfo=turned()),
         "ppm": encode(rgb, "PPM"),
         "pgm 16": encode(gray16, "PPM"),
@@ -151,6 +153,30 @@ def originals() -> dict[str, bytes]:
         "pbm": encode(rgb.convert("1"), "PPM"),
     }
     return files | {f"jpeg turned {n}": encode(rgb, "JPEG", exif=exif(n)) for n in range(2, 9)}
+
+
+def rare_tiffs() -> dict[str, bytes]:
+    """Layouts that Pillow does not read right."""
+    planes = np.moveaxis(picture(), -1, 0)
+    deep = picture().astype(np.uint16) * 257
+    white = 255 - picture()[..., 0]
+    made: dict[str, tuple[np.ndarray, str, dict, dict]] = {
+        "tiff planes": (planes, "rgb", {"planarconfig": "separate", "compression": "zlib"}, {}),
+        "tiff white": (white, "miniswhite", {"compression": "lzw", "tile": (16, 16)}, {}),
+        "tiff planes 16": (np.moveaxis(deep, -1, 0), "rgb", {"planarconfig": "separate"}, {"byteorder": ">"}),
+        "tiff big 16": (
+            deep,
+            "rgb",
+            {"compression": "zlib", "predictor": True},
+            {"byteorder": ">", "bigtiff": True},
+        ),
+    }
+    files = {}
+    for name, (array, kind, options, settings) in made.items():
+        file = io.BytesIO()
+        tifffile.imwrite(file, array, photometric=kind, metadata=None, **options, **settings)
+        files[name] = file.getvalue()
+    return files
 
 
 def turned() -> TiffImagePlugin.ImageFileDirectory_v2:

@@ -167,7 +167,8 @@ def test_a_postscript_file_is_no_png(tmp_path):
     (tmp_path / "src" / "a.png").write_bytes(noise_image(0, "EPS"))
     (tmp_path / "src" / "b.png").write_bytes(noise_image(0, "PNG"))
     summary = pack_folder(tmp_path / "src", tmp_path / "out")
-    assert summary.unreadable == (("a.png", "not an image of a known format"),)
+    reason = "not an image of a known format: it looks like PostScript; convert it to PNG or JPEG"
+    assert summary.unreadable == (("a.png", reason),)
 
 
 def test_shards_roll_over_at_their_size(tmp_path):

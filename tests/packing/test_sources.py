@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torchvision
-from PIL import Image, ImageCms, JpegImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin, TiffImagePlugin
 
 from glsd.cli import pack
 from glsd.data.decode import decode
@@ -340,6 +340,36 @@ def test_what_becomes_of_the_format():
         assert ("icc_profile" in image.info) is False
     with pytest.raises(BrokenImage):
         shorten(encoded(photo(90, 80), "JPEG")[:-700], 40)
+
+
+def test_what_is_made_smaller_can_be_read_by_all():
+    """Pillow itself refuses a PNG with more than 1 MiB of color profile; libjpeg, one of more than 16 MiB."""
+    small = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for size, is_kept in ((len(small), True), (1 << 20, True), ((1 << 20) + 1, False), (17 << 20, False)):
+        profile = small + bytes(np.random.default_rng(0).integers(0, 256, size - len(small), dtype=np.uint8))
+        for kind in ("TIFF", "PNG", "JPEG") if size < 16 << 20 else ("TIFF", "PNG"):
+            made, extension, _ = shortened(encoded(photo(96, 48), kind, icc_profile=profile), 32)
+            image = Image.open(io.BytesIO(made))
+            image.load()
+            assert (image.size, extension) == ((64, 32), "jpg" if kind == "JPEG" else "png")
+            assert image.info.get("icc_profile") == (profile if is_kept else None)
+            assert decode(made).shape == (3, 32, 64)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_deep_and_turned_images_are_made_smaller(kind):
+    """What is written is what decode() reads, whatever was stored: 16 bits, white is zero, on its side."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[0x0112] = 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gray = Image.fromarray(np.asarray(photo(120, 90, "L")).astype(np.uint16) * 257)
+    raw = encoded(gray, kind, **({"tiffinfo": tags} if kind == "TIFF" else {"exif": exif.tobytes()}))
+    made, extension, was = shortened(raw, 90 - 1)
+    image = Image.open(io.BytesIO(made))
+    assert (extension, was, image.mode, image.size) == ("png", "90x120", "L", (89, 119))
+    whole = Image.fromarray(decode(raw)[0].numpy()).resize((89, 119), Image.Resampling.LANCZOS)
+    assert np.array_equal(np.asarray(image), np.asarray(whole))
 
 
 def test_short_side_leaves_the_rest_to_the_bit(tmp_path):
