@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from glsd.cluster import dist
 from glsd.errors import UserError, one_line
@@ -57,6 +58,19 @@ class Run:
     @property
     def samples(self) -> Path:
         return self.folder / "samples.jsonl"
+
+
+def earlier_precision(run: Run) -> str:
+    """Return the optim.precision of a run that has checkpoints, "" if there is none. Raises UserError for a broken config.yaml."""
+    path = run.folder / "config.yaml"
+    if not checkpoint.has_checkpoint(run.checkpoints) or not path.is_file():
+        return ""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise UserError(f"cannot read {path}: {one_line(problem)}") from problem
+    optim = config.get("optim") if isinstance(config, dict) else None
+    return str(optim.get("precision")) if isinstance(optim, dict) else ""
 
 
 def open_run(out: str | Path, *, resolved_config: str, resume: bool) -> Run:
