@@ -1,4 +1,4 @@
-"""How every command ends: a mistake of the user becomes one line and exit code 2, a bug keeps its traceback."""
+"""How every command ends: a mistake of the user becomes one line and exit code 2, Ctrl-C one line, a bug keeps its traceback."""
 
 import io
 import os
@@ -12,6 +12,7 @@ from glsd.errors import StoppedEarly, UserError
 
 # Environment variable: the exit code of a run that was asked to stop and saved, 0 by default.
 STOPPED_CODE = "GLSD_STOPPED_CODE"
+INTERRUPTED = 130  # as shells report a program that Ctrl-C ended before it could save
 
 
 def run(main: Callable[[list[str]], int | None], words: list[str] | None = None) -> None:
@@ -41,6 +42,11 @@ def run(main: Callable[[list[str]], int | None], words: list[str] | None = None)
         if ranks is None or ranks.end_others(2):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        ranks = sys.modules.get("glsd.cluster.shutdown")
+        if ranks is None or ranks.end_others(INTERRUPTED):
+            print(str(stop) or "stopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     except Exception as problem:
         from glsd.cluster import dist, shutdown
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glsd.audit import counted
-from glsd.cli.door import printable
+from glsd.cli.door import INTERRUPTED, printable
 from glsd.packing import SHARD_MEGABYTES
 
 if TYPE_CHECKING:
     from glsd.packing.write import PackSummary
 
-STOPPED = 130  # as shells report a program ended by Ctrl-C
 SHOWN = 5
 OTHER_COMMANDS = """\
 other commands:
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int | None:
         folder(argv)
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped: nothing was packed", file=sys.stderr)
-        return STOPPED
+        return INTERRUPTED
     return 0
 
 

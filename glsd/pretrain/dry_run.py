@@ -58,8 +58,9 @@ def forecast(cfg: PretrainConfig) -> Forecast:
     Raises the UserErrors of training, and one if the steps do not fit into the memory.
     """
     cfg, accelerator, shards, plan, state = set_up(cfg)
-    if cfg.resume == "auto":
-        restore(cfg, state, Run(Path(cfg.out)), shards)
+    run = Run(Path(cfg.out))
+    if cfg.resume == "auto" and restore(cfg, state, run, shards) is None and dist.is_main():
+        print(f"no checkpoint in {run.checkpoints}: looking at a run from step 0", flush=True)
     open_probe(cfg)
     steps_left = max(0, plan.last_step - state.step)
     batches = make_batches(cfg, state, shards)

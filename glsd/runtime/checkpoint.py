@@ -75,6 +75,9 @@ def save(
             _delete_leftovers(folder)
             advice = "free space or make it writable; earlier checkpoints are intact"
             error = f"cannot write checkpoint {final}: {problem}; {advice}"
+        except KeyboardInterrupt:
+            _delete_leftovers(folder)
+            raise
     error = dist.broadcast_object(error)
     if error:
         raise UserError(error)

@@ -1,6 +1,7 @@
 """The loop of a training run: the duties after each step, the same for pretraining and fine-tuning."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run, open_run, rewind
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ANSWER = b"\nstopping after this step; press again to stop now\n"  # to Ctrl-C
 
 Config = TypeVar("Config")
 Plan = TypeVar("Plan")
@@ -87,6 +89,8 @@ def open_training(
         if saved is not None:
             meters.load_state(saved.state["meters"])
             meters.say(f"resumed from {saved.path} at step {saved.step}")
+        elif resume:
+            meters.say(f"no checkpoint in {run.checkpoints}: starting at step 0")
         yield Training(
             cfg=cfg,
             plan=plan,
@@ -172,16 +176,22 @@ def catch_signals() -> Iterator[Callable[[], str]]:
     """Record SIGTERM, SIGUSR1 and SIGINT in the block instead of ending the process; yield a function that names the signal.
 
     It returns "" before a signal. Each process records its own; StopVote makes ranks agree. Launchers and schedulers send
-    a signal several times, so repeats change nothing, also after the block: the process is about to end. The exception is
-    a Ctrl-C two seconds or more after the first, which stops at once.
+    a signal several times, so repeats change nothing, also after the block: the process is about to end. Ctrl-C is answered
+    in one line, and a second one raises KeyboardInterrupt; under a launcher, which passes the first one on, after two seconds.
     """
     note, first_interrupt = "", 0.0
+    passed_on = any(name in os.environ for name in ("WORLD_SIZE", "SLURM_JOB_ID"))
 
     def leave_note(number: int, _frame: object) -> None:
         nonlocal note, first_interrupt
         if number == signal.SIGINT:
-            if first_interrupt and time.monotonic() - first_interrupt >= 2.0:
-                raise KeyboardInterrupt
+            if first_interrupt and time.monotonic() - first_interrupt >= (2.0 if passed_on else 0.0):
+                raise KeyboardInterrupt(
+                    "stopped at once; --resume auto goes on from the last checkpoint, if there is one"
+                )
+            if not first_interrupt and dist.is_main():
+                with contextlib.suppress(OSError):  # stderr may be closed
+                    os.write(2, ANSWER)  # print() may be in the middle of another line
             first_interrupt = first_interrupt or time.monotonic()
         note = note or signal.Signals(number).name
 

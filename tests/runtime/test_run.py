@@ -9,8 +9,10 @@ import time
 import tracemalloc
 
 import pytest
+import torch
 
 from glsd.errors import UserError
+from glsd.runtime import checkpoint
 from glsd.runtime.loop import StopVote, catch_signals
 from glsd.runtime.run import (
     Run,
@@ -151,7 +153,8 @@ def test_rewind_without_files_does_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_leaves_a_note_however_often_it_comes(number):
+def test_a_signal_leaves_a_note_however_often_it_comes(number, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as a launcher sets it, which passes a Ctrl-C on
     before = signal.getsignal(number)
     with catch_signals() as stop_requested:
         assert stop_requested() == ""
@@ -162,19 +165,48 @@ def test_a_signal_leaves_a_note_however_often_it_comes(number):
         assert stop_requested() == number.name  # the first one counts
     # An interrupt is over with the block; after a request to end the process repeats stay harmless.
     assert signal.getsignal(number) is (before if number == signal.SIGINT else signal.SIG_IGN)
+    answer = "\nstopping after this step; press again to stop now\n" if number == signal.SIGINT else ""
+    assert capfd.readouterr() == ("", answer)
 
 
-def test_an_impatient_second_interrupt_stops_at_once(monkeypatch):
+@pytest.mark.parametrize(
+    ("variables", "patience"), [({}, 0.0), ({"WORLD_SIZE": "1"}, 2.0), ({"SLURM_JOB_ID": "7"}, 2.0)]
+)
+def test_a_second_interrupt_stops_at_once(variables, patience, monkeypatch, capfd):
+    for name in ("WORLD_SIZE", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with catch_signals() as stop_requested:
         os.kill(os.getpid(), signal.SIGINT)
-        now[0] += 1.0  # a launcher passing on the same Ctrl-C
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop_requested() == "SIGINT"
-        now[0] += 1.5
-        with pytest.raises(KeyboardInterrupt):
+        if patience:
+            now[0] += patience / 2  # a launcher passing on the same Ctrl-C
             os.kill(os.getpid(), signal.SIGINT)
+        assert stop_requested() == "SIGINT"
+        now[0] += patience
+        with pytest.raises(
+            KeyboardInterrupt, match="stopped at once; --resume auto goes on from the last checkpoint"
+        ):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err.count("press again") == 1
+
+
+def test_an_interrupted_save_leaves_nothing_behind(tmp_path, monkeypatch):
+    parts = {"tensors": {"student": {"w": torch.zeros(2)}}, "state": {}, "optimizer": {}, "keep": 2}
+    checkpoint.save(tmp_path, step=1, **parts)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "sync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, step=2, **parts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+    found = checkpoint.load_latest(tmp_path)
+    assert found is not None
+    assert found.step == 1
 
 
 @pytest.mark.slow
