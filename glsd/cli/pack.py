@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glsd.audit import counted
+from glsd.cli.closing import of_packing
 from glsd.cli.door import INTERRUPTED, printable
 from glsd.packing import SHARD_MEGABYTES
 
@@ -237,6 +238,8 @@ def report(*summaries: "PackSummary") -> None:
                 "and pack again"
             )
         report_left_out(summary.skipped, summary.unreadable)
+    prefixes = [summary.shards[0].name.rpartition("-")[0] for summary in summaries]
+    print(of_packing(prefixes, summaries[0].shards[0].parent))
 
 
 def report_left_out(skipped: Mapping[str, int], unreadable: tuple[tuple[str, str], ...]) -> None:

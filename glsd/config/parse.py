@@ -64,6 +64,20 @@ def load_file(config_class: type[Config], path: Path) -> Config:
     return load(config_class, ["--config", str(path)])
 
 
+def in_its_folder(cfg: Config, argv: list[str]) -> Config:
+    """Return the configuration with ``out`` where the run is now, if its last ``--config`` file is that of a run.
+
+    A run folder may have been moved or copied since it was written. ``--out`` on the command line wins.
+    """
+    given = [word.partition("=") for word in argv]
+    files = [value or argv[place + 1] for place, (flag, _, value) in enumerate(given) if flag == "--config"]
+    file = Path(files[-1]) if files else Path()
+    is_of_run = re.fullmatch(r"config(\.\d+)?\.yaml", file.name) and (file.parent / "checkpoints").is_dir()
+    if not is_of_run or any(flag == "--out" for flag, _, _ in given):
+        return cfg
+    return dataclasses.replace(cfg, out=str(file.parent))  # type: ignore[type-var]
+
+
 def dump(cfg: Any) -> str:
     """Return the whole configuration as YAML that ``load`` reads back to an equal one."""
     return yaml.safe_dump(_plain(dataclasses.asdict(cfg)), sort_keys=False, default_flow_style=None)

@@ -74,6 +74,11 @@ def _first(names: tuple[str, ...]) -> str:
     return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
+def absolute_init(init: str) -> str:
+    """Return where a network's first weights come from, with the path of a file made absolute: it means the same everywhere."""
+    return init if init in ("random", "timm") or init.startswith("timm:") else str(Path(init).absolute())
+
+
 def read_weights(path: str | Path) -> State:
     """Return the tensors of a weights file by their names in the network, without wrappers and prefixes.
 

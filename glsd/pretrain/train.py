@@ -17,6 +17,7 @@ from glsd.config.pretrain import PretrainConfig
 from glsd.data.order import epoch_samples
 from glsd.data.pretrain_loader import MatchRule, pretrain_loader
 from glsd.errors import UserError, config_keys
+from glsd.models.weights import absolute_init
 from glsd.pretrain.networks import State, build
 from glsd.pretrain.plan import Plan, crop_spec, make_plan, rates_at
 from glsd.pretrain.report import (
@@ -93,7 +94,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
 def set_up(cfg: PretrainConfig) -> tuple[PretrainConfig, Accelerator, ShardSet, Plan, State]:
     """Meet the other ranks, open the shards and build both networks, for training and for the dry run.
 
-    The configuration comes back with the precision that this machine can do.
+    The configuration comes back with a precision that suits this machine, and an ``init`` that means the same everywhere.
     """
     accelerator = start(
         cfg.optim.precision,
@@ -103,7 +104,11 @@ def set_up(cfg: PretrainConfig) -> tuple[PretrainConfig, Accelerator, ShardSet, 
         static_graph=cfg.optim.micro_batch == 0,
         grad_compression=cfg.optim.grad_compression,
     )
-    cfg = replace(cfg, optim=replace(cfg.optim, precision=accelerator.mixed_precision))
+    cfg = replace(
+        cfg,
+        optim=replace(cfg.optim, precision=accelerator.mixed_precision),
+        model=replace(cfg.model, init=absolute_init(cfg.model.init)),
+    )
     with config_keys({"lost_after": "cluster.lost_after", "weights": "data.weights"}):
         shutdown.watch_others(cfg.cluster.lost_after)
         shards = open_shards(cfg.data.shards, weights=cfg.data.weights)

@@ -110,8 +110,8 @@ def _write_config(path: Path, text: str) -> None:
     if path.exists() and path.read_text() != text:
         before = path.read_text()
         changes = [line for line in difflib.ndiff(before.splitlines(), text.splitlines()) if line[:1] in "+-"]
-        # How to resume is part of the command line of one start, not of the run.
-        changes = [line for line in changes if not line[2:].startswith("resume:")]
+        # How to resume is part of the command line of one start, not of the run; a run that was moved is the same.
+        changes = [line for line in changes if not line[2:].startswith(("resume:", "out:"))]
         if changes:
             number = sum(1 for _ in path.parent.glob("config.*.yaml")) + 1
             path.rename(path.with_name(f"config.{number}.yaml"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from typing import Any
 
 import pytest
 import torch
@@ -194,7 +195,12 @@ def test_a_second_interrupt_stops_at_once(variables, patience, monkeypatch, capf
 
 
 def test_an_interrupted_save_leaves_nothing_behind(tmp_path, monkeypatch):
-    parts = {"tensors": {"student": {"w": torch.zeros(2)}}, "state": {}, "optimizer": {}, "keep": 2}
+    parts: dict[str, Any] = {
+        "tensors": {"student": {"w": torch.zeros(2)}},
+        "state": {},
+        "optimizer": {},
+        "keep": 2,
+    }
     checkpoint.save(tmp_path, step=1, **parts)
 
     def interrupted(path):
