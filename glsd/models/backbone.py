@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from glsd.errors import UserError, nearest, one_line, pick
+from glsd.models.hub import check_hub
 from glsd.models.tokens import POOLS, TOKENS
 from glsd.models.weights import LoadReport, load_weights, read_weights
 
@@ -100,6 +101,7 @@ def build_backbone(
     args = _checked_args(backbone, drop_path, pool, timm_args or {})
     if init == "timm":
         _check_normalization(backbone)
+        check_hub(backbone)
     native = {} if _family(backbone) in _WITHOUT_NATIVE_SIZE else {"img_size": image_size}
     with torch.random.fork_rng(devices=[]):  # built on the CPU: other devices draw nothing
         torch.default_generator.manual_seed(seed)
