@@ -8,11 +8,10 @@ from collections.abc import Callable
 # When another host goes, torch's store would add forty lines of its own stack to the line that says which rank is missing.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from glsd.errors import StoppedEarly, UserError
+from glsd.errors import INTERRUPTED, StoppedEarly, UserError
 
 # Environment variable: the exit code of a run that was asked to stop and saved, 0 by default.
 STOPPED_CODE = "GLSD_STOPPED_CODE"
-INTERRUPTED = 130  # as shells report a program that Ctrl-C ended before it could save
 
 
 def run(main: Callable[[list[str]], int | None], words: list[str] | None = None) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from glsd.audit import counted
 from glsd.cli.closing import of_packing
-from glsd.cli.door import INTERRUPTED, printable
+from glsd.cli.door import printable
+from glsd.errors import INTERRUPTED
 from glsd.packing import SHARD_MEGABYTES
 
 if TYPE_CHECKING:
