@@ -164,7 +164,7 @@ def interrupted(argv: list[str], out: Path, times: int) -> tuple[int, str]:
         time.sleep(0.005)
     for _ in range(times):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
+        time.sleep(0.3)
     output = process.communicate(timeout=60)[0]
     return process.returncode, output
 
