@@ -240,7 +240,7 @@ def report(*summaries: "PackSummary") -> None:
             )
         report_left_out(summary.skipped, summary.unreadable)
     prefixes = [summary.shards[0].name.rpartition("-")[0] for summary in summaries]
-    print(of_packing(prefixes, summaries[0].shards[0].parent))
+    print(printable(of_packing(prefixes, summaries[0].shards[0].parent)))
 
 
 def report_left_out(skipped: Mapping[str, int], unreadable: tuple[tuple[str, str], ...]) -> None:

@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def benchmark(args: argparse.Namespace) -> None:
     if not args.images >= 2 * args.classes > 0:
         raise UserError(f"--images is {args.images}: expected two or more for each of {args.classes} classes")
+    if args.knn and args.images < NUM_QUERIES + max(K_LIST):
+        raise UserError(f"--images is {args.images}: --knn needs {NUM_QUERIES + max(K_LIST)} or more")
     print(f"{args.images} x {args.dim}, {args.classes} classes, {torch.get_num_threads()} threads")
     results: dict[str, list[dict[str, dict]]] = {}
     for name in ("random", "trained-like"):
