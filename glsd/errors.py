@@ -7,6 +7,8 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells report it
+
 
 class StoppedEarly(Exception):
     """A run was asked to stop before its end; it has saved what it needs to go on."""

@@ -15,6 +15,7 @@ from glsd.config.pretrain import PretrainConfig
 from glsd.errors import UserError, config_keys, pick
 from glsd.models.backbone import Backbone, build_backbone
 from glsd.models.embedder import Embedder
+from glsd.models.weights import absolute_init
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
 
@@ -160,6 +161,8 @@ def _load_run(
     if finetuned and pool is not None:
         raise UserError(f"pool {pool!r}: {named.run} is a metric-learning run, whose embedding has its own")
     hint = " (role 'initial' is the network before the first step)"
+    if role == "initial":
+        _check_start(named.run, config.init if isinstance(config, FinetuneConfig) else config.model.init)
     saved = None if role == "initial" else read_checkpoint(named.run, named.checkpoint, hint)
     network = (
         _tuned(config, saved)
@@ -175,6 +178,15 @@ def _load_run(
         run=named.run,
         config=config,
     )
+
+
+def _check_start(run: Path, init: str) -> None:
+    """Raise UserError if it depends on the present folder which file a run began with."""
+    if absolute_init(init) != init:
+        raise UserError(
+            f"role 'initial': {run / 'config.yaml'} says that the run began with {init!r}, but not in which folder that is: "
+            "write the whole path there"
+        )
 
 
 def _pretrained(config: PretrainConfig, role: str, pool: Pool | None, saved: Checkpoint | None) -> Backbone:

@@ -68,6 +68,33 @@ def test_the_start_of_a_resumed_run_is_still_what_it_was_given(world, tmp_path):
     assert starts_from_the_teacher(run, world)
 
 
+def test_the_start_of_a_run_does_not_depend_on_the_present_folder(world, tmp_path, monkeypatch):
+    """A relative path, as older config.yaml files hold it, would be another file elsewhere."""
+    monkeypatch.chdir(world["root"])
+    config = replace(TRAINED, model=replace(TRAINED.model, init="weights.safetensors"))
+    write_run(tmp_path / "run", config, {}, step=1)
+    with pytest.raises(
+        UserError, match=r"config.yaml says that the run began with 'weights.safetensors', but not in which"
+    ):
+        load_network(str(tmp_path / "run"), role="initial")
+    whole = str(world["root"] / "weights.safetensors")
+    config = replace(config, model=replace(config.model, init=whole))
+    (tmp_path / "run" / "config.yaml").write_text(dump(config))
+    assert same(load_network(str(tmp_path / "run"), role="initial").network, world["teacher"])
+
+
+def test_a_checkpoint_that_is_not_finite_is_named(world, tmp_path):
+    bad = {name: x.clone() for name, x in world["teacher"].state_dict().items()}
+    bad["net.norm.weight"][3] = torch.nan
+    tensors = {"teacher": {f"backbone.{name}": x for name, x in bad.items()}}
+    (tmp_path / "config.yaml").write_text(dump(TRAINED))
+    saved = checkpoint.save(tmp_path / "checkpoints", step=1, tensors=tensors, state={}, optimizer={}, keep=1)
+    with pytest.raises(
+        UserError, match=rf"{saved}: tensor 'net.norm.weight' holds NaN or infinity in 1 of 32 numbers"
+    ):
+        load_network(str(tmp_path))
+
+
 def test_weights_are_those_to_go_on_with(world):
     root = world["root"]
     for path, network in (("pretrained", world["teacher"]), ("tuned", world["embedder"].backbone)):

@@ -162,7 +162,7 @@ def draw_neighbors_of(run: Path, role: str, queries: str, gallery: str | None = 
     from glsd.data.decode import decode
     from glsd.loading import load_network
     from glsd.metrics.knn import nearest_neighbors
-    from glsd.shards.store import open_shards
+    from glsd.shards.store import CLASSES_FILE, open_shards, read_classes
     from glsd.show.neighbors import draw_neighbors
 
     loaded = load_network(str(run), role=role)
@@ -177,6 +177,7 @@ def draw_neighbors_of(run: Path, role: str, queries: str, gallery: str | None = 
         others[others.all(dim=1), -1] = False
         cosines, rows = (part[others].reshape(NUM_QUERIES, NUM_NEIGHBORS) for part in (cosines, rows))
     query_shards, found_shards = open_shards(queries), open_shards(gallery or queries)
+    named = Path(queries).with_name(CLASSES_FILE)
     draw_neighbors(
         run / "neighbors.png",
         torch.stack([decode(query_shards.read(int(i))) for i in query.indices[chosen]]),
@@ -186,4 +187,5 @@ def draw_neighbors_of(run: Path, role: str, queries: str, gallery: str | None = 
         query_labels=query.labels[chosen],
         neighbor_labels=found.labels[rows],
         cosines=cosines,
+        class_names=read_classes(named) if named.is_file() else (),
     )

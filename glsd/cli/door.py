@@ -1,4 +1,4 @@
-"""How every command ends: a mistake of the user becomes one line and exit code 2, a bug keeps its traceback."""
+"""How every command ends: a mistake of the user becomes one line and exit code 2, Ctrl-C one line, a bug keeps its traceback."""
 
 import io
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable
 # When another host goes, torch's store would add forty lines of its own stack to the line that says which rank is missing.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from glsd.errors import StoppedEarly, UserError
+from glsd.errors import INTERRUPTED, StoppedEarly, UserError
 
 # Environment variable: the exit code of a run that was asked to stop and saved, 0 by default.
 STOPPED_CODE = "GLSD_STOPPED_CODE"
@@ -41,6 +41,11 @@ def run(main: Callable[[list[str]], int | None], words: list[str] | None = None)
         if ranks is None or ranks.end_others(2):
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        ranks = sys.modules.get("glsd.cluster.shutdown")
+        if ranks is None or ranks.end_others(INTERRUPTED):
+            print(str(stop) or "stopped by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     except Exception as problem:
         from glsd.cluster import dist, shutdown
 

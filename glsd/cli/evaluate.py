@@ -6,6 +6,9 @@
   glsd evaluate --model timm:vit_small_patch16_224.dino ...  weights of timm
 """
 
+from pathlib import Path
+
+from glsd.cli.closing import of_evaluation
 from glsd.config.evaluate import EvalConfig
 from glsd.config.parse import load
 
@@ -20,6 +23,8 @@ def main(argv: list[str]) -> None:
     cfg = load(EvalConfig, argv, about=__doc__ or "", first=FIRST)
     from glsd.cluster import shutdown
     from glsd.evaluate.run import evaluate
+    from glsd.load import find_run
 
-    evaluate(cfg)
+    if evaluate(cfg):
+        print(of_evaluation(cfg, find_run(Path(cfg.model))), flush=True)
     shutdown.finish()

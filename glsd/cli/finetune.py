@@ -5,8 +5,9 @@
   glsd finetune --config cub200_vits16 --out runs/cub200     a recipe of a benchmark
 """
 
+from glsd.cli.closing import of_finetuning
 from glsd.config.finetune import FinetuneConfig
-from glsd.config.parse import load
+from glsd.config.parse import in_its_folder, load
 
 FIRST = (
     *("init", "loss", "reg", "data.train_shards", "data.test_shards", "out", "resume"),
@@ -16,9 +17,11 @@ FIRST = (
 
 def main(argv: list[str]) -> None:
     """Parse, then fine-tune. The imports of training take seconds, so they wait for a valid command line."""
-    cfg = load(FinetuneConfig, argv, about=__doc__ or "", first=FIRST)
-    from glsd.cluster import shutdown
+    cfg = in_its_folder(load(FinetuneConfig, argv, about=__doc__ or "", first=FIRST), argv)
+    from glsd.cluster import dist, shutdown
     from glsd.finetune.train import finetune
 
-    finetune(cfg)
+    run = finetune(cfg)
+    if dist.is_main():
+        print(of_finetuning(cfg, run), flush=True)
     shutdown.finish()

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glsd.audit import counted
+from glsd.cli.closing import of_packing
 from glsd.cli.door import printable
+from glsd.errors import INTERRUPTED
 from glsd.files import expand
 from glsd.packing import NO_LABEL, SHARD_MEGABYTES
 
 if TYPE_CHECKING:
     from glsd.packing.write import PackSummary
 
-STOPPED = 130  # as shells report a program ended by Ctrl-C
 SHOWN = 5
 KINDS_SHOWN = 20
 OTHER_COMMANDS = """\
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int | None:
         folder(argv)
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped: nothing was packed", file=sys.stderr)
-        return STOPPED
+        return INTERRUPTED
     return 0
 
 
@@ -261,6 +262,8 @@ def report(*summaries: "PackSummary") -> None:
         for note in summary.notes:
             print(f"note: {printable(note)}")
         report_left_out(summary)
+    prefixes = [summary.shards[0].name.rpartition("-")[0] for summary in summaries]
+    print(printable(of_packing(prefixes, summaries[0].shards[0].parent)))
 
 
 def report_left_out(summary: "PackSummary") -> None:

@@ -6,7 +6,8 @@ glsd pretrain --resume auto ...           go on from the last checkpoint in --ou
 accelerate launch -m glsd pretrain ...    several GPUs
 """
 
-from glsd.config.parse import load
+from glsd.cli.closing import of_pretraining
+from glsd.config.parse import in_its_folder, load
 from glsd.config.pretrain import PretrainConfig
 
 DRY_RUN = ("--dry_run", "--dry-run")
@@ -25,13 +26,15 @@ FIRST = (
 def main(argv: list[str]) -> None:
     """Parse, then pretrain or forecast. The imports of training take seconds, so they wait for a valid command line."""
     words = [word for word in argv if word not in DRY_RUN]
-    cfg = load(PretrainConfig, words, about=__doc__ or "", first=FIRST)
-    from glsd.cluster import shutdown
+    cfg = in_its_folder(load(PretrainConfig, words, about=__doc__ or "", first=FIRST), words)
+    from glsd.cluster import dist, shutdown
     from glsd.pretrain.dry_run import forecast
     from glsd.pretrain.train import pretrain
 
     if len(words) < len(argv):
         forecast(cfg)
     else:
-        pretrain(cfg)
+        run = pretrain(cfg)
+        if dist.is_main():
+            print(of_pretraining(cfg, run), flush=True)
     shutdown.finish()

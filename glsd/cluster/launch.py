@@ -10,6 +10,7 @@ import torch
 
 from glsd.cluster import dist
 from glsd.errors import UserError
+from glsd.precision import Precision, cpu_multiplies_bf16
 
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 LOOPBACK = ("127.0.0.1", "::1")
@@ -21,20 +22,31 @@ CPU_LAUNCH_LINE = (
 )
 
 
-def start(precision: str, script: str, *, static_graph: bool = False, grad_compression: str = "no") -> Any:
+def start(
+    precision: Precision,
+    script: str,
+    *,
+    earlier_precision: str = "",
+    static_graph: bool = False,
+    grad_compression: str = "no",
+) -> Any:
     """Join the other ranks and return accelerate's Accelerator; prepare only the student with it.
 
-    precision: 'no' or 'bf16'. script: named in the launch line that an error proposes. static_graph: every step uses the same
-    parameters in the same way, and DDP learns it from the first step. grad_compression: 'no' or 'bf16', how gradients travel.
+    precision: 'no' or 'bf16'; see choose_precision, also for earlier_precision. The Accelerator says which it is. script: named
+    in the launch line that an error proposes. static_graph: every step uses the same parameters in the same way, and DDP
+    learns it from the first step. grad_compression: 'no' or 'bf16', how gradients travel.
     Raises UserError if the launcher announced several processes but each runs alone.
     """
     # Here: the doctor uses this file where accelerate may be broken.
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 
     choose_interface()
     # glsd.cluster.shutdown says which rank is lost; NCCL would end the process first, without a word.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    if precision == "bf16" and not torch.cuda.is_available():
+        check_world(PartialState(cpu=True).num_processes, script)
+        precision = choose_precision(precision, "cpu", earlier_precision)
     # accelerate knows the argument only by its old name.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     ddp = DistributedDataParallelKwargs(
@@ -48,6 +60,24 @@ def start(precision: str, script: str, *, static_graph: bool = False, grad_compr
     )
     check_world(accelerator.num_processes, script)
     return accelerator
+
+
+def choose_precision(precision: Precision, device_type: str, earlier: str = "") -> Precision:
+    """Return 'no' instead of 'bf16' if the CPU of a rank has no bfloat16 instructions, and say so in one line (a collective call).
+
+    earlier: the precision of the run that is resumed, "" for none. A run that began in bf16 goes on in it.
+    """
+    if precision != "bf16" or device_type != "cpu":
+        return precision
+    if all(dist.gather_objects(cpu_multiplies_bf16())):
+        return precision
+    kept = dist.broadcast_object(earlier) == "bf16"
+    if dist.is_main():
+        done = (
+            "it stays, as the run began so: precision no is many times faster" if kept else "float32 instead"
+        )
+        print(f"precision bf16: this CPU has no bfloat16 instructions: {done}", flush=True)
+    return precision if kept else "no"
 
 
 def check_world(num_processes: int, script: str) -> None:

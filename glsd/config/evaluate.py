@@ -59,7 +59,8 @@ class EvalConfig:
         linear_epochs: Epochs of the linear classifier. Raise it for few images.
         linear_lr: Learning rates at batch size 256. Of several, the best on a held-out tenth of the training set is taken.
         linear_batch_size: Images per step of the linear classifier. Lower it for few images, to take more steps.
-        precision: Forward passes in float32 ('no') or bfloat16 autocast ('bf16', faster on GPUs).
+        precision: Forward passes in float32 ('no') or bfloat16 autocast ('bf16', faster on GPUs); float32 on a CPU without
+            bfloat16 instructions.
         seed: Seed of the linear classifier, at least 0.
         out: Folder of evals.json; unset = the run folder, or only printed when the model is not a run.
     """

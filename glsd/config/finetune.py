@@ -130,7 +130,8 @@ class FinetuneOptimConfig:
         milestones: Epochs at whose start all learning rates are multiplied by gamma.
         gamma: Factor of the learning rates at each milestone.
         clip_grad: Largest norm of all gradients together; 0 = off.
-        precision: 'no' = float32, 'bf16' = bfloat16 autocast of the network (the losses stay float32).
+        precision: 'no' = float32, 'bf16' = bfloat16 autocast of the network (the losses stay float32); float32 on a CPU
+            without bfloat16 instructions.
         max_steps: Stop after this many steps with the schedules of all epochs, to try a run out; 0 = run all epochs.
     """
 

@@ -77,6 +77,20 @@ def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text_node)
 
 
+def in_its_folder(cfg: Config, argv: list[str]) -> Config:
+    """Return the configuration with ``out`` where the run is now, if its last ``--config`` file is that of a run.
+
+    A run folder may have been moved or copied since it was written. ``--out`` on the command line wins.
+    """
+    given = [word.partition("=") for word in argv]
+    files = [value or argv[place + 1] for place, (flag, _, value) in enumerate(given) if flag == "--config"]
+    file = Path(files[-1]) if files else Path()
+    is_of_run = re.fullmatch(r"config(\.\d+)?\.yaml", file.name) and (file.parent / "checkpoints").is_dir()
+    if not is_of_run or any(flag == "--out" for flag, _, _ in given):
+        return cfg
+    return dataclasses.replace(cfg, out=str(file.parent))  # type: ignore[type-var]
+
+
 def dump(cfg: Any) -> str:
     """Return the whole configuration as YAML that ``load`` reads back to an equal one."""
     return _yaml(_tree(cfg))

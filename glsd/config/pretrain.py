@@ -160,7 +160,8 @@ class OptimConfig:
         clip_grad: Largest gradient norm; 0 = off. Lower it if the loss jumps (gradient norm in the metrics).
         clip_mode: Clip the norm of each 'parameter' on its own (as published), or the 'global' norm, as most other code does.
         freeze_prototypes_epochs: Epochs in which the heads' last layer does not move.
-        precision: 'no' = float32, 'bf16' = bfloat16 autocast (softmax and statistics stay float32).
+        precision: 'no' = float32, 'bf16' = bfloat16 autocast (softmax and statistics stay float32); float32 on a CPU
+            without bfloat16 instructions.
         grad_compression: Ranks send gradients as they are ('no'), or in bfloat16 ('bf16'), which halves the bytes.
         max_steps: Stop after this many steps with the schedules of all epochs, to try a run out; 0 = run all epochs.
     """

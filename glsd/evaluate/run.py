@@ -1,6 +1,7 @@
 """The evaluation story: embed labeled images with a frozen network, measure the features, record the result."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 from glsd.cluster import dist, shutdown
-from glsd.cluster.launch import check_world, choose_interface
+from glsd.cluster.launch import check_world, choose_interface, choose_precision
 from glsd.config.evaluate import EvalConfig
 from glsd.data.transform import Sizes, choose_sizes
 from glsd.errors import config_keys
@@ -43,6 +44,7 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
     check_world(processes.num_processes, "launch/evaluate.py")
     shutdown.watch_others(LOST_AFTER)
     device = processes.device
+    cfg = replace(cfg, precision=choose_precision(cfg.precision, device.type))
     protocol = PROTOCOLS[cfg.protocol]
     sets = dist.together(lambda: protocol.open(cfg))
     loaded, sizes = dist.together(lambda: load_model(cfg))

@@ -28,6 +28,7 @@ from glsd.loading import (
 from glsd.losses.mdr import MdrStatistics, initial_statistics
 from glsd.losses.ranking import RANKING, RankingLoss, build_ranking
 from glsd.models.embedder import Embedder
+from glsd.models.weights import absolute_init
 from glsd.optim import param_groups
 from glsd.runtime.checkpoint import has_checkpoint
 from glsd.runtime.loop import BadGradient
@@ -79,7 +80,7 @@ def resolve(cfg: FinetuneConfig) -> tuple[FinetuneConfig, str]:
     with config_keys({"path": "init", "backbone": "model.backbone"}):
         named = identify(cfg.init, backbone=cfg.model.backbone)
         weights = find_weights(named)
-    return filled(cfg, named.architecture, init=weights if named.run else cfg.init), weights
+    return filled(cfg, named.architecture, init=weights if named.run else absolute_init(cfg.init)), weights
 
 
 def filled(cfg: FinetuneConfig, network: Architecture, *, init: str) -> FinetuneConfig:

@@ -1,6 +1,7 @@
 """Fine-tuning: a backbone learns from labels which images belong together, and is measured on classes it has not seen."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from glsd.losses.mdr import MdrStatistics
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.loop import Duties, Training, is_probe_due, open_training, take_steps
-from glsd.runtime.run import Run
+from glsd.runtime.run import Run, earlier_precision
 
 ROLES = ("test", "query", "gallery")
 
@@ -33,10 +34,15 @@ def finetune(cfg: FinetuneConfig) -> Path:
     Asked to stop (TERM, USR1, INT) it saves and raises StoppedEarly. Raises UserError for what in the configuration, the
     data, the weights or the checkpoint cannot work, before the first step where that can be known.
     """
-    accelerator = start(cfg.optim.precision, "launch/finetune_dml.py")
+    run = Run(Path(cfg.out))
+    accelerator = start(
+        cfg.optim.precision,
+        "launch/finetune_dml.py",
+        earlier_precision=earlier_precision(run) if cfg.resume == "auto" else "",
+    )
+    cfg = replace(cfg, optim=replace(cfg.optim, precision=accelerator.mixed_precision))
     with config_keys({"lost_after": "cluster.lost_after"}):
         shutdown.watch_others(cfg.cluster.lost_after)
-    run = Run(Path(cfg.out))
     cfg, source = dist.together(lambda: resolve(cfg))
     sets = dist.together(lambda: open_sets(cfg))
     plan = make_plan(cfg, len(sets.groups.members), len(sets.groups))

@@ -17,6 +17,7 @@ from glsd.rng import Stream, permutation, philox
 _MOMENTUM = 0.9
 _INIT_STD = 0.01
 _FAR_BELOW = 60.0
+_LOGITS_HELD = 2**26  # logits of the val set held at a time: 256 MiB
 MAX_SEED = 2**63 - 1
 
 
@@ -140,8 +141,13 @@ def _shares(
     classes: Int64[Tensor, " q"],
 ) -> tuple[float, float]:
     """Return top-1 and top-5 accuracy; a classifier that diverged has none right."""
-    logits = features @ weight + bias
-    if not logits.isfinite().all():
-        return 0.0, 0.0
-    found = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]
-    return found[:, 0].double().mean().item(), found.any(dim=1).double().mean().item()
+    right = torch.zeros(2, dtype=torch.int64, device=features.device)
+    rows = max(1, _LOGITS_HELD // len(bias))
+    for part, truth in zip(features.split(rows), classes.split(rows), strict=True):
+        logits = part @ weight + bias
+        if not logits.isfinite().all():
+            return 0.0, 0.0
+        found = logits.topk(min(5, logits.shape[1]), dim=1).indices == truth[:, None]
+        right += torch.stack([found[:, 0].sum(), found.sum()])
+    top1, top5 = (right.double() / len(features)).tolist()
+    return top1, top5

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from glsd.errors import UserError, nearest, one_line, pick
 from glsd.geometry import Stride, patch_sides
+from glsd.models.hub import check_hub
 from glsd.models.tokens import POOLS, TOKENS
 from glsd.models.weights import LoadReport, load_weights, read_weights
 
@@ -118,6 +119,7 @@ def build_backbone(
     args = _checked_args(backbone, drop_path, pool, timm_args)
     if init == "timm":
         _check_normalization(backbone)
+        check_hub(backbone)
     native = {} if _family(backbone) in _WITHOUT_NATIVE_SIZE else {"img_size": image_size}
     with torch.random.fork_rng(devices=[]):  # built on the CPU: other devices draw nothing
         torch.default_generator.manual_seed(seed)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glsd.errors import UserError, one_line
 from glsd.models.tokens import resample_pos_embed
+from glsd.precision import check_finite
 
 State = dict[str, Tensor]
 
@@ -75,6 +76,11 @@ def _first(names: tuple[str, ...]) -> str:
     return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
+def absolute_init(init: str) -> str:
+    """Return where a network's first weights come from, with the path of a file made absolute: it means the same everywhere."""
+    return init if init in ("random", "timm") or init.startswith("timm:") else str(Path(init).absolute())
+
+
 def read_weights(path: str | Path) -> State:
     """Return the tensors of a weights file by their names in the network, without wrappers and prefixes.
 
@@ -116,8 +122,8 @@ def load_weights(net: Any, state: State, *, source: str, allow_partial: bool | N
 
     A position embedding of another grid is resampled as in the forward pass; no other tensor is. source: named in errors;
     allow_partial: fill what has a name and shape of the network, leave the rest of it as it is (None: no, and errors do not
-    offer it). Raises UserError, with the network untouched, if no tensor fits, or unless allow_partial if not every tensor
-    of the network is filled or not every backbone tensor of the file is used.
+    offer it). Raises UserError, with the network untouched, if no tensor fits, if one that fits holds NaN or infinity, or unless
+    allow_partial if not every tensor of the network is filled or not every backbone tensor of the file is used.
     """
     own: State = net.state_dict()
     offer = " (allow_partial true loads what fits)" if allow_partial is not None else ""
@@ -152,6 +158,8 @@ def load_weights(net: Any, state: State, *, source: str, allow_partial: bool | N
             f"weights {source!r} are not of this network: {report};"
             f" check backbone and timm_args{offer if matched else ''}"
         )
+    # As the network holds them: float64 numbers may be too large for it.
+    check_finite({name: x.to(own[name].dtype) for name, x in matched.items()}, f"weights {source!r}")
     counters = {name: count for name, count in counters.items() if name in own and count.numel() == 1}
     net.load_state_dict(matched | counters, strict=False)
     return report

@@ -14,6 +14,7 @@ from glsd.batches import CropBatch
 from glsd.cluster import dist, fsdp
 from glsd.config.pretrain import PretrainConfig
 from glsd.errors import UserError
+from glsd.precision import cpu_multiplies_bf16
 from glsd.pretrain.networks import State
 from glsd.pretrain.plan import Plan, rates_at
 from glsd.pretrain.report import describe, open_probe
@@ -56,9 +57,10 @@ def forecast(cfg: PretrainConfig) -> Forecast:
     With resume 'auto' and a checkpoint in the run folder it looks from there to the end. The run folder is only read.
     Raises the UserErrors of training, and one if the steps do not fit into the memory.
     """
-    accelerator, shards, plan, state = set_up(cfg)
-    if cfg.resume == "auto":
-        restore(cfg, state, Run(Path(cfg.out)), shards)
+    cfg, accelerator, shards, plan, state = set_up(cfg)
+    run = Run(Path(cfg.out))
+    if cfg.resume == "auto" and restore(cfg, state, run, shards) is None and dist.is_main():
+        print(f"no checkpoint in {run.checkpoints}: looking at a run from step 0", flush=True)
     open_probe(cfg)
     steps_left = max(0, plan.last_step - state.step)
     batches = make_batches(cfg, state, shards)
@@ -86,7 +88,7 @@ def forecast(cfg: PretrainConfig) -> Forecast:
         steps_left=steps_left,
     )
     if dist.is_main():
-        print(report(found, accelerator.device), flush=True)
+        print(report(found, accelerator.device, cfg.optim.precision), flush=True)
     return found
 
 
@@ -153,9 +155,12 @@ def count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def report(found: Forecast, device: torch.device) -> str:
+def report(found: Forecast, device: torch.device, precision: str) -> str:
     """Return the forecast as a user reads it."""
     needed = sum(found.memory.values())
+    how = {"no": "float32", "bf16": "bfloat16"}[precision]
+    if device.type == "cpu":
+        how += f", {torch.get_num_threads()} CPU threads a rank"
     heads, backbone = found.parameters["heads"], found.parameters["backbone"]
     lines = [
         f"parameters: {(backbone + heads) / 1e6:.2f} M ({backbone / 1e6:.2f} M backbone, {heads / 1e6:.2f} M heads), "
@@ -163,9 +168,12 @@ def report(found: Forecast, device: torch.device) -> str:
         f"memory: {needed / MIB:.0f} MiB of {found.device_memory / MIB:.0f} MiB ({device.type}) on each rank, besides libraries"
         + (" and loader processes" if device.type == "cpu" else ""),
         *(f"  {name:<22}{amount / MIB:9.1f} MiB" for name, amount in found.memory.items()),
-        f"speed: {found.images_per_s:.1f} images/s, {found.step_s:.3f} s a step, {found.data_wait:.0%} of it waiting for data",
+        f"speed: {found.images_per_s:.1f} images/s ({how}), {found.step_s:.3f} s a step, "
+        f"{found.data_wait:.0%} of it waiting for data",
         f"to the end: {found.steps_left} steps, {found.hours:.2f} hours, without checkpoints and probes",
     ]
+    if precision == "bf16" and device.type == "cpu" and not cpu_multiplies_bf16():
+        lines.append("slow because this CPU has no bfloat16 instructions: set optim.precision to no")
     if needed > 0.9 * found.device_memory:
         lines.append(
             "warning: less than a tenth of the memory is left: set optim.micro_batch below the images of a rank"

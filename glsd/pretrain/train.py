@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from glsd.config.pretrain import PretrainConfig
 from glsd.data.order import epoch_samples
 from glsd.data.pretrain_loader import MatchRule, pretrain_loader
 from glsd.errors import UserError, config_keys
+from glsd.models.weights import absolute_init
 from glsd.pretrain.networks import State, build
 from glsd.pretrain.plan import Plan, crop_spec, make_plan, rates_at
 from glsd.pretrain.report import (
@@ -30,7 +32,7 @@ from glsd.pretrain.step import next_step
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.loop import Duties, Training, is_probe_due, open_training, take_steps
-from glsd.runtime.run import Run
+from glsd.runtime.run import Run, earlier_precision
 from glsd.shards.store import ShardSet, open_shards
 
 
@@ -41,7 +43,7 @@ def pretrain(cfg: PretrainConfig) -> Path:
     data or the checkpoint cannot work, before the first step where that can be known; a run that already has checkpoints
     keeps them.
     """
-    accelerator, shards, plan, state = set_up(cfg)
+    cfg, accelerator, shards, plan, state = set_up(cfg)
     run = Run(Path(cfg.out))
     saved = restore(cfg, state, run, shards) if cfg.resume == "auto" else None
     batches = make_batches(cfg, state, shards)
@@ -89,20 +91,29 @@ def pretrain(cfg: PretrainConfig) -> Path:
     return run.folder
 
 
-def set_up(cfg: PretrainConfig) -> tuple[Accelerator, ShardSet, Plan, State]:
-    """Meet the other ranks, open the shards and build both networks, for training and for the dry run."""
+def set_up(cfg: PretrainConfig) -> tuple[PretrainConfig, Accelerator, ShardSet, Plan, State]:
+    """Meet the other ranks, open the shards and build both networks, for training and for the dry run.
+
+    The configuration comes back with a precision that suits this machine, and an ``init`` that means the same everywhere.
+    """
     accelerator = start(
         cfg.optim.precision,
         "launch/pretrain.py",
+        earlier_precision=earlier_precision(Run(Path(cfg.out))) if cfg.resume == "auto" else "",
         # Not together with no_sync: torch 2.15 fails in the second backward pass of a step.
         static_graph=cfg.optim.micro_batch == 0,
         grad_compression=cfg.optim.grad_compression,
+    )
+    cfg = replace(
+        cfg,
+        optim=replace(cfg.optim, precision=accelerator.mixed_precision),
+        model=replace(cfg.model, init=absolute_init(cfg.model.init)),
     )
     with config_keys({"lost_after": "cluster.lost_after", "weights": "data.weights"}):
         shutdown.watch_others(cfg.cluster.lost_after)
         shards = open_shards(cfg.data.shards, weights=cfg.data.weights)
     plan = make_plan(cfg, epoch_samples(shards.shard_sizes, shards.shard_weights))
-    return accelerator, shards, plan, build(cfg, accelerator)
+    return cfg, accelerator, shards, plan, build(cfg, accelerator)
 
 
 @config_keys({name: f"data.{name}" for name in ("window_shards", "num_workers")})

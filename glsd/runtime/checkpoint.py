@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from glsd.cluster import dist, fsdp
 from glsd.errors import UserError, one_line
 from glsd.files import sync
+from glsd.precision import check_finite
 
 VERSION = 1
 _OPTIMIZER, _STATE, _MANIFEST = "optimizer.pt", "state.json", "manifest.json"
@@ -75,6 +76,9 @@ def save(
             _delete_leftovers(folder)
             advice = "free space or make it writable; earlier checkpoints are intact"
             error = f"cannot write checkpoint {final}: {problem}; {advice}"
+        except KeyboardInterrupt:
+            _delete_leftovers(folder)
+            raise
     error = dist.broadcast_object(error)
     if error:
         raise UserError(error)
@@ -130,7 +134,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
 def restore(module: nn.Module, saved: Mapping[str, Tensor], *, source: str) -> None:
     """Load the state dict ``saved`` into ``module``.
 
-    Raises UserError with source, tensor and both shapes if it belongs to another architecture.
+    Raises UserError with source, tensor and both shapes if it belongs to another architecture, and for NaN or infinity in it.
     """
     expected_state = module.state_dict()
     advice = "it belongs to another architecture: use the configuration of its run"
@@ -144,6 +148,7 @@ def restore(module: nn.Module, saved: Mapping[str, Tensor], *, source: str) -> N
     if unknown:
         found = tuple(saved[unknown[0]].shape)
         raise UserError(f"{source} has a tensor {unknown[0]} {found} that this model lacks; {advice}")
+    check_finite(saved, source)
     fsdp.load_state(module, saved)
 
 

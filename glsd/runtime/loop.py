@@ -1,7 +1,10 @@
 """The loop of a training run: the duties after each step, the same for pretraining and fine-tuning."""
 
+import _thread
 import contextlib
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,13 +15,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from glsd.cluster import dist
-from glsd.errors import StoppedEarly
+from glsd.errors import INTERRUPTED, StoppedEarly
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.guard import StepReport, check_gradients, check_samples
 from glsd.runtime.meters import Meters
 from glsd.runtime.run import Run, open_run, rewind
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ANSWER = "stopping after this step; press again to stop now"  # to Ctrl-C
+STOPPED = "stopped at once; --resume auto goes on from the last checkpoint, if there is one"
+GRACE = 3.0  # seconds that the main thread has to end after a second Ctrl-C
+LAST = 0  # no signal has this number
 
 Config = TypeVar("Config")
 Plan = TypeVar("Plan")
@@ -87,6 +94,8 @@ def open_training(
         if saved is not None:
             meters.load_state(saved.state["meters"])
             meters.say(f"resumed from {saved.path} at step {saved.step}")
+        elif resume:
+            meters.say(f"no checkpoint in {run.checkpoints}: starting at step 0")
         yield Training(
             cfg=cfg,
             plan=plan,
@@ -172,26 +181,73 @@ def catch_signals() -> Iterator[Callable[[], str]]:
     """Record SIGTERM, SIGUSR1 and SIGINT in the block instead of ending the process; yield a function that names the signal.
 
     It returns "" before a signal. Each process records its own; StopVote makes ranks agree. Launchers and schedulers send
-    a signal several times, so repeats change nothing, also after the block: the process is about to end. The exception is
-    a Ctrl-C two seconds or more after the first, which stops at once.
+    a signal several times, so repeats change nothing, also after the block: the process is about to end. Ctrl-C is answered
+    in one line, and a second one raises KeyboardInterrupt in the block.
     """
-    note, first_interrupt = "", 0.0
+    note = ""
+    stop_now = threading.Event()
 
     def leave_note(number: int, _frame: object) -> None:
-        nonlocal note, first_interrupt
-        if number == signal.SIGINT:
-            if first_interrupt and time.monotonic() - first_interrupt >= 2.0:
-                raise KeyboardInterrupt
-            first_interrupt = first_interrupt or time.monotonic()
+        nonlocal note
+        if stop_now.is_set():
+            raise KeyboardInterrupt(STOPPED)
         note = note or signal.Signals(number).name
 
     before = {number: signal.signal(number, leave_note) for number in SIGNALS}
     try:
-        yield lambda: note
+        with answer_interrupts(stop_now):
+            yield lambda: note
     finally:
         for number, handler in before.items():
             leaving = note and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if leaving else handler)
+
+
+@contextlib.contextmanager
+def answer_interrupts(stop_now: threading.Event) -> Iterator[None]:
+    """Answer the first Ctrl-C in the block on rank 0, and interrupt the main thread at the second, with ``stop_now`` set.
+
+    A thread does it: python handles signals between two operations, and one may take seconds or wait for another rank.
+    A main thread that does not leave the block soon is not waited for. A launcher passes a Ctrl-C on, so that it comes twice.
+    """
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    passed_on = any(name in os.environ for name in ("WORLD_SIZE", "SLURM_JOB_ID"))
+    patience = 2.0 if passed_on else 0.1  # seconds
+    has_left = threading.Event()
+
+    def listen() -> None:
+        first = None
+        while (number := os.read(ours, 1)[0]) != LAST:
+            if number != signal.SIGINT or stop_now.is_set():
+                continue
+            if first is None:
+                first = time.monotonic()
+                say(ANSWER)
+            elif time.monotonic() - first >= patience:
+                stop_now.set()
+                _thread.interrupt_main(signal.SIGINT)
+                if not has_left.wait(GRACE):
+                    say(STOPPED)
+                    os._exit(INTERRUPTED)
+
+    def say(line: str) -> None:
+        if dist.is_main():
+            with contextlib.suppress(OSError):  # stderr may be closed
+                os.write(2, f"\n{line}\n".encode())  # print() may be in the middle of another line
+
+    thread = threading.Thread(target=listen, daemon=True, name="answer_interrupts")
+    thread.start()
+    before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        has_left.set()
+        signal.set_wakeup_fd(before)
+        os.write(theirs, bytes([LAST]))
+        thread.join()
+        for end in (ours, theirs):
+            os.close(end)
 
 
 class StopVote:

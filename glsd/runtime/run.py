@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from glsd.cluster import dist
 from glsd.errors import UserError, one_line
@@ -59,6 +60,19 @@ class Run:
         return self.folder / "samples.jsonl"
 
 
+def earlier_precision(run: Run) -> str:
+    """Return the optim.precision of a run that has checkpoints, "" if there is none. Raises UserError for a broken config.yaml."""
+    path = run.folder / "config.yaml"
+    if not checkpoint.has_checkpoint(run.checkpoints) or not path.is_file():
+        return ""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise UserError(f"cannot read {path}: {one_line(problem)}") from problem
+    optim = config.get("optim") if isinstance(config, dict) else None
+    return str(optim.get("precision")) if isinstance(optim, dict) else ""
+
+
 def open_run(out: str | Path, *, resolved_config: str, resume: bool) -> Run:
     """Create or reopen the run folder ``out``; rank 0 writes config.yaml and env.txt (a collective call).
 
@@ -96,8 +110,8 @@ def _write_config(path: Path, text: str) -> None:
     if path.exists() and path.read_text() != text:
         before = path.read_text()
         changes = [line for line in difflib.ndiff(before.splitlines(), text.splitlines()) if line[:1] in "+-"]
-        # How to resume is part of the command line of one start, not of the run.
-        changes = [line for line in changes if not line[2:].startswith("resume:")]
+        # How to resume is part of the command line of one start, not of the run; a run that was moved is the same.
+        changes = [line for line in changes if not line[2:].startswith(("resume:", "out:"))]
         if changes:
             number = sum(1 for _ in path.parent.glob("config.*.yaml")) + 1
             path.rename(path.with_name(f"config.{number}.yaml"))

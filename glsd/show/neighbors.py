@@ -1,5 +1,6 @@
 """A picture of query images and their nearest neighbors, with right and wrong ones marked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtyping import Float, Int64, UInt8
@@ -10,6 +11,7 @@ from torch import Tensor
 from glsd.show.matches import save_figure
 
 _RIGHT, _WRONG = "#1a9850", "#d73027"
+_LONGEST_NAME = 16  # characters
 
 
 def draw_neighbors(
@@ -20,11 +22,12 @@ def draw_neighbors(
     query_labels: Int64[Tensor, " q"],
     neighbor_labels: Int64[Tensor, "q k"],
     cosines: Float[Tensor, "q k"],
+    class_names: Sequence[str] = (),
 ) -> None:
     """Write a picture, one row per query: the query, then its k neighbors with their cosines.
 
     A neighbor with the label of its query has a green frame and a tick, another one a red frame and a cross.
-    Raises UserError if the file cannot be written.
+    class_names: in label order; a label without one is shown as its number. Raises UserError if the file cannot be written.
     """
     num_queries, k = neighbor_labels.shape
     figure = Figure(figsize=(1.5 * (k + 1), 1.75 * num_queries), layout="constrained", dpi=110)
@@ -32,13 +35,20 @@ def draw_neighbors(
     axes = figure.subplots(num_queries, k + 1, squeeze=False)
     for row in range(num_queries):
         label = int(query_labels[row])
-        _show(axes[row, 0], query_images[row], f"query: {label}", "black")
+        _show(axes[row, 0], query_images[row], f"query: {_name(label, class_names)}", "black")
         for column in range(k):
             other = int(neighbor_labels[row, column])
             mark, color = ("\u2713", _RIGHT) if other == label else ("\u2717", _WRONG)
-            title = f"{mark} {other} {float(cosines[row, column]):.2f}"
+            title = f"{mark} {_name(other, class_names)} {float(cosines[row, column]):.2f}"
             _show(axes[row, column + 1], neighbor_images[row, column], title, color)
     save_figure(figure, path)
+
+
+def _name(label: int, class_names: Sequence[str]) -> str:
+    """Return the name of a class as it fits above a picture; what matplotlib would read as a formula is shown as it is."""
+    name = class_names[label] if 0 <= label < len(class_names) else str(label)
+    short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\u2026"
+    return "".join(c if c.isprintable() else "?" for c in short).replace("$", r"\$")
 
 
 def _show(axis, image: Tensor, title: str, color: str) -> None:

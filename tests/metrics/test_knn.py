@@ -156,6 +156,53 @@ def test_equal_votes_rank_by_label():
         assert got[2]["top1"] == 1.0
 
 
+def ranks_by_every_class(cosines, votes_for, truth, num_classes, k_list, temperature):
+    """Straight from the definition: a score for every class, however many there are."""
+    found = {}
+    for k in k_list:
+        score = torch.zeros(len(cosines), num_classes, dtype=torch.float64)
+        for row in range(len(cosines)):
+            for column in range(k):  # in the order of the neighbors, as sums of floats depend on it
+                weight = ((cosines[row, column] - cosines[row, 0]) / temperature).exp()
+                score[row, votes_for[row, column]] += weight
+        own = score.gather(1, truth[:, None])
+        lower = torch.arange(num_classes) < truth[:, None]
+        ahead = ((score > own) | ((score == own) & lower)).sum(dim=1)
+        found[k] = torch.where(own[:, 0] > 0, ahead, knn._NOT_FOUND)
+    return found
+
+
+@pytest.mark.parametrize("num_classes", [1, 3, 24, 25, 5000])
+@pytest.mark.parametrize("temperature", [0.07, 1e-4])
+def test_ranks_are_those_of_a_score_for_every_class(num_classes, temperature):
+    generator = torch.Generator().manual_seed(num_classes)
+    queries, k_list = 60, [1, 2, 5, 6]
+    # Steps of 0.1 make equal votes; few of the classes are voted for, and some true ones are not.
+    cosines = torch.rand(queries, 6, generator=generator, dtype=torch.float64).round(decimals=1)
+    cosines = cosines.sort(dim=1, descending=True).values
+    near = torch.randint(num_classes, (queries, 3), generator=generator)
+    votes_for = near.gather(1, torch.randint(3, (queries, 6), generator=generator))
+    truth = torch.where(torch.arange(queries) % 5 == 0, num_classes // 2, near[:, 0])
+    got = knn._label_ranks(cosines, votes_for, truth, num_classes, k_list, temperature)
+    expected = ranks_by_every_class(cosines, votes_for, truth, num_classes, k_list, temperature)
+    for k in k_list:
+        assert torch.equal(got[k], expected[k]), k
+
+
+def test_memory_of_votes_does_not_grow_with_the_classes():
+    num_classes = 10**12  # a score for each would take 8 TB a query
+    votes_for = torch.tensor([[num_classes - 1, 7, 7, 12], [3, 3, 3, 3]])
+    cosines = torch.tensor([[0.9, 0.9, 0.9, 0.1], [0.5, 0.4, 0.3, 0.2]], dtype=torch.float64)
+    truth = torch.tensor([num_classes - 1, 8])
+    got = knn._label_ranks(cosines, votes_for, truth, num_classes, [1, 2, 3], 0.07)
+    # One vote against none; equal votes, of which the lower label ranks first; one against two.
+    assert [got[k].tolist() for k in (1, 2, 3)] == [
+        [0, knn._NOT_FOUND],
+        [1, knn._NOT_FOUND],
+        [1, knn._NOT_FOUND],
+    ]
+
+
 def test_bad_input_is_one_clear_line():
     train, labels = clusters(50)
     good: dict[str, Any] = {"k_list": [10]}

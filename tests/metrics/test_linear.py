@@ -88,6 +88,16 @@ def test_memory_does_not_hold_a_row_of_classes_per_image():
     assert 50 * num_classes <= largest.numel < n * num_classes / 10
 
 
+def test_logits_of_the_val_set_are_held_in_parts(monkeypatch):
+    train, labels = clusters(300)
+    val, val_labels = clusters(101, seed=1, spread=3.0)
+    whole = linear_probe(train, labels, val, val_labels, epochs=5)
+    assert 0.3 < whole.top1 < whole.top5 < 1
+    for held in (1, 70, 705):  # a row, ten rows, all but one
+        monkeypatch.setattr(linear, "_LOGITS_HELD", held)
+        assert linear_probe(train, labels, val, val_labels, epochs=5) == whole
+
+
 def test_reads_separable_classes_and_not_noise():
     train, labels = clusters(600, spread=0.2)
     val, val_labels = clusters(200, spread=0.2, seed=1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from glsd.errors import UserError
 from glsd.geometry import patch_centers, patch_sides
+from glsd.models import backbone as backbone_module
 from glsd.models.backbone import build_backbone, check_crop, check_image_size
 from glsd.models.tokens import POOLS
 
@@ -32,6 +33,11 @@ RESNETS = {
     "seresnet50": 256,
     "resnetblur50": 256,
 }  # name: d
+
+
+@pytest.fixture(autouse=True)
+def _hub_answers(monkeypatch):
+    monkeypatch.setattr(backbone_module, "check_hub", lambda name: None)
 
 
 def small(name: str, **options):

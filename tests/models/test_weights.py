@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import pickle
 import random
 import re
@@ -300,7 +301,9 @@ def test_resnet_of_torchvision(form, tmp_path):
 
 def test_resnet50_has_torchvisions_names_and_shapes():
     with torch.device("meta"):
-        state, net = torchvision.models.resnet50().state_dict(), timm.create_model("resnet50", num_classes=0)
+        shapes = torchvision.models.resnet50().state_dict()
+    state = {name: torch.zeros(x.shape, dtype=x.dtype) for name, x in shapes.items()}
+    net = timm.create_model("resnet50", num_classes=0)
     report = load_weights(net, state, source="x")
     assert (report.matched, report.ignored) == (265, ("fc.weight", "fc.bias"))
 
@@ -428,3 +431,34 @@ def test_truncated_file_is_one_line(tmp_path):
     (tmp_path / "a.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot be read as plain tensors"):
         read_weights(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+@pytest.mark.parametrize("name", ["blocks.1.attn.qkv.weight", "pos_embed", "norm.bias"])
+def test_numbers_that_are_not_finite_are_named(tmp_path, name, value):
+    net = small()
+    state = {key: x.double().clone() for key, x in net.net.state_dict().items()}
+    state[name].view(-1)[5] = value
+    file = str(tmp_path / "bad.safetensors")
+    save_file(state, file)
+    before = {key: x.clone() for key, x in net.net.state_dict().items()}
+    with pytest.raises(
+        UserError, match=rf"weights '{file}': tensor '{name}' holds NaN or infinity in 1 of \d+ numbers: "
+    ):
+        load_weights(net.net, read_weights(file), source=file)
+    assert all(torch.equal(x, before[key]) for key, x in net.net.state_dict().items())
+
+
+def test_a_head_that_is_not_used_may_hold_anything(tmp_path):
+    state = small(seed=2).net.state_dict() | {"head.weight": torch.full((1000, 48), math.nan)}
+    net = small()
+    load_weights(net.net, state, source="x")
+    assert same_weights(net, small(seed=2))
+
+
+def test_all_tensors_that_are_not_finite_are_counted():
+    state = {name: torch.full_like(x, math.nan) for name, x in small().net.state_dict().items()}
+    with pytest.raises(
+        UserError, match=r"tensor 'cls_token' .* in 48 of 48 numbers, and \d\d more such tensors"
+    ):
+        load_weights(small().net, state, source="x")

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from typing import Any
 
 import pytest
+import torch
 
 from glsd.errors import UserError
+from glsd.runtime import checkpoint
 from glsd.runtime.loop import StopVote, catch_signals
 from glsd.runtime.run import (
     Run,
@@ -151,7 +154,8 @@ def test_rewind_without_files_does_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_leaves_a_note_however_often_it_comes(number):
+def test_a_signal_leaves_a_note_however_often_it_comes(number, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as a launcher sets it, which passes a Ctrl-C on
     before = signal.getsignal(number)
     with catch_signals() as stop_requested:
         assert stop_requested() == ""
@@ -162,19 +166,99 @@ def test_a_signal_leaves_a_note_however_often_it_comes(number):
         assert stop_requested() == number.name  # the first one counts
     # An interrupt is over with the block; after a request to end the process repeats stay harmless.
     assert signal.getsignal(number) is (before if number == signal.SIGINT else signal.SIG_IGN)
+    answer = "\nstopping after this step; press again to stop now\n" if number == signal.SIGINT else ""
+    assert capfd.readouterr() == ("", answer)
 
 
-def test_an_impatient_second_interrupt_stops_at_once(monkeypatch):
+def press(capfd, answers: str = "") -> None:
+    """Press Ctrl-C, and wait for an answer if there must be one."""
+    os.kill(os.getpid(), signal.SIGINT)
+    end = time.perf_counter() + 10
+    while answers and answers not in capfd.readouterr().err:
+        assert time.perf_counter() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("variable", "patience"), [("", 0.1), ("WORLD_SIZE", 2.0), ("SLURM_JOB_ID", 2.0)])
+def test_a_second_interrupt_stops_at_once(variable, patience, monkeypatch, capfd):
+    for name in ("WORLD_SIZE", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with catch_signals() as stop_requested:
-        os.kill(os.getpid(), signal.SIGINT)
-        now[0] += 1.0  # a launcher passing on the same Ctrl-C
-        os.kill(os.getpid(), signal.SIGINT)
+        press(capfd, answers="stopping after this step; press again to stop now")
+        now[0] += (
+            patience / 2
+        )  # the same Ctrl-C, passed on by a launcher or come through a process that was just forked
+        press(capfd)
+        time.sleep(0.2)
         assert stop_requested() == "SIGINT"
-        now[0] += 1.5
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+        now[0] += patience
+        with pytest.raises(
+            KeyboardInterrupt, match="stopped at once; --resume auto goes on from the last checkpoint"
+        ):
+            press(capfd, answers="never")
+    assert "press again" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_main_thread_in_a_long_operation_is_answered_and_not_waited_for(tmp_path):
+    """Python runs no signal handler while C code works."""
+    program = (
+        "from glsd.runtime.loop import catch_signals\n"
+        "import torch\nfrom glsd.runtime import loop\nloop.GRACE = 0.5\n"
+        "with catch_signals():\n  print('ready', flush=True)\n"
+        "  torch.set_num_threads(1)\n"
+        "  x = torch.ones(10000, 10000, dtype=torch.float64)\n  x @ x\n"
+    )
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "SLURM_JOB_ID")
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    start = time.perf_counter()
+    assert [process.stderr.readline() for _ in range(2)] == [
+        "\n",
+        "stopping after this step; press again to stop now\n",
+    ]
+    assert time.perf_counter() - start < 2
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=20)[1]
+    assert (process.returncode, rest.split()[:3]) == (130, ["stopped", "at", "once;"])
+
+
+def test_an_interrupted_save_leaves_nothing_behind(tmp_path, monkeypatch):
+    parts: dict[str, Any] = {
+        "tensors": {"student": {"w": torch.zeros(2)}},
+        "state": {},
+        "optimizer": {},
+        "keep": 2,
+    }
+    checkpoint.save(tmp_path, step=1, **parts)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "sync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, step=2, **parts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+    found = checkpoint.load_latest(tmp_path)
+    assert found is not None
+    assert found.step == 1
 
 
 @pytest.mark.slow

@@ -114,6 +114,41 @@ def test_neighbors_are_marked_right_or_wrong(figures, tmp_path):
     assert np.array_equal(shown, crops(6, 8)[3].permute(1, 2, 0).numpy())
 
 
+def test_neighbors_carry_the_names_of_their_classes(figures, tmp_path):
+    names = ["cat", "a dog of a very long kind", "$x^2$ \n", "\u732b"]
+    draw_neighbors(
+        tmp_path / "x.png",
+        crops(1, 8),
+        crops(4, 8)[None],
+        query_labels=torch.tensor([0]),
+        neighbor_labels=torch.tensor([[0, 1, 2, 4]]),
+        cosines=torch.ones(1, 4),
+        class_names=names,
+    )
+    titles = [axis.get_title() for axis in figures[0].axes]
+    # A label beyond the names stays a number; a formula and a line end are shown as text.
+    assert titles == [
+        "query: cat",
+        "\u2713 cat 1.00",
+        "\u2717 a dog of a very\u2026 1.00",
+        "\u2717 \\$x^2\\$ ? 1.00",
+        "\u2717 4 1.00",
+    ]
+
+
+def test_a_picture_with_names_is_written(tmp_path):
+    draw_neighbors(
+        tmp_path / "names.png",
+        crops(1, 8),
+        crops(2, 8)[None],
+        query_labels=torch.tensor([1]),
+        neighbor_labels=torch.tensor([[1, 0]]),
+        cosines=torch.ones(1, 2),
+        class_names=["$broken{formula", "menorah"],
+    )
+    assert Image.open(tmp_path / "names.png").size[0] > 100
+
+
 def test_neighbor_picture_is_written(tmp_path):
     path = tmp_path / "neighbors.png"
     labels = torch.zeros(2, dtype=torch.int64)
