@@ -13,6 +13,7 @@ from glsd.config.parse import dump
 from glsd.errors import UserError
 from glsd.loading import find_weights, identify, load_network
 from glsd.models.backbone import build_backbone
+from glsd.runtime import checkpoint
 from tests.helpers.trained import NAME, TINY, TRAINED, trained_networks, write_run
 
 

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     cfg = load(EvalConfig, argv, about=__doc__ or "", first=FIRST)
     from glsd.cluster import shutdown
     from glsd.evaluate.run import evaluate
-    from glsd.load import find_run
+    from glsd.loading import find_run
 
     if evaluate(cfg):
         print(of_evaluation(cfg, find_run(Path(cfg.model))), flush=True)

@@ -1,6 +1,7 @@
 """Reads a configuration from defaults, YAML files and flags, and writes it as YAML. docs/configuration.md is its contract."""
 
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Iterable, Sequence
@@ -84,7 +85,7 @@ def in_its_folder(cfg: Config, argv: list[str]) -> Config:
     """
     given = [word.partition("=") for word in argv]
     files = [value or argv[place + 1] for place, (flag, _, value) in enumerate(given) if flag == "--config"]
-    file = Path(files[-1]) if files else Path()
+    file = Path(expand(files[-1])) if files else Path()
     is_of_run = re.fullmatch(r"config(\.\d+)?\.yaml", file.name) and (file.parent / "checkpoints").is_dir()
     if not is_of_run or any(flag == "--out" for flag, _, _ in given):
         return cfg
