@@ -57,6 +57,16 @@ def test_a_run_that_finds_no_checkpoint_says_so(door, tiny_run, tmp_path):
     assert f"no checkpoint in {tmp_path}/mistyped/checkpoints" in out
 
 
+@pytest.mark.parametrize(
+    ("said", "line"), [((), "stopped by Ctrl-C"), (("stopped; 2 kept",), "stopped; 2 kept")]
+)
+def test_ctrl_c_ends_any_command_in_one_line(door, said, line):
+    def main(argv):
+        raise KeyboardInterrupt(*said)
+
+    assert door(main, []) == (130, f"{line}\n")
+
+
 def test_a_run_that_was_moved_goes_on_where_it_is(door, tiny_run, tmp_path, monkeypatch):
     straight = tmp_path / "straight"
     door(pretrain.main, tiny_run("straight", optim__max_steps=4))
