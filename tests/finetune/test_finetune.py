@@ -310,7 +310,7 @@ def test_query_and_gallery_and_mdr_in_its_own_geometry(tiny_finetune, class_shar
         ({"data__crop": 30}, "data.crop 30 is not a multiple"),
         ({"data__crop": 0}, "data.crop is 0"),
         ({"data__resize": 20}, "data.resize is 20: expected 32 or more"),
-        ({"mdr__levels": "[.nan]"}, "mdr.levels is nan"),
+        ({"mdr__levels": "[.nan]"}, "mdr.levels is '[.nan]': expected numbers"),
         ({"optim__lr": ".inf"}, "optim.lr is inf"),
         ({"data__train_shards": ""}, "data.train_shards is not set"),
         ({"data__test_shards": ""}, "nothing to measure"),
