@@ -15,6 +15,8 @@ COMMANDS = {
     "pretrain": ("pretrain", "pretrain a Vision Transformer on images without labels"),
     "finetune": ("finetune", "fine-tune a backbone for retrieval with labels"),
     "evaluate": ("evaluate", "measure a frozen network: k-NN, linear probe or retrieval"),
+    "embed": ("embed", "write one vector for each image of a folder, a list or shards"),
+    "search": ("search", "find the most similar images among those that were embedded"),
     "doctor": ("doctor", "check this machine or cluster before a run"),
     "submit": ("submit", "submit a stage, a sweep or a pipeline to SLURM"),
     "demo": ("demo", "pack, pretrain, evaluate and fine-tune on embedded images, in a few minutes"),

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from glsd.data.transform import EvalTransform, choose_sizes
 from glsd.errors import UserError
-from glsd.inference.embed import embedded
+from glsd.inference.embed import batches_of, embedded
 from glsd.inference.images import as_images
 from glsd.loading import Loaded, load_network
 from glsd.models.backbone import Backbone, check_image_size
@@ -39,6 +39,11 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<glsd model: {self.name}, width {self.width}, {self.transform}, on {self.device}>"
+
+    @property
+    def loaded(self) -> Loaded:
+        """What the path named: the network, and the run and the checkpoint that it is of."""
+        return self._loaded
 
     @property
     def backbone(self) -> Backbone:
@@ -74,8 +79,7 @@ class Model:
             chosen,
             self.features,
             self.transform,
-            numbers=range(total),
-            batch_size=batch_size,
+            batches=batches_of(range(total), batch_size),
             num_workers=workers,
             device=self.device,
             precision=precision,

@@ -2,14 +2,14 @@
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from glsd.errors import BrokenImage, UserError, nearest, one_line
 from glsd.packing.folder import number_classes
-from glsd.packing.parquet import ParquetReader, RowGroup, read_parquet
+from glsd.packing.parquet import ParquetReader, RowGroup, parquet_columns, read_parquet
 from glsd.packing.source import FileReader, Source, check_regular
 from glsd.packing.write import PackSummary, pack_sources
 from glsd.shards.store import CLASSES_FILE, read_classes
@@ -23,13 +23,17 @@ NO_LABEL = "no label"
 
 
 @dataclass(kw_only=True)
-class _Rows:
+class Rows:
     """The rows of all lists, one after the other."""
 
     names: list[str]  # paths as the lists give them, or list#row where the list holds the bytes
     labels: list[str | None]
     groups: list[RowGroup]  # of the Parquet files that hold the images themselves
     class_names: list[str]  # from a Parquet file of the datasets library, in label order
+
+    def reader(self, path_column: str, root: Path) -> Callable[[int], bytes]:
+        """Return what reads the image file of a row: below ``root``, or from the lists where they hold the bytes."""
+        return ParquetReader(path_column, self.groups) if self.groups else FileReader(root, self.names)
 
 
 def pack_list(
@@ -56,18 +60,10 @@ def pack_list(
     given = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     if not given:
         raise UserError("no list given: expected .csv, .tsv or .parquet files")
-    rows = _Rows(names=[], labels=[], groups=[], class_names=[])
-    for file in given:
-        _read(file, path_column, label_column, rows)
-    if not rows.names:
-        raise UserError(f"{given[0]} has no rows: nothing to pack")
-    if rows.groups and sum(group.rows for group in rows.groups) < len(rows.names):
-        raise UserError(f"some of the lists hold images in {path_column}, others paths: pack them separately")
+    rows = read_lists(given, path_column, label_column)
     title = ", ".join(map(str, given[:3])) + (f" and {len(given) - 3} more" if len(given) > 3 else "")
     labels, names = _labels(rows, Path(dst), title, classes) if label_column else (None, [])
-    read: Any = FileReader(Path(root) if root is not None else given[0].parent, rows.names)
-    if rows.groups:
-        read = ParquetReader(path_column, rows.groups)
+    read = rows.reader(path_column, Path(root) if root is not None else given[0].parent)
     source = Source(
         title=title,
         names=rows.names,
@@ -77,6 +73,31 @@ def pack_list(
         groups=[group.rows for group in rows.groups],
     )
     return pack_sources({prefix: source}, dst, **settings)[prefix]
+
+
+def read_lists(files: Sequence[Path], path_column: str, label_column: str) -> Rows:
+    """Return the rows of all lists. Raises UserError for a list that cannot be read, lacks a column, or if there is no row."""
+    rows = Rows(names=[], labels=[], groups=[], class_names=[])
+    for file in files:
+        _read(file, path_column, label_column, rows)
+    if not rows.names:
+        raise UserError(f"{files[0]} has no rows: nothing to read")
+    if rows.groups and sum(group.rows for group in rows.groups) < len(rows.names):
+        raise UserError(f"some of the lists hold images in {path_column}, others paths: give them separately")
+    return rows
+
+
+def list_columns(file: Path) -> list[str]:
+    """Return the names of a list's columns; none for a file that cannot be read, which ``read_lists`` explains."""
+    kind = file.suffix.lower()
+    try:
+        check_regular(file)
+        if kind in PARQUET:
+            return parquet_columns(file)
+        with _open_csv(file) as lines:
+            return next(csv.reader(lines, delimiter=CSV_SEPARATORS[kind], strict=True), [])
+    except (OSError, csv.Error, UserError):
+        return []
 
 
 class _LabeledOnly:
@@ -91,7 +112,7 @@ class _LabeledOnly:
         return self._read(number)
 
 
-def _labels(rows: _Rows, dst: Path, title: str, classes: str | Path | None) -> tuple[list[int], list[str]]:
+def _labels(rows: Rows, dst: Path, title: str, classes: str | Path | None) -> tuple[list[int], list[str]]:
     """Return the label of each row (-1 = none) and the class names in label order (empty = no names)."""
     texts = {text for text in rows.labels if text is not None}
     if not texts:
@@ -108,7 +129,7 @@ def _labels(rows: _Rows, dst: Path, title: str, classes: str | Path | None) -> t
     return [-1 if text is None else numbers[text] for text in rows.labels], list(numbers)
 
 
-def _read(file: Path, path_column: str, label_column: str, rows: _Rows) -> None:
+def _read(file: Path, path_column: str, label_column: str, rows: Rows) -> None:
     kind = file.suffix.lower()
     try:
         check_regular(file)
@@ -136,9 +157,13 @@ def _check_columns(file: Path, columns: Sequence[str], path_column: str, label_c
             )
 
 
-def _read_csv(file: Path, separator: str, path_column: str, label_column: str, rows: _Rows) -> None:
+def _open_csv(file: Path) -> TextIO:
+    return open(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _read_csv(file: Path, separator: str, path_column: str, label_column: str, rows: Rows) -> None:
     csv.field_size_limit(MAX_CELL)
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with _open_csv(file) as lines:
         table = csv.reader(lines, delimiter=separator, strict=True)
         try:
             head = next(table, [])
