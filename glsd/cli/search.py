@@ -6,6 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from glsd.audit import counted
 from glsd.cli.door import printable
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def main(argv: list[str]) -> None:
         return
     report(answer)
     if args["picture"]:
-        print(f"picture   {printable(args['picture'])}")
+        lost = f"; {counted(answer.lost, 'image')} not there any more" if answer.lost else ""
+        print(f"\npicture   {printable(args['picture'])}{lost}")
 
 
 def report(answer: "Answer") -> None:

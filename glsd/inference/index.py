@@ -42,7 +42,7 @@ class Built(NamedTuple):
     effort: str  # how it is searched
 
 
-class Loaded(NamedTuple):
+class Index(NamedTuple):
     """An index that was read."""
 
     index: Any
@@ -98,7 +98,7 @@ def build_index(file: Path, kind: str, device: torch.device) -> tuple[Built | No
     return Built(path, kind, recall, seconds, effort), ""
 
 
-def read_index(file: Path, table: VectorTable) -> Loaded | None:
+def read_index(file: Path, table: VectorTable) -> Index | None:
     """Return the index beside a file of vectors; None if there is none, or faiss is not installed.
 
     Raises UserError if it is damaged, or of other vectors.
@@ -119,21 +119,19 @@ def read_index(file: Path, table: VectorTable) -> Loaded | None:
         raise UserError(f"cannot read the index {path}: {one_line(error)}; {advice}") from error
     if of != (table.record["crc32"], len(table.names)) or index.ntotal != len(table.names):
         raise UserError(f"the index {path} is not of the vectors in {file}; {advice}")
-    return Loaded(index, told)
+    return Index(index, told)
 
 
 def search_index(
     index: Any, query: Float32[np.ndarray, "q d"], vectors: Float32[np.ndarray, "n d"], k: int
-) -> tuple[Float64[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
+) -> tuple[Float64[np.ndarray, "q k"], Int64[np.ndarray, "q k"]] | None:
     """Return the cosines and rows of the k nearest vectors that an index finds, by descending cosine, then by row.
 
-    query, vectors: normalized. The cosines are computed anew in float64. Raises UserError if it finds fewer than k.
+    query, vectors: normalized. The cosines are computed anew in float64. None if it finds fewer than k of a query.
     """
     _, rows = index.search(np.ascontiguousarray(query), k)
     if (rows < 0).any():
-        raise UserError(
-            f"the index finds fewer than {k} vectors of a query: ask for fewer, or search exactly (--exact)"
-        )
+        return None
     cosines = cosines_of(query, vectors, rows)
     order = np.lexsort((rows, -cosines.round(9)), axis=1)
     return np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1)

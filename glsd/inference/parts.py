@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +38,11 @@ class Part(NamedTuple):
 class Parts:
     """The parts of one job, below a folder. Part i holds the images from i * size on.
 
-    plan: what decides the vectors; every part says for which plan it was made. compared: keys of the plan that must agree.
+    plan: what decides the vectors; every part says for which plan it was made. compared: as for ``difference``.
     """
 
-    def __init__(self, folder: Path, plan: Mapping[str, Any], *, compared: Sequence[str]):
-        self.folder, self.plan, self.compared = folder, plan, tuple(compared)
+    def __init__(self, folder: Path, plan: Mapping[str, Any], *, compared: Mapping[str, str]):
+        self.folder, self.plan, self.compared = folder, plan, compared
         self.total: int = plan["images"]
         self.size = part_size(self.total)
         self.count = -(-self.total // self.size)
@@ -62,7 +62,7 @@ class Parts:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = contextlib.ExitStack()
-            lock.enter_context(locked(self.folder / LOCK_FILE, timeout=0))
+            lock.enter_context(locked(self.folder / LOCK_FILE, timeout=0.0))
         except Timeout as error:
             raise UserError(f"{self.folder}: another process writes these parts: wait for it") from error
         except OSError as error:
@@ -149,12 +149,18 @@ class Parts:
             )
 
 
-def difference(before: Any, now: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Return the first of the keys whose values differ, with both values; "" if all agree."""
-    for key in keys:
-        then = before.get(key) if isinstance(before, dict) else None
-        if then != now[key]:
-            return f"{key.replace('_', ' ')} was {then!r}, now {now[key]!r}"
+def difference(before: Any, now: Mapping[str, Any], keys: Mapping[str, str]) -> str:
+    """Return in words the first difference between two plans; "" if they agree.
+
+    keys: those that must agree -> the key that says it to a person.
+    """
+    before = before if isinstance(before, dict) else {}
+    for key, said in keys.items():
+        if before.get(key) != now[key]:
+            then, what = before.get(said), said.replace("_", " ")
+            if then == now[said]:
+                return f"the {what} {then!r} has changed since"
+            return f"the {what} was {then!r}, now {now[said]!r}"
     return ""
 
 

@@ -40,18 +40,15 @@ PARTS_SUFFIX, UNREADABLE_SUFFIX = ".parts", ".unreadable.txt"
 LOST_AFTER = 60.0  # seconds without a heartbeat after which a rank counts as lost
 MOST_WORKERS = 8  # loader processes of a rank; each holds two batches
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
-# What must agree between two calls that make one file. The rest of the plan only tells how it was done.
-COMPARED = (
-    "model_name",
-    "step",
-    "weights",
-    "transform",
-    "precision",
-    "width",
-    "images",
-    "images_digest",
-    "glsd",
-)
+# What must agree between two calls that make one file, and the key that says it to a person. The rest only tells how it was done.
+COMPARED = {
+    "network": "model",
+    **{key: key for key in ("transform", "precision", "width")},
+    "images_digest": "images_title",
+    "images": "images",
+    "labeled": "labeled",
+    "glsd": "glsd",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +198,7 @@ def make_plan(
         "model_name": model.name,
         "step": loaded.step,
         "loading": dict(loading),
-        "weights": weights_digest(model.network),
+        "network": network_digest(model),
         "transform": repr(model.transform),
         "precision": precision,
         "width": model.width,
@@ -213,10 +210,14 @@ def make_plan(
     }
 
 
-def weights_digest(network: torch.nn.Module) -> str:
-    """Return a hash of the names, types, shapes and values of a network's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+def network_digest(model: Model) -> str:
+    """Return a hash of what a network computes: its architecture, its pooling, its weights and buffers."""
+    config = model.loaded.config
+    architecture = getattr(model.backbone.net, "pretrained_cfg", {}).get("architecture", "")
+    told = [type(model.network).__name__, model.backbone.pool, architecture]
+    told += [] if config is None else [config.model.backbone, sorted(config.model.timm_args.items())]
+    digest = hashlib.sha256(repr(told).encode())
+    for name, tensor in sorted(model.network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from glsd.errors import BrokenImage, UserError, pick
 from glsd.inference.images import Images, as_images, open_again
-from glsd.inference.index import cosines_of, normalized, read_index, search_index
+from glsd.inference.index import Index, cosines_of, normalized, read_index, search_index
 from glsd.inference.model import Model, load
 from glsd.inference.rerank import CANDIDATES, RERANKERS, reranked
-from glsd.inference.run import weights_digest
+from glsd.inference.run import network_digest
 from glsd.inference.vectors import VectorTable, read_vectors
 from glsd.metrics.knn import nearest_neighbors
 from glsd.show.neighbors import draw_found
@@ -46,6 +46,7 @@ class Answer(NamedTuple):
     model: str
     how: str  # "exact", or the kind of the index and how it is searched
     vectors: int  # how many were searched
+    lost: int  # images that the picture lacks, because they are not there any more
 
 
 def search(
@@ -78,20 +79,13 @@ def search(
     query = normalized(network.embed(images, precision=table.record["precision"]))
     vectors = normalized(table.vectors)
     wanted = k if rerank is None else max(k, min(CANDIDATES, len(vectors)))
-    if index is None:
-        found = nearest_neighbors(torch.from_numpy(query), torch.from_numpy(vectors), k=wanted)
-        rows = found[1].numpy()
-        how = "exact"
-    else:
-        rows = search_index(index.index, query, vectors, wanted)[1]
-        how = f"index {index.told['kind']}, {index.told['effort']}"
+    rows, how = _find(query, vectors, wanted, index)
     if rerank is not None:
         rows = reranked(rerank, query, vectors, rows, k)
         how += f", re-ranked by {rerank}"
-    answer = Answer(_described(table, queries, query, vectors, rows), network.name, how, len(vectors))
-    if picture is not None:
-        _draw(Path(picture), answer, table, queries, network)
-    return answer
+    found = _described(table, queries, query, vectors, rows)
+    lost = 0 if picture is None else _draw(Path(picture), found, table, queries, network)
+    return Answer(found, network.name, how, len(vectors), lost)
 
 
 def load_model_of(record: Mapping[str, Any], path: str | None = None) -> Model:
@@ -109,7 +103,7 @@ def load_model_of(record: Mapping[str, Any], path: str | None = None) -> Model:
             "if it has moved, name it with --model"
         ) from error
     for what, then, now in (
-        ("weights", record["weights"], weights_digest(model.network)),
+        ("network", record["network"], network_digest(model)),
         ("transform", record["transform"], repr(model.transform)),
     ):
         if then != now:
@@ -118,6 +112,20 @@ def load_model_of(record: Mapping[str, Any], path: str | None = None) -> Model:
                 "name the right one with --model, or embed the images again"
             )
     return model
+
+
+def _find(
+    query: Float32[np.ndarray, "q d"], vectors: Float32[np.ndarray, "n d"], k: int, index: Index | None
+) -> tuple[Int64[np.ndarray, "q k"], str]:
+    """Return the rows of the k nearest vectors, and how they were found."""
+    few = ""
+    if index is not None:
+        nearest = search_index(index.index, query, vectors, k)
+        if nearest is not None:
+            return nearest[1], f"index {index.told['kind']}, {index.told['effort']}"
+        few = f", because the index finds fewer than {k}"
+    found = nearest_neighbors(torch.from_numpy(query), torch.from_numpy(vectors), k=k)[1]
+    return found.numpy(), f"exact{few}"
 
 
 def _described(
@@ -146,25 +154,33 @@ def _described(
     ]
 
 
-def _draw(file: Path, answer: Answer, table: VectorTable, queries: Images, model: Model) -> None:
-    """Draw the first queries and their neighbors, read from where ``glsd embed`` read them."""
-    shown = answer.found[:MOST_DRAWN]
+def _draw(file: Path, found: list[Found], table: VectorTable, queries: Images, model: Model) -> int:
+    """Draw the first queries and their neighbors, read from where ``glsd embed`` read them; return how many are gone."""
+    shown = found[:MOST_DRAWN]
     square = model.transform.square
     pixels = open_again(table.record["place"])
+    lost = []
 
-    def neighbor(found: Neighbor) -> UInt8[Tensor, "3 s s"] | None:
+    def neighbor(entry: Neighbor) -> UInt8[Tensor, "3 s s"] | None:
         try:
-            return square(pixels(found.number, found.name))
+            return square(pixels(entry.number, entry.name))
         except BrokenImage:
+            lost.append(entry)
             return None
 
+    images = [[neighbor(entry) for entry in each.neighbors] for each in shown]
+    if len(lost) == sum(map(len, images)):
+        raise UserError(
+            f"cannot draw {file}: none of the images that were found is still in {table.record['images_title']}"
+        )
     draw_found(
         file,
         [square(queries.pixels(number)) for number in range(len(shown))],
-        [[neighbor(entry) for entry in found.neighbors] for found in shown],
-        query_titles=[found.query for found in shown],
-        titles=[[_title(entry) for entry in found.neighbors] for found in shown],
+        images,
+        query_titles=[each.query for each in shown],
+        titles=[[_title(entry) for entry in each.neighbors] for each in shown],
     )
+    return len(lost)
 
 
 def _title(found: Neighbor) -> str:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from glsd.errors import UserError, nearest, one_line
+from glsd.errors import UserError, one_line
 from glsd.files import replacing
 
 KEY = "glsd"  # of the record in a file's metadata
@@ -84,7 +84,7 @@ def read_vectors(path: str | Path) -> VectorTable:
             )
         if zlib.crc32(np.ascontiguousarray(table.vectors).data) != record["crc32"]:
             raise _Damaged("the vectors are not those that were written")
-    except (_Damaged, OSError, ValueError, KeyError, csv.Error) as error:
+    except (_Damaged, OSError, EOFError, ValueError, LookupError, csv.Error) as error:
         raise UserError(
             f"{path} is damaged or was changed ({one_line(error)}): delete it and embed again"
         ) from error
@@ -107,9 +107,7 @@ def read_record(path: Path) -> Mapping[str, Any]:
 def check_format(path: Path) -> None:
     """Raise UserError unless the name of a file says how it is written, and what is needed for it is installed."""
     if path.suffix not in FORMATS:
-        raise UserError(
-            f"{str(path)!r}: expected a name that ends in {', '.join(FORMATS)}{nearest(path.suffix, FORMATS)}"
-        )
+        raise UserError(f"{str(path)!r}: expected a name that ends in {', '.join(FORMATS)}")
     if path.suffix == ".parquet":
         _pyarrow()
 
@@ -210,6 +208,9 @@ def _read_parquet(path: Path, record: Mapping[str, Any]) -> VectorTable:
 
 
 def _table(vectors: np.ndarray, names: list, numbers: list, labels: list, record: Mapping) -> VectorTable:
+    expected = (record["count"], record["width"])
+    if vectors.shape != expected or len(names) != len(vectors):
+        raise _Damaged(f"{len(names)} names and {vectors.shape} numbers, not {expected}")
     return VectorTable(
         vectors=vectors,
         names=names,
