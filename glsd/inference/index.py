@@ -81,8 +81,7 @@ def build_index(file: Path, kind: str, device: torch.device) -> tuple[Built | No
         return Built(path, kind, told["recall"], told["seconds"], told["effort"]), ""
     started = time.monotonic()
     vectors = normalized(table.vectors)
-    index = KINDS[kind](vectors)
-    recall, effort = _tune(index, kind, vectors, device)
+    index, recall, effort = tuned_index(kind, vectors, device)
     seconds = time.monotonic() - started
     told = {
         "kind": kind,
@@ -210,8 +209,14 @@ EFFORTS: dict[str, tuple[Callable[[Any, int], str], tuple[int, ...]]] = {
 }
 
 
-def _tune(index: Any, kind: str, vectors: np.ndarray, device: torch.device) -> tuple[float, str]:
-    """Raise the effort of an index until its recall on a sample is as wanted; return the recall and the effort in words."""
+def tuned_index(
+    kind: str, vectors: Float32[np.ndarray, "n d"], device: torch.device
+) -> tuple[Any, float, str]:
+    """Build an index of normalized vectors, and raise its effort until its recall on a sample is as wanted.
+
+    Returns the index, its recall and its effort in words.
+    """
+    index = KINDS[kind](vectors)
     rows = np.arange(min(SAMPLE, len(vectors))) * len(vectors) // min(SAMPLE, len(vectors))
     k = min(K + 1, len(vectors))  # a vector finds itself, too
     everything = torch.from_numpy(vectors).to(device)
@@ -225,7 +230,7 @@ def _tune(index: Any, kind: str, vectors: np.ndarray, device: torch.device) -> t
         recall = recall_of(index, vectors, rows, exact)
         if recall >= WANTED:
             break
-    return recall, words
+    return index, recall, words
 
 
 def recall_of(
