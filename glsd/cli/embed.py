@@ -95,11 +95,11 @@ def report(summary: "Summary") -> None:
         for name, reason in summary.unreadable[:SHOWN]:
             print(f"  {printable(name)}: {printable(reason)}")
     there = "" if summary.images_done or summary.resumed else ", which was there already"
-    print(f"wrote     {counted(summary.count, 'vector')} of {printable(summary.model)}: {out}{there}")
-    if summary.index is None:
+    print(f"wrote     {counted(summary.num_vectors, 'vector')} of {printable(summary.model)}: {out}{there}")
+    if summary.built is None:
         print(f"index     none: {summary.no_index}")
     else:
-        built = summary.index
+        built = summary.built
         print(
             f"index     {built.kind} ({built.effort}) in {built.seconds:,.1f} s, recall@10 {built.recall:.3f} against exact "
             f"search: {printable(built.path)}"

@@ -7,9 +7,8 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,18 +50,17 @@ COMPARED = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summary:
+class Summary(NamedTuple):
     """What an embedding run came to."""
 
     out: Path
     model: str
-    count: int  # vectors in the file
+    num_vectors: int  # in the file
     seconds: float
     images_done: int  # by this call; 0 = the file was there already
     resumed: int  # images that an earlier call had embedded
     unreadable: list[tuple[str, str]]  # name, reason
-    index: Built | None
+    built: Built | None  # the index
     no_index: str  # why there is none; empty = there is one
 
 
@@ -101,19 +99,11 @@ def embed_files(
     chosen = dist.together(
         lambda: as_images(list(images), path_column=path_column, label_column=label_column, root=root)
     )
-    network = dist.together(
-        lambda: load(model, role=role, backbone=backbone, pool=pool, image_size=image_size)
-    )
-    loading = {"role": role, "backbone": backbone, "pool": pool, "image_size": image_size}
+    loading: dict[str, Any] = {"role": role, "backbone": backbone, "pool": pool, "image_size": image_size}
+    network = dist.together(lambda: load(model, **loading))
     plan = dist.together(lambda: make_plan(model, network, chosen, loading, precision))
-    if len({json.dumps(other) for other in dist.gather_objects([plan[key] for key in COMPARED])}) > 1:
-        raise UserError(
-            f"{chosen.title}: the ranks see other images or another model: give them the same files"
-        )
     parts = Parts(beside(out, PARTS_SUFFIX), plan, compared=COMPARED)
-    if dist.is_main() and not out.exists():
-        print(f"model     {network.name}{_of_step(plan)}: vectors of width {network.width}")
-        print(f"images    {plan['images']:,} of {chosen.title}", flush=True)
+    _introduce(out, network, plan)
     workers = _own_workers(plan["images"]) if num_workers is None else num_workers
     started = time.monotonic()
     with contextlib.ExitStack() as held:
@@ -131,21 +121,24 @@ def embed_files(
         if not main:
             return None
         unreadable = _join(out, parts, chosen) if missing is not None else []
-    done = sum(len(parts.numbers(part)) for part in missing or [])
     seconds = time.monotonic() - started
-    record = read_record(out)
+    done = sum(len(parts.numbers(part)) for part in missing or [])
+    resumed = parts.total - done if missing is not None else 0
     built, no_index = build_index(out, index, device)
-    return Summary(
-        out=out,
-        model=network.name,
-        count=record["count"],
-        seconds=seconds,
-        images_done=done,
-        resumed=parts.total - done if missing is not None else 0,
-        unreadable=unreadable,
-        index=built,
-        no_index=no_index,
-    )
+    num_vectors = read_record(out)["count"]
+    return Summary(out, network.name, num_vectors, seconds, done, resumed, unreadable, built, no_index)
+
+
+def _introduce(out: Path, model: Model, plan: Mapping[str, Any]) -> None:
+    """Print what is embedded. Raises UserError if another rank would embed something else."""
+    if len(set(dist.gather_objects(json.dumps([plan[key] for key in COMPARED])))) > 1:
+        raise UserError(
+            f"{plan['images_title']}: the ranks see other images or another model: give them the same files"
+        )
+    if dist.is_main() and not out.exists():
+        step = "" if plan["step"] is None else f", step {plan['step']}"
+        print(f"model     {model.name}{step}: vectors of width {model.width}")
+        print(f"images    {plan['images']:,} of {plan['images_title']}", flush=True)
 
 
 def _join_ranks() -> torch.device:
@@ -221,10 +214,6 @@ def network_digest(model: Model) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _of_step(plan: Mapping[str, Any]) -> str:
-    return "" if plan["step"] is None else f", step {plan['step']}"
 
 
 def _stream(

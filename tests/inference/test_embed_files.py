@@ -17,10 +17,10 @@ import glsd
 from glsd.errors import UserError
 from glsd.files import locked
 from glsd.inference import parts
-from glsd.inference.images import as_images
 from glsd.inference.run import embed_files
 from glsd.inference.vectors import read_vectors
 from glsd.packing.folder import pack_folder
+from glsd.shards.store import open_shards
 from tests.helpers.hard_pictures import BROKEN, hard_pictures
 from tests.helpers.launched import run, warm_launch_line
 from tests.helpers.ranks import run_ranks
@@ -62,7 +62,7 @@ def test_every_readable_image_has_the_vector_that_the_model_gives(trained, pictu
     assert [everything[number] for number in table.numbers] == names
     expected = glsd.load(trained / "pretrained").embed([pictures / name for name in names], batch_size=16)
     np.testing.assert_allclose(table.vectors, expected, rtol=0, atol=1e-6)
-    assert (summary.count, summary.images_done, summary.resumed) == (79, 80, 0)
+    assert (summary.num_vectors, summary.images_done, summary.resumed) == (79, 80, 0)
     assert [name for name, _ in summary.unreadable] == [BROKEN]
     listed = (tmp_path / "deep" / f"{out.name}.unreadable.txt").read_text()
     assert listed.startswith(f"{BROKEN}\t")
@@ -80,7 +80,7 @@ def test_every_readable_image_has_the_vector_that_the_model_gives(trained, pictu
     )
     assert not (tmp_path / "deep" / f"{out.name}.parts").exists()
     again = embed(trained, pictures, out)
-    assert (again.count, again.images_done) == (79, 0)
+    assert (again.num_vectors, again.images_done) == (79, 0)
 
 
 def test_the_libraries_read_what_was_written(trained, pictures, tmp_path):
@@ -173,7 +173,7 @@ def test_two_ranks_write_the_file_of_one(trained, pictures, tmp_path):
     from glsd.inference.run import embed_files
     settings = {{"num_workers": 0, "index": "none", "batch_size": 8}}
     made = embed_files({str(trained / "pretrained")!r}, [{str(pictures)!r}], folder / "two.parquet", **settings)
-    print(made is None if rank else made.count)
+    print(made is None if rank else made.num_vectors)
     """
     printed = run_ranks(body, tmp_path)
     assert [text.splitlines()[-1] for text in printed] == ["79", "True"]
@@ -226,7 +226,7 @@ def half_done(trained, pictures, tmp_path) -> Path:
 
 def test_it_goes_on_after_the_last_part(half_done, trained, pictures):
     summary = embed(trained, pictures, half_done)
-    assert (summary.resumed, summary.images_done, summary.count) == (64, 16, 79)
+    assert (summary.resumed, summary.images_done, summary.num_vectors) == (64, 16, 79)
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "other"])
@@ -330,12 +330,13 @@ def test_lists_and_shards_give_the_vectors_of_the_folder(trained, pictures, tmp_
     pack_folder(pictures, tmp_path / "shards", workers=0)
     embed(trained, f"{tmp_path}/shards/*.tar", tmp_path / "packed.npy")
     table = read_vectors(tmp_path / "packed.npy")
-    packed = as_images(f"{tmp_path}/shards/*.tar")
+    packed = open_shards(f"{tmp_path}/shards/*.tar")
     by_bytes = {(pictures / name).read_bytes(): name for name in names}
     assert len(table.names) == 79
     for row, number in enumerate(table.numbers.tolist()):
-        name = by_bytes[packed.names.shards.read(number)]
-        assert table.names[row] == packed.names[number]
+        name = by_bytes[packed.read(number)]
+        assert table.names[row] == packed.key(number)
+        assert table.labels is not None
         assert table.labels[row] == name[0]
         np.testing.assert_allclose(table.vectors[row], expected[name], rtol=0, atol=1e-6)
 

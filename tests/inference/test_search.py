@@ -96,14 +96,18 @@ def test_an_index_finds_what_it_says_that_it_finds(tmp_path, kind):
     vectors = clustered(4000, 24)
     write(tmp_path / "x.npy", vectors)
     built, why = build_index(tmp_path / "x.npy", kind, CPU)
+    assert built is not None
     assert (built.kind, why) == (kind, "")
     table = read_vectors(tmp_path / "x.npy")
     index = read_index(tmp_path / "x.npy", table)
     unit = normalized(vectors)
+    assert index is not None
     queries = np.arange(7, 4000, 40)
     cosines = unit[queries].astype(np.float64) @ unit.T.astype(np.float64)
     exact = np.argsort(-cosines, axis=1)[:, :10]
-    told, rows = search_index(index.index, unit[queries], unit, 10)
+    found = search_index(index.index, unit[queries], unit, 10)
+    assert found is not None
+    told, rows = found
     np.testing.assert_allclose(told, np.take_along_axis(cosines, rows, 1), rtol=0, atol=1e-12)
     assert (np.diff(told, axis=1) <= 1e-9).all()
     recall = np.mean([len({*a} & {*b}) / 10 for a, b in zip(exact, rows, strict=True)])
@@ -294,6 +298,7 @@ def test_a_run_that_went_on_is_searched_with_the_checkpoint_of_the_vectors(tmp_p
     query = tmp_path / "photos" / "b" / "im 004.png"
     before = search(tmp_path / "x.npy", query, k=3).found
     saved = checkpoint.load_latest(tmp_path / "pretrained" / "checkpoints")
+    assert saved is not None
     tensors = {
         role: {name: x + 0.1 for name, x in of_role.items()} for role, of_role in saved.tensors.items()
     }
