@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from glsd.errors import UserError
     from glsd.inference.model import Model, list_images, load
+    from glsd.inference.search import search
+    from glsd.inference.vectors import read_vectors
 
 __version__ = "0.1.0"
-__all__ = ["Model", "UserError", "__version__", "list_images", "load"]
+__all__ = ["Model", "UserError", "__version__", "list_images", "load", "read_vectors", "search"]
 
 # Public name -> module that holds it.
 _FACE = {
     "load": "glsd.inference.model",
     "list_images": "glsd.inference.model",
     "Model": "glsd.inference.model",
+    "read_vectors": "glsd.inference.vectors",
+    "search": "glsd.inference.search",
     "UserError": "glsd.errors",
 }
 

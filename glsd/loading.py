@@ -52,6 +52,7 @@ class Loaded:
     resize: int | None = None  # short side before the crop; None = the run does not say
     step: int | None = None  # of the checkpoint, 0 = before the first step; None = not a run
     run: Path | None = None
+    checkpoint: Path | None = None  # of the run; None = the network before the first step
     config: PretrainConfig | FinetuneConfig | None = None  # of the run
 
     def features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -176,6 +177,7 @@ def _load_run(
         resize=config.data.resize if isinstance(config, FinetuneConfig) else None,
         step=saved.step if saved else 0,
         run=named.run,
+        checkpoint=saved.path if saved else None,
         config=config,
     )
 

@@ -24,7 +24,10 @@ MAY_IMPORT = {
     "slurm": {"errors", "config"},
     "loading": BASE | {"config", "models", "runtime"},
     # Packing, too: what a folder or a list holds is said there, once.
-    "inference": BASE | {"models", "metrics", "show", "shards", "data", "packing", "config", "loading"},
+    # The cluster, too: several ranks embed. And the losses, whose diffusion orders what a search has found again.
+    "inference": BASE
+    | {"models", "losses", "metrics", "show", "cluster"}
+    | {"shards", "data", "packing", "config", "loading"},
     "doctor": BASE | {"cluster", "shards"},
     "evaluate": BASE | PARTS | DATA | {"cluster", "config", "loading"},
     "pretrain": BASE | PARTS | DATA | {"cluster", "config", "loading", "evaluate"},

@@ -17,6 +17,8 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure a frozen network: k-NN, linear probe or retrieval"),
     "show": ("show", "draw attention, patch colors or a map of the embeddings"),
     "report": ("report", "write one HTML page about a run: curves, evaluations, pictures"),
+    "embed": ("embed", "write one vector for each image of a folder, a list or shards"),
+    "search": ("search", "find the most similar images among those that were embedded"),
     "doctor": ("doctor", "check this machine or cluster before a run"),
     "submit": ("submit", "submit a stage, a sweep or a pipeline to SLURM"),
     "demo": ("demo", "pack, pretrain, evaluate and fine-tune on embedded images, in a few minutes"),

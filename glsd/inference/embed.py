@@ -1,6 +1,6 @@
 """Images -> vectors, batch by batch: decoded in worker processes, embedded on one device."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,21 +35,16 @@ def embedded(
     forward: Callable[[Tensor], Tensor],
     transform: EvalTransform,
     *,
-    numbers: Sequence[int],
-    batch_size: int,
+    batches: Iterable[list[int]],
     num_workers: int,
     device: torch.device,
     precision: str = "no",
 ) -> Iterator[Vectors]:
-    """Yield the vectors of the images with these numbers, in their order, ``batch_size`` images at a time.
+    """Yield the vectors of batches of images, in their order; see batches_of.
 
     forward: normalized images (b 3 s s) -> vectors (b d), of a network in evaluation mode on ``device``. precision: "no" or
-    "bf16" (autocast). Memory is bounded by the batch. Raises UserError for a batch size below 1, a vector that is not
-    finite, and as the images do.
+    "bf16" (autocast). Memory is bounded by the batch. Raises UserError for a vector that is not finite, and as the images do.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}: expected at least 1")
-    batches = [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
     loader = make_loader(
         _Squares(images.pixels, transform),
         batches,
@@ -64,6 +59,13 @@ def embedded(
                 f"{images.title}: the network's vectors are not finite: it diverged, take an earlier checkpoint"
             )
         yield Vectors(np.array(found, dtype=np.int64), vectors, unreadable)
+
+
+def batches_of(numbers: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return the numbers in lists of ``batch_size``, the last one perhaps shorter. Raises UserError for a size below 1."""
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: expected at least 1")
+    return [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
 
 
 @torch.no_grad()

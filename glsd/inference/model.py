@@ -13,7 +13,7 @@ from tqdm import tqdm
 from glsd.data.transform import EvalTransform, choose_sizes
 from glsd.errors import BrokenImage, UserError
 from glsd.geometry import patch_sides
-from glsd.inference.embed import embedded
+from glsd.inference.embed import batches_of, embedded
 from glsd.inference.images import Images, as_images
 from glsd.loading import Loaded, load_network
 from glsd.models.backbone import Backbone, check_image_size
@@ -60,6 +60,11 @@ class Model:
         return getattr(self.backbone.net, "cls_token", None) is not None
 
     @property
+    def loaded(self) -> Loaded:
+        """What the path named: the network, and the run and the checkpoint that it is of."""
+        return self._loaded
+
+    @property
     def backbone(self) -> Backbone:
         """The network without the embedding layer of metric learning."""
         return self.network.backbone if isinstance(self.network, Embedder) else self.network
@@ -93,8 +98,7 @@ class Model:
             chosen,
             self.features,
             self.transform,
-            numbers=range(total),
-            batch_size=batch_size,
+            batches=batches_of(range(total), batch_size),
             num_workers=workers,
             device=self.device,
             precision=precision,

@@ -45,7 +45,7 @@ def number_labels(
     texts: Sequence[str | None],
     declared: Sequence[str],
     *,
-    dst: Path,
+    dst: Path | None,
     title: str,
     classes: str | Path | None,
 ) -> Numbered:
@@ -80,9 +80,11 @@ def number_labels(
     return Numbered(labels, names, note)
 
 
-def _file_of_names(dst: Path, classes: str | Path | None) -> Path | None:
+def _file_of_names(dst: Path | None, classes: str | Path | None) -> Path | None:
     if classes is not None:
         return Path(classes)
+    if dst is None:
+        return None
     earlier = dst / CLASSES_FILE
     return earlier if os.path.isfile(earlier) else None
 

@@ -1,15 +1,15 @@
 """Packing lists of images: CSV, TSV or Parquet files with a path (or the image file itself) and a label in each row."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from glsd.errors import BrokenImage, UserError, nearest, one_line
 from glsd.packing import NO_LABEL
 from glsd.packing.labels import number_labels
-from glsd.packing.parquet import ParquetReader, RowGroup, read_parquet
+from glsd.packing.parquet import ParquetReader, RowGroup, parquet_columns, read_parquet
 from glsd.packing.source import FileReader, Source, check_regular
 from glsd.packing.write import PackSummary, pack_sources
 
@@ -20,7 +20,7 @@ MAX_CELL = 2**20  # characters
 
 
 @dataclass(kw_only=True)
-class _Rows:
+class Rows:
     """The rows of all lists, one after the other."""
 
     names: list[str]  # paths as the lists give them, or list#row where the list holds the bytes
@@ -29,6 +29,10 @@ class _Rows:
     class_names: dict[
         tuple[str, ...], Path
     ]  # in label order, as Parquet files of the datasets library give them
+
+    def reader(self, path_column: str, root: Path) -> Callable[[int], bytes]:
+        """Return what reads the image file of a row: below ``root``, or from the lists where they hold the bytes."""
+        return ParquetReader(path_column, self.groups) if self.groups else FileReader(root, self.names)
 
 
 def pack_list(
@@ -55,21 +59,13 @@ def pack_list(
     given = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     if not given:
         raise UserError("no list given: expected .csv, .tsv or .parquet files")
-    rows = _Rows(names=[], labels=[], groups=[], class_names={})
-    for file in given:
-        _read(file, path_column, label_column, rows)
-    if not rows.names:
-        raise UserError(f"{given[0]} has no rows: nothing to pack")
-    if rows.groups and sum(group.rows for group in rows.groups) < len(rows.names):
-        raise UserError(f"some of the lists hold images in {path_column}, others paths: pack them separately")
+    rows = read_lists(given, path_column, label_column)
     title = ", ".join(map(str, given[:3])) + (f" and {len(given) - 3} more" if len(given) > 3 else "")
     numbered = None
     if label_column:
-        declared = _declared(rows, classes)
+        declared = declared_classes(rows, classes)
         numbered = number_labels(rows.labels, declared, dst=Path(dst), title=title, classes=classes)
-    read: Any = FileReader(Path(root) if root is not None else given[0].parent, rows.names)
-    if rows.groups:
-        read = ParquetReader(path_column, rows.groups)
+    read = rows.reader(path_column, Path(root) if root is not None else given[0].parent)
     source = Source(
         title=title,
         names=rows.names,
@@ -80,6 +76,33 @@ def pack_list(
     )
     summary = pack_sources({prefix: source}, dst, **settings)[prefix]
     return replace(summary, notes=(numbered.note,)) if numbered is not None and numbered.note else summary
+
+
+def read_lists(files: Sequence[Path], path_column: str, label_column: str) -> Rows:
+    """Return the rows of all lists. Raises UserError for a list that cannot be read, lacks a column, or if there is no row."""
+    rows = Rows(names=[], labels=[], groups=[], class_names={})
+    for file in files:
+        _read(file, path_column, label_column, rows)
+    if not rows.names:
+        raise UserError(f"{files[0]} has no rows: nothing to read")
+    if rows.groups and sum(group.rows for group in rows.groups) < len(rows.names):
+        raise UserError(f"some of the lists hold images in {path_column}, others paths: give them separately")
+    return rows
+
+
+def list_columns(file: Path, path_column: str) -> list[str]:
+    """Return the names of a list's columns; none for a file that cannot be read, which ``read_lists`` explains."""
+    kind = file.suffix.lower()
+    try:
+        check_regular(file)
+        if kind in PARQUET:
+            return parquet_columns(file)
+        with _open_csv(file) as lines:
+            separator = _separator(lines.readline(MAX_CELL), SEPARATORS[kind], {path_column})
+            lines.seek(0)
+            return next(csv.reader(lines, delimiter=separator, strict=True), [])
+    except (OSError, csv.Error, UserError):
+        return []
 
 
 class _LabeledOnly:
@@ -101,7 +124,7 @@ def _without_label(texts: Sequence[str | None], labels: Sequence[int]) -> dict[i
     return {row: reasons.get(text or "", NO_LABEL) for row, (text, label) in rows if label < 0}
 
 
-def _declared(rows: _Rows, classes: str | Path | None) -> Sequence[str]:
+def declared_classes(rows: Rows, classes: str | Path | None = None) -> Sequence[str]:
     """Return the class names that the lists bring along; UserError if they bring different ones and no file decides."""
     if len(rows.class_names) > 1 and classes is None:
         one, other = list(rows.class_names.values())[:2]
@@ -111,7 +134,7 @@ def _declared(rows: _Rows, classes: str | Path | None) -> Sequence[str]:
     return next(iter(rows.class_names), ())
 
 
-def _read(file: Path, path_column: str, label_column: str, rows: _Rows) -> None:
+def _read(file: Path, path_column: str, label_column: str, rows: Rows) -> None:
     kind = file.suffix.lower()
     try:
         check_regular(file)
@@ -142,9 +165,13 @@ def _check_columns(file: Path, columns: Sequence[str], path_column: str, label_c
             raise UserError(f"list {file} has {columns.count(column)} columns {column!r}: expected one")
 
 
-def _read_csv(file: Path, separators: str, path_column: str, label_column: str, rows: _Rows) -> None:
+def _open_csv(file: Path) -> TextIO:
+    return open(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _read_csv(file: Path, separators: str, path_column: str, label_column: str, rows: Rows) -> None:
     csv.field_size_limit(MAX_CELL)
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with _open_csv(file) as lines:
         separator = _separator(lines.readline(MAX_CELL), separators, {path_column, label_column} - {""})
         lines.seek(0)
         table = csv.reader(lines, delimiter=separator, strict=True)

@@ -70,6 +70,15 @@ def read_parquet(
     return ParquetRows(names, texts, [group for group in groups if group.rows], class_names)
 
 
+def parquet_columns(file: Path) -> list[str]:
+    """Return the names of a Parquet file's columns. Raises UserError if it is none, or pyarrow is missing."""
+    arrow, parquet = _pyarrow()
+    try:
+        return list(parquet.read_schema(file).names)
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read list {file}: {one_line(error)}") from error
+
+
 class ParquetReader:
     """Reads images from Parquet files by number. It keeps one row group, which mostly holds the next image, too."""
 

@@ -151,6 +151,15 @@ class ShardSet:
             )
         return digest.hexdigest()
 
+    def digest(self) -> str:
+        """Return a hash of the shards' places and of their content, as far as the indices tell it."""
+        digest = hashlib.sha256()
+        for path, header in zip(self.paths, self._headers, strict=True):
+            digest.update(
+                f"{_place(path)}\0{header.digest}\0{header.checksum}\n".encode(errors="surrogateescape")
+            )
+        return digest.hexdigest()
+
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Download the remote ones of these shards in the background; replaces an earlier request."""
         if wanted := [number for number in numbers if number in self._remote]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from jaxtyping import Float, Int64, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from glsd.show.matches import save_figure
 
+MOST_TITLE = 22  # characters above a picture
 _RIGHT, _WRONG = "#1a9850", "#d73027"
 _LONGEST_NAME = 16  # characters
 
@@ -49,6 +51,46 @@ def _name(label: int, class_names: Sequence[str]) -> str:
     name = class_names[label] if 0 <= label < len(class_names) else str(label)
     short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}\u2026"
     return "".join(c if c.isprintable() else "?" for c in short).replace("$", r"\$")
+
+
+def draw_found(
+    path: Path,
+    query_images: Sequence[UInt8[Tensor, "3 s s"]],
+    images: Sequence[Sequence[UInt8[Tensor, "3 s s"] | None]],
+    *,
+    query_titles: Sequence[str],
+    titles: Sequence[Sequence[str]],
+) -> None:
+    """Write a picture, one row per query: the query, then what was found, each with its title.
+
+    An image that is None is drawn as an empty square that says so. Raises UserError if the file cannot be written.
+    """
+    columns = max(map(len, images)) + 1
+    figure = Figure(figsize=(1.5 * columns, 1.75 * len(images)), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    for row, found in enumerate(images):
+        _show(axes[row, 0], query_images[row], _shortened(query_titles[row]), "black")
+        for column, image in enumerate(found):
+            axis = axes[row, column + 1]
+            if image is None:
+                image = torch.full_like(query_images[row], 238)
+                place = {"ha": "center", "va": "center", "transform": axis.transAxes}
+                axis.text(0.5, 0.5, "not there\nany more", fontsize=8, **place)
+            _show(axis, image, _shortened(titles[row][column]), "dimgray")
+        for axis in axes[row, len(found) + 1 :]:
+            axis.set_axis_off()
+    save_figure(figure, path)
+
+
+def _shortened(title: str) -> str:
+    """Return the end of each line of a title, which says more than the folders before it, as matplotlib can draw it."""
+    lines = []
+    for line in title.splitlines():
+        text = line.encode("utf-8", "backslashreplace").decode()
+        text = text if len(text) <= MOST_TITLE else "\u2026" + text[-MOST_TITLE + 1 :]
+        lines.append(text.replace("$", r"\$"))
+    return "\n".join(lines)
 
 
 def _show(axis, image: Tensor, title: str, color: str) -> None:

@@ -8,12 +8,14 @@ python launch/benchmark eval --images 60502 --dim 512
 python launch/benchmark dml --backbone vit_small_patch16_224
 python launch/benchmark scale --ranks 1 2 4
 python launch/benchmark road
+python launch/benchmark embed --images 20000
+python launch/benchmark search --vectors 60000 --dim 512
 python launch/benchmark table runs/grid-*
 """
 
 import argparse
 
-from launch.benchmark import data, dml, loss, road, scale, step, table
+from launch.benchmark import data, dml, embed, loss, road, scale, search, step, table
 from launch.benchmark import eval as evaluation
 
 # Subcommand -> module with add_arguments(parser) and benchmark(args).
@@ -25,6 +27,8 @@ BENCHMARKS = {
     "dml": dml,
     "scale": scale,
     "road": road,
+    "embed": embed,
+    "search": search,
     "table": table,
 }
 
