@@ -59,8 +59,9 @@ def build_index(file: Path, kind: str, device: torch.device) -> tuple[Built | No
     """Build the index of a file of vectors, and measure it; or return None and why there is none.
 
     kind: "flat" is exact, "hnsw" a graph, "ivf" lists of vectors around centers. "auto" is no index up to 100,000 vectors and
-    ivf beyond, which is built much sooner than hnsw; without faiss it is none. An index that is there already is built again only if it is of
-    other vectors or of another kind. device: where the exact neighbors of the sample are computed; ivf uses faiss's GPUs.
+    ivf beyond, which is built much sooner than hnsw; without faiss it is none. An index that is there already is built again
+    only if it is of another kind. device: where the exact neighbors of the sample are computed; ivf uses faiss's GPUs.
+    Raises UserError for an index of other vectors, and as read_vectors does.
     """
     count = read_record(file)["count"]
     if kind == "auto":
