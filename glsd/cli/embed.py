@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         "--index",
         default="auto",
         metavar="KIND",
-        help="faiss index beside it: none, flat, ivf, hnsw; auto = none up to 100,000 images, hnsw up to 2,000,000, then ivf",
+        help="faiss index beside it: none, flat, ivf, hnsw; auto = none up to 100,000 images, ivf beyond",
     )
     add_model(parser)
     parser.add_argument(

@@ -21,8 +21,7 @@ from glsd.inference.vectors import RECORD_SUFFIX, VectorTable, beside, read_reco
 from glsd.metrics.knn import nearest_neighbors
 
 INDEX_SUFFIX = ".faiss"
-# Exact search over fewer vectors takes milliseconds a query. Above the second number the links of hnsw take too much memory.
-EXACT_UNTIL, HNSW_UNTIL = 100_000, 2_000_000
+EXACT_UNTIL = 100_000  # exact search over so many vectors takes some milliseconds a query
 K = 10  # neighbors whose recall is measured
 SAMPLE = 256  # vectors of the file that are searched to measure it
 WANTED = 0.95  # recall@10 that the search effort is raised for
@@ -59,13 +58,14 @@ def check_kind(kind: str) -> None:
 def build_index(file: Path, kind: str, device: torch.device) -> tuple[Built | None, str]:
     """Build the index of a file of vectors, and measure it; or return None and why there is none.
 
-    kind: "flat" is exact, "hnsw" a graph, "ivf" lists of vectors around centers. "auto" is no index up to 100,000 vectors, hnsw
-    up to 2,000,000, ivf beyond; without faiss it is none. An index that is there already is built again only if it is of
-    other vectors or of another kind. device: where the exact neighbors of the sample are computed; ivf uses faiss's GPUs.
+    kind: "flat" is exact, "hnsw" a graph, "ivf" lists of vectors around centers. "auto" is no index up to 100,000 vectors and
+    ivf beyond, which is built much sooner than hnsw; without faiss it is none. An index that is there already is built again
+    only if it is of another kind. device: where the exact neighbors of the sample are computed; ivf uses faiss's GPUs.
+    Raises UserError for an index of other vectors, and as read_vectors does.
     """
     count = read_record(file)["count"]
     if kind == "auto":
-        kind = "none" if count <= EXACT_UNTIL else "hnsw" if count <= HNSW_UNTIL else "ivf"
+        kind = "none" if count <= EXACT_UNTIL else "ivf"
         if kind != "none":
             try:
                 _faiss()

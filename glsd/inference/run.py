@@ -105,16 +105,12 @@ def embed_files(
     parts = Parts(beside(out, PARTS_SUFFIX), plan, compared=COMPARED)
     _introduce(out, network, plan)
     workers = _own_workers(plan["images"]) if num_workers is None else num_workers
+    stream = _stream(network.to(device), chosen, batch_size, workers, precision)
     started = time.monotonic()
     with contextlib.ExitStack() as held:
         missing = _shared(lambda: _missing(out, plan, parts, held))
         if missing:
-            network.to(device)
-            _embed_parts(
-                parts,
-                missing[dist.rank() :: dist.world_size()],
-                _stream(network, chosen, batch_size, workers, precision),
-            )
+            _embed_parts(parts, missing[dist.rank() :: dist.world_size()], stream)
         main = dist.is_main()
         # What follows is of rank 0 alone and may take long: no other rank waits for it.
         shutdown.finish()

@@ -153,13 +153,12 @@ def test_an_index_of_other_vectors_is_refused(tmp_path):
 
 def test_the_kind_is_chosen_by_the_number_of_vectors(tmp_path, monkeypatch):
     monkeypatch.setattr(indices, "EXACT_UNTIL", 100)
-    monkeypatch.setattr(indices, "HNSW_UNTIL", 300)
     kinds = {}
-    for count in (100, 101, 301):
+    for count in (100, 101):
         write(tmp_path / f"{count}.npy", clustered(count, 8))
         built, why = build_index(tmp_path / f"{count}.npy", "auto", CPU)
         kinds[count] = built.kind if built else why
-    assert kinds == {100: "100 vectors are searched exactly", 101: "hnsw", 301: "ivf"}
+    assert kinds == {100: "100 vectors are searched exactly", 101: "ivf"}
 
 
 def test_without_faiss_a_search_is_exact_and_an_index_is_refused(tmp_path, monkeypatch):
