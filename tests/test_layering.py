@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "slurm": {"errors", "config"},
     "loading": BASE | {"config", "models", "runtime"},
     # Packing, too: what a folder or a list holds is said there, once.
-    "inference": BASE | {"models", "metrics", "show", "shards", "data", "packing", "config", "loading"},
+    "inference": BASE
+    | {"models", "metrics", "show", "shards", "data", "packing", "config", "loading", "runtime", "evaluate"},
     "doctor": BASE | {"cluster", "shards"},
     "evaluate": BASE | PARTS | DATA | {"cluster", "config", "loading"},
     "pretrain": BASE | PARTS | DATA | {"cluster", "config", "loading", "evaluate"},

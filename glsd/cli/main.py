@@ -15,6 +15,7 @@ COMMANDS = {
     "pretrain": ("pretrain", "pretrain a Vision Transformer on images without labels"),
     "finetune": ("finetune", "fine-tune a backbone for retrieval with labels"),
     "evaluate": ("evaluate", "measure a frozen network: k-NN, linear probe or retrieval"),
+    "export": ("export", "write a trained network for timm, transformers, ONNX or torch, with a proof"),
     "doctor": ("doctor", "check this machine or cluster before a run"),
     "submit": ("submit", "submit a stage, a sweep or a pipeline to SLURM"),
     "demo": ("demo", "pack, pretrain, evaluate and fine-tune on embedded images, in a few minutes"),

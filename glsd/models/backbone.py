@@ -49,7 +49,8 @@ class Backbone(nn.Module):
 
     Attributes: ``net`` is the timm network, ``embed_dim`` the width d, ``stride`` the side of a patch in pixels. ``pool``
     makes the image feature: "cls" is the class token, "mean" the mean of the patch features, "mean+max" adds their
-    maximum. ``load_report`` says which of the given weights fitted.
+    maximum. ``load_report`` says which of the given weights fitted; ``built_with`` holds timm's name of the network and the
+    arguments of timm.create_model.
     """
 
     def __init__(self, net: nn.Module, *, pool: str):
@@ -60,6 +61,7 @@ class Backbone(nn.Module):
         self.embed_dim: int = timm_net.num_features
         self.stride: int = timm_net.feature_info[-1]["reduction"]
         self.load_report: LoadReport | None = None
+        self.built_with: tuple[str, dict[str, Any]] | None = None
         self._tokens = TOKENS[type(net)]
 
     def forward(
@@ -112,6 +114,7 @@ def build_backbone(
         timm_net: Any = net
         timm_net.set_grad_checkpointing(True)
     built = Backbone(net, pool="mean" if pool == "cls" and not has_token else pool)
+    built.built_with = backbone, args | native
     check_image_size(image_size, built.stride)
     if init != "random":
         state = read_weights(init) if pretrained is None else pretrained
