@@ -104,7 +104,7 @@ def write_card(
         f"---\nlibrary_name: {_LIBRARIES.get(form, form)}\npipeline_tag: image-feature-extraction\n"
         f"tags: [glsd, image-retrieval]\nlicense: {_FILL_IN}  # such as apache-2.0\n---",
         f"# {name}\n\n{_summary(loaded)}",
-        f"## Use\n\n```python\n{_use(form, name, has_layer)}\n```\n\n{_sizes(form, model, proof)}\n\n{_PREPARED}",
+        f"## Use\n\n{_use(form, name, has_layer)}\n\n{_sizes(form, model, proof)}\n\n{_PREPARED}",
         f"## Network\n\n{_network(model)}",
         f"## Training\n\n{_training(loaded)}",
         f"## Evaluations\n\n{_evaluations(loaded)}",
@@ -130,7 +130,10 @@ def _use(form: str, name: str, has_layer: bool) -> str:
         ("AutoModelForImageClassification", "logits") if has_layer else ("AutoModel", "pooler_output")
     )
     prepare = inspect.getsource(foreign.prepare).strip()
-    return USE[form].format(out=name, auto=auto, result=result, prepare=prepare)
+    code = f"```python\n{USE[form].format(out=name, auto=auto, result=result, prepare=prepare)}\n```"
+    if form == "hf" and has_layer:
+        code += "\n\n`AutoModel` would leave out the last linear layer and return the pooled feature: take the class above."
+    return code
 
 
 def _summary(loaded: Loaded) -> str:
@@ -202,9 +205,9 @@ def _is_shown(key: str) -> bool:
 
 
 def _without_folders(name: object) -> str:
-    """Return the last two parts of a path: where something lay on a disk is not for the public."""
+    """Return the last part of a path: where something lay on a disk is not for the public."""
     text = redact(str(name))
-    return text if text.startswith("timm:") else "/".join(text.rstrip("/").split("/")[-2:])
+    return text if text.startswith("timm:") else Path(text).name
 
 
 def _count_images(loaded: Loaded) -> str:
@@ -250,9 +253,12 @@ def _table(record: dict[str, Any]) -> str:
         for name, x in record.items()
         if isinstance(x, dict) and "images" in x
     ]
+    results = {
+        k: v for k, v in record.items() if isinstance(v, dict) and "images" not in v and k != "protocol"
+    }
     rows = _numbers(
-        {k: v for k, v in record.items() if isinstance(v, dict) and "images" not in v and k != "protocol"}
-    )
+        dict(list(results.items())[-1:])
+    )  # metric learning records epoch 0, too, before the last one
     head = f"{str(record.get('time', ''))[:10]}: {words}" + (f" ({', '.join(sets)})" if sets else "")
     return "\n".join(
         [head, "", "| measure | value |", "|---|---|", *(f"| {name} | {x:.4g} |" for name, x in rows)]
@@ -266,6 +272,6 @@ def _numbers(tree: dict[str, Any], above: str = "") -> list[tuple[str, float]]:
         name = f"{above} {key}".strip().removeprefix("result ")
         if isinstance(value, dict):
             found += _numbers(value, name)
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and key != "tie_gap":
             found.append((name, value))
     return found

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import json
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +25,6 @@ from glsd.loading import load_network
 # What a form needs besides glsd itself.
 _PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "hf": ("transformers",)}
 _WINDOWED = ("SwinTransformer", "SwinTransformerV2")  # whose graph holds the windows of one image size
-# The traced graph holds numbers of one size; at another some networks would run on and return nonsense.
-_SIZED = """
-def forward(self, images):
-    if images.dim() != 4 or images.shape[2] != {size} or images.shape[3] != {size}:
-        raise ValueError("images must be (b, 3, {size}, {size})")
-    return self.net(images)
-"""
 
 
 class Written(NamedTuple):
@@ -117,17 +109,14 @@ def write_safetensors(folder: Path, model: Model) -> Written:
 def write_torchscript(folder: Path, model: Model) -> Written:
     """Write a traced graph for batches of any length of images of the native size; it refuses other sizes."""
     plain = plain_form(model.network, model.transform)
-    size = model.transform.crop
+    size, extra = model.transform.crop, {"preprocessing.json": json.dumps(preprocessing(model))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's advice to its own users: tracing, deprecation
-        traced = torch.jit.trace(plain.net, torch.zeros(3, 3, size, size), check_trace=False)
-        module: Any = torch.jit.ScriptModule()
-        module.net = traced
-        module.define(_SIZED.format(size=size))
-        packed = io.BytesIO()
-        torch.jit.save(
-            module.eval(), packed, _extra_files={"preprocessing.json": json.dumps(preprocessing(model))}
+        traced: Any = torch.jit.trace(
+            _Sized(plain.net, size).eval(), torch.zeros(3, 3, size, size), check_trace=False
         )
+        packed = io.BytesIO()
+        torch.jit.save(traced, packed, _extra_files=extra)
     (folder / "model.pt").write_bytes(packed.getbuffer())
     return Written(False, plain.has_layer)
 
@@ -144,25 +133,17 @@ def write_onnx(folder: Path, model: Model) -> Written:
         sizes |= {2: stride * torch.export.Dim("rows"), 3: stride * torch.export.Dim("columns")}
     # Dimensions of 1, and equal ones, would be taken for constants.
     example = torch.zeros(2, 3, *((side + stride, side + 2 * stride) if any_size else (side, side)))
-    quiet = logging.getLogger("torch.onnx"), logging.getLogger("onnxscript")
-    levels = [logger.level for logger in quiet]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
-        for logger in quiet:
-            logger.setLevel(logging.ERROR)
-        try:
-            program: Any = torch.onnx.export(
-                _Vectors(model).eval(),
-                (example,),
-                dynamo=True,
-                dynamic_shapes={"images": sizes},
-                input_names=["images"],
-                output_names=["features"],
-                verbose=False,
-            )
-        finally:
-            for logger, level in zip(quiet, levels, strict=True):
-                logger.setLevel(level)
+        program: Any = torch.onnx.export(
+            _Vectors(model).eval(),
+            (example,),
+            dynamo=True,
+            dynamic_shapes={"images": sizes},
+            input_names=["images"],
+            output_names=["features"],
+            verbose=False,
+        )
     program.model.metadata_props["preprocessing"] = json.dumps(preprocessing(model))
     program.save(folder / "model.onnx")
     return Written(any_size, False)
@@ -192,6 +173,17 @@ class _Vectors(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self._features(images)
+
+
+class _Sized(nn.Module):
+    """A network that refuses images of another size: its traced graph would run on for some, and return nonsense."""
+
+    def __init__(self, net: nn.Module, size: int):
+        super().__init__()
+        self.net, self.size = net, size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images.expand(-1, 3, self.size, self.size))
 
 
 def _write_weights(folder: Path, plain: Plain, about: dict[str, str]) -> None:

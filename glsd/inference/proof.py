@@ -72,7 +72,7 @@ def prove(form: str, folder: Path, model: Model, *, any_size: bool) -> Proof:
             given["other"] = torch.randn(4, 3, side + stride, side + 2 * stride, generator=generator)
         for name, images in given.items():
             np.save(work / f"{name}.npy", images.numpy())
-        library = _run(form, folder, work)
+        library = run_alone(form, folder, work)
         with np.load(work / "results.npz") as file:
             theirs = {name: torch.from_numpy(file[name]) for name in file}
     return _compare(form, library, model, given, theirs)
@@ -83,19 +83,18 @@ def draw_pictures(short_side: int) -> list[Image.Image]:
     generator = np.random.default_rng(0)
     pictures = []
     for _ in range(NUM_IMAGES):
-        sides = (short_side * generator.uniform(0.7, 1.8, 2)).astype(int).clip(2)
-        rough = generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-        picture = np.asarray(
-            Image.fromarray(rough).resize((int(sides[0]), int(sides[1])), Image.Resampling.BICUBIC)
-        )
-        top, left = (generator.uniform(0.1, 0.6, 2) * picture.shape[:2]).astype(int)
-        picture = picture.astype(int) + generator.normal(0, 8, picture.shape).astype(int)
-        picture[top : top + picture.shape[0] // 3, left : left + picture.shape[1] // 3] += 90
-        pictures.append(Image.fromarray(picture.clip(0, 255).astype(np.uint8)))
+        width, height = (short_side * generator.uniform(0.7, 1.8, 2)).astype(int).clip(2)
+        rough = generator.integers(60, 150, (5, 7, 3), dtype=np.uint8)
+        smooth = Image.fromarray(rough).resize((int(width), int(height)), Image.Resampling.BILINEAR)
+        picture = np.asarray(smooth) + generator.normal(0, 6, (height, width, 3))
+        top, left = (generator.uniform(0.1, 0.6, 2) * (height, width)).astype(int)
+        picture[top : top + height // 3, left : left + width // 3] += 45
+        # Far from black and white: some programs clip between the passes of a resize, others do not.
+        pictures.append(Image.fromarray(picture.clip(50, 205).astype(np.uint8)))
     return pictures
 
 
-def _run(form: str, folder: Path, work: Path) -> str:
+def run_alone(form: str, folder: Path, work: Path) -> str:
     """Run the foreign side; return the library's name and version."""
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-P", str(_PROGRAM), form, str(folder.absolute()), str(work)]
@@ -126,7 +125,7 @@ def _compare(
         library=library,
         bound=BOUNDS[form],
         same_inputs=differences["inputs"],
-        levels=float(levels.max()),
+        levels=round(float(levels.max()), 2),
         from_pictures=_difference(theirs["from_pictures"], _features(model, theirs["pixels"])),
         cosine=float(torch.cosine_similarity(theirs["from_pictures"], ours["inputs"]).min()),
         other_size=differences.get("other"),
