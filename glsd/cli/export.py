@@ -30,12 +30,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--to", required=True, choices=FORMS, help="form of the export")
     parser.add_argument(
         "--role",
-        help="network of a run: teacher, student or initial; unset = the teacher, after glsd finetune the student",
+        choices=("teacher", "student", "initial"),
+        help="network of a run; unset = the teacher, after glsd finetune the student",
     )
     parser.add_argument(
         "--backbone", default="", help="timm name of the network that a weights file belongs to"
     )
-    parser.add_argument("--pool", help="cls, mean or mean+max; unset = as the run was trained, else cls")
+    parser.add_argument(
+        "--pool", choices=("cls", "mean", "mean+max"), help="unset = as the run was trained, else cls"
+    )
     parser.add_argument(
         "--image_size", type=int, help="side of the images in pixels, for a network that is not a run's (224)"
     )

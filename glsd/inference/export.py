@@ -55,12 +55,13 @@ def export(
     _check_out(out)
     loaded = load_network(path, role=role, backbone=backbone, pool=pool, image_size=image_size)
     model = Model(loaded)
-    out = out.absolute()
     try:
-        with new_folder(out) as folder:
+        with new_folder(out.absolute()) as folder:
             written = write(folder, model)
             proof = prove(form, folder, model, any_size=written.any_size)
-            write_card(folder, form, loaded, model, proof, name=out.name, has_layer=written.has_layer)
+            write_card(
+                folder, form, loaded, model, proof, name=out.absolute().name, has_layer=written.has_layer
+            )
     except (OSError, SafetensorError) as problem:  # safetensors reports a full disk by its own type
         raise UserError(f"cannot write {out}: {one_line(problem)}; nothing was written") from problem
     return proof
@@ -135,15 +136,18 @@ def write_onnx(folder: Path, model: Model) -> Written:
     example = torch.zeros(2, 3, *((side + stride, side + 2 * stride) if any_size else (side, side)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
-        program: Any = torch.onnx.export(
-            _Vectors(model).eval(),
-            (example,),
-            dynamo=True,
-            dynamic_shapes={"images": sizes},
-            input_names=["images"],
-            output_names=["features"],
-            verbose=False,
-        )
+        try:
+            program: Any = torch.onnx.export(
+                _Vectors(model).eval(),
+                (example,),
+                dynamo=True,
+                dynamic_shapes={"images": sizes},
+                input_names=["images"],
+                output_names=["features"],
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as problem:
+            raise UserError(f"--to onnx: torch cannot export this network: {one_line(problem)}") from problem
     program.model.metadata_props["preprocessing"] = json.dumps(preprocessing(model))
     program.save(folder / "model.onnx")
     return Written(any_size, False)

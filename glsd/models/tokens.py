@@ -46,7 +46,10 @@ POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def resample_pos_embed(
-    pos_embed: Float[Tensor, "1 n d"], num_prefix: int, grid_in: tuple[int, int], grid_out: tuple[int, int]
+    pos_embed: Float[Tensor, "1 n d"],
+    num_prefix: int,
+    grid_in: tuple[int, int],
+    grid_out: tuple[int | torch.SymInt, int | torch.SymInt],
 ) -> Float[Tensor, "1 m d"]:
     """Resample a learned position embedding from grid ``grid_in`` (rows, columns) to ``grid_out``.
 
@@ -58,7 +61,7 @@ def resample_pos_embed(
     prefix, places = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
     image = widened(places.unflatten(1, grid_in).permute(0, 3, 1, 2))
     with torch.autocast(image.device.type, enabled=False):
-        image = F.interpolate(image, size=grid_out, mode="bicubic", align_corners=False)
+        image = F.interpolate(image, size=grid_out, mode="bicubic", align_corners=False)  # type: ignore[arg-type]
     return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(prefix.dtype)], dim=1)
 
 

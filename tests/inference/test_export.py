@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,7 +56,7 @@ PROVED = [
     ("torchscript", "registers", "cls", 6), ("torchscript", "dinov3", "mean", None),
     ("torchscript", "swin", "mean", None), ("torchscript", "resnet", "mean+max", 6),
     ("safetensors", "registers", "mean", 6), ("safetensors", "swin", "mean", None),
-    ("onnx", "vit", "cls", 6), ("onnx", "dinov3", "mean", None), ("onnx", "swin", "mean", None),
+    *(pytest.param("onnx", *case, marks=pytest.mark.slow) for case in (("dinov3", "mean", None), ("swin", "mean", 6))),
 ]  # fmt: skip
 
 
@@ -76,23 +77,23 @@ def test_every_network_is_proved(form, kind, pool, embed_dim, tmp_path):
 
 
 TRUE_SIZES = [
-    Kind("vit_tiny_patch16_224", 224, {}),
-    Kind("vit_small_patch14_reg4_dinov2", 224, {}),
-    Kind("vit_small_patch16_dinov3", 256, {}),
-    Kind("swin_tiny_patch4_window7_224", 224, {}),
-    Kind("resnet50", 224, {}),
+    ("timm", Kind("vit_tiny_patch16_224", 224, {})),
+    ("timm", Kind("vit_small_patch14_reg4_dinov2", 224, {})),
+    ("timm", Kind("vit_small_patch16_dinov3", 224, {})),
+    ("timm", Kind("swin_tiny_patch4_window7_224", 224, {})),
+    ("timm", Kind("resnet50", 224, {})),
+    ("onnx", Kind("vit_tiny_patch16_224", 224, {})),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_near")
-@pytest.mark.parametrize("kind", TRUE_SIZES, ids=lambda kind: kind.backbone)
-@pytest.mark.parametrize("form", ["timm", "hf", "onnx"])
+@pytest.mark.parametrize(("form", "kind"), TRUE_SIZES, ids=lambda x: getattr(x, "backbone", x))
 def test_true_sizes(form, kind, tmp_path):
-    model = small_model(kind, pool="mean", embed_dim=128 if form == "hf" else None)
+    model = small_model(kind, pool="mean", embed_dim=128)
     said = written(form, model, tmp_path / "out")
     found = proof.prove(form, tmp_path / "out", model, any_size=said.any_size)
-    print("\n".join([f"{form} {kind.backbone}", *found.lines()]))
+    assert found.same_inputs <= found.bound
     assert found.cosine > 0.9999
 
 
@@ -116,7 +117,6 @@ SABOTAGE = {
     "deviation": (lambda f: edit(f, lambda c: c["pretrained_cfg"].update(std=[0.5] * 3)), PICTURES),
     "filter": (lambda f: edit(f, lambda c: c["pretrained_cfg"].update(interpolation="bilinear")), PICTURES),
     "crop": (lambda f: edit(f, lambda c: c["pretrained_cfg"].update(crop_pct=1.0)), PICTURES),
-    "size": (lambda f: edit(f, lambda c: c["pretrained_cfg"].update(input_size=[3, 56, 56])), "."),
     "pooling": (lambda f: edit(f, lambda c: c["model_args"].update(global_pool="token")), INPUTS),
     "maximum": (lambda f: edit(f, lambda c: c["model_args"].update(global_pool="max")), INPUTS),
     "layer scale": (lambda f: scale(f, "blocks.1.ls2.gamma", 1.05), INPUTS),
@@ -134,13 +134,12 @@ def test_a_wrong_export_fails_its_proof(form, fault, tmp_path):
     proof.prove(form, tmp_path / "out", model, any_size=False)
     sabotage, message = SABOTAGE[fault]
     sabotage(tmp_path / "out")
-    with pytest.raises((UserError, AssertionError, RuntimeError), match=message) as failed:
+    with pytest.raises(UserError, match=message):
         proof.prove(form, tmp_path / "out", model, any_size=False)
-    assert fault == "size" or failed.type is UserError
 
 
 @pytest.mark.usefixtures("_near")
-@pytest.mark.parametrize("form", ["onnx", "torchscript", "safetensors"])
+@pytest.mark.parametrize("form", ["torchscript", "safetensors"])
 def test_a_wrong_normalization_in_a_single_file_fails_too(form, tmp_path, monkeypatch):
     model = small_model("vit", pool="cls", embed_dim=None)
     monkeypatch.setattr(export, "STD", (0.5, 0.5, 0.5))
@@ -150,19 +149,37 @@ def test_a_wrong_normalization_in_a_single_file_fails_too(form, tmp_path, monkey
 
 
 @pytest.mark.usefixtures("_near")
-def test_a_graph_of_another_size_is_refused_or_resampled_as_ours(tmp_path):
+@torch.no_grad()
+def test_an_onnx_graph_takes_any_size_as_we_do(tmp_path):
     """timm's antialiased positions would pass at the native size, and only there."""
-    model, other = (small_model("vit", pool="mean", embed_dim=None) for _ in range(2))
-    written("onnx", model, tmp_path / "out")
-    proof.prove("onnx", tmp_path / "out", model, any_size=True)
+    model = small_model("vit", pool="mean", embed_dim=6)
+    assert written("onnx", model, tmp_path / "out").any_size
+    found = proof.prove("onnx", tmp_path / "out", model, any_size=True)
+    assert max(found.same_inputs, found.from_pictures, found.other_size or 1) < 1e-4
     forward, _, _ = foreign.load_onnx(tmp_path / "out")
-    wide = torch.randn(2, 3, 16, 64)
-    expected = model.features(wide).numpy()
-    np.testing.assert_allclose(forward(wide.numpy()), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-    written("torchscript", other, tmp_path / "traced")
-    forward, _, _ = foreign.load_torchscript(tmp_path / "traced")
-    with pytest.raises(RuntimeError, match="must match"):
-        forward(wide.numpy())
+    for batch, height, width in ((1, 32, 32), (2, 16, 64), (3, 8, 24)):
+        images = torch.randn(batch, 3, height, width)
+        expected = model.features(images).numpy()
+        np.testing.assert_allclose(
+            forward(images.numpy()), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
+        )
+    graph = onnx.load(tmp_path / "out" / "model.onnx")
+    (about,) = graph.metadata_props
+    about.value = about.value.replace("0.485", "0.5")
+    onnx.save(graph, tmp_path / "out" / "model.onnx")
+    with pytest.raises(UserError, match=PICTURES):
+        proof.prove("onnx", tmp_path / "out", model, any_size=True)
+
+
+@torch.no_grad()
+def test_a_traced_file_refuses_other_sizes(tmp_path):
+    """The traced windows of a Swin would run on for some, and return nonsense."""
+    for kind in ("vit", "swin", "resnet"):
+        model = small_model(kind, pool="mean", embed_dim=None)
+        written("torchscript", model, tmp_path / kind)
+        forward, _, _ = foreign.load_torchscript(tmp_path / kind)
+        with pytest.raises(RuntimeError, match="must match"):
+            forward(torch.randn(2, 3, 128, 128).numpy())
 
 
 def names(folder):
@@ -198,18 +215,15 @@ def test_the_proof_runs_in_a_process_without_glsd(root, run, form, size, files, 
         ]
 
 
-@pytest.mark.parametrize("form", ["timm", "onnx"])
-def test_what_the_other_side_cannot_load_is_one_line(form, root, tmp_path, monkeypatch):
+def test_what_the_other_side_cannot_load_is_one_line(root, tmp_path, monkeypatch):
     def broken(folder, model):
-        (folder / "config.json").write_text("{}")
         (folder / "model.onnx").write_bytes(b"no graph")
-        return export.Written(False, False)
+        return export.Written(any_size=False, has_layer=False)
 
-    monkeypatch.setitem(export.FORMS, form, broken)
-    with pytest.raises(
-        UserError, match=f"--to {form}: the proof failed, nothing was written: it cannot be"
-    ) as failed:
-        main([str(root / "pretrained"), "--to", form, str(tmp_path / "out")])
+    monkeypatch.setitem(export.FORMS, "onnx", broken)
+    message = "--to onnx: the proof failed, nothing was written: it cannot be loaded or run: "
+    with pytest.raises(UserError, match=message) as failed:
+        main([str(root / "pretrained"), "--to", "onnx", str(tmp_path / "out")])
     assert "\n" not in str(failed.value)
     assert names(tmp_path) == []
 
@@ -231,8 +245,10 @@ def test_a_failed_proof_leaves_nothing(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_near")
-@pytest.mark.parametrize("run", ["pretrained", "tuned"])
-@pytest.mark.parametrize("form", CLI_FORMS)
+@pytest.mark.parametrize(
+    ("run", "form"),
+    [("tuned", form) for form in CLI_FORMS] + [("pretrained", "timm"), ("pretrained", "hf")],
+)
 def test_the_code_of_the_card_gives_the_vector(root, run, form, tmp_path, monkeypatch):
     """Copied from README.md, beside the folder and a photograph."""
     main([str(root / run), "--to", form, str(tmp_path / "out")])
@@ -282,8 +298,6 @@ def test_the_card_says_what_the_network_is(root, tmp_path):
         (["--to", "timm", "full"], "out 'full' exists and is a folder with files: give a new folder"),
         (["--to", "timm", "full/file"], "exists and is not a folder"),
         (["--to", "timm", "full/file/out"], "cannot write full/file/out"),
-        (["--to", "timm", "out", "--role", "teachr"], "unknown network of a checkpoint 'teachr'"),
-        (["--to", "timm", "out", "--pool", "avg"], "unknown pool 'avg'"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(root, words, message, tmp_path, monkeypatch):
@@ -305,7 +319,7 @@ def test_a_missing_package_is_named_before_anything_is_loaded(tmp_path, monkeypa
 
 def test_the_command_knows_every_form():
     assert tuple(export.FORMS) == CLI_FORMS
-    with pytest.raises(UserError, match="unknown form 'tim'.*did you mean 'timm'"):
+    with pytest.raises(UserError, match=r"unknown form 'tim'.*did you mean 'timm'"):
         export.export("nowhere", "tim", Path("out"))
 
 
