@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -67,6 +68,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a hidden folder beside ``path`` that becomes ``path`` when the block ends without an error.
+
+    ``path`` must not exist, or be an empty folder. An error removes the hidden folder with all that was written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for written in [*temporary.rglob("*"), temporary]:
+            sync(written)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(path.parent)
 

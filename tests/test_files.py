@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from glsd.errors import UserError
-from glsd.files import expand, locked, replacing, try_lock, unlock, written
+from glsd.files import expand, locked, new_folder, replacing, try_lock, unlock, written
 
 
 def names(folder):
@@ -92,6 +92,19 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
         file.write(b"new")
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file.json"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "deep" / "new", tmp_path / "empty"):
+        with new_folder(path) as folder:
+            (folder / "file").write_bytes(b"all")
+            assert not path.exists() or names(path) == []
+        assert names(path) == ["file"]
+    with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "empty") as folder:
+        (folder / "other").write_bytes(b"all")
+    assert names(tmp_path) == ["deep", "empty"]
+    assert names(tmp_path / "empty") == ["file"]
 
 
 def test_a_replaced_file_has_the_mode_of_a_new_file(tmp_path):

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     # Packing, too: what a folder or a list holds is said there, once.
     # The cluster, too: several ranks embed. And the losses, whose diffusion orders what a search has found again.
     "inference": BASE
-    | {"models", "losses", "metrics", "show", "cluster"}
+    | {"models", "losses", "metrics", "show", "cluster", "runtime", "evaluate"}
     | {"shards", "data", "packing", "config", "loading"},
     "doctor": BASE | {"cluster", "shards"},
     "evaluate": BASE | PARTS | DATA | {"cluster", "config", "loading"},

@@ -19,6 +19,7 @@ COMMANDS = {
     "report": ("report", "write one HTML page about a run: curves, evaluations, pictures"),
     "embed": ("embed", "write one vector for each image of a folder, a list or shards"),
     "search": ("search", "find the most similar images among those that were embedded"),
+    "export": ("export", "write a trained network for timm, transformers, ONNX or torch, with a proof"),
     "doctor": ("doctor", "check this machine or cluster before a run"),
     "submit": ("submit", "submit a stage, a sweep or a pipeline to SLURM"),
     "demo": ("demo", "pack, pretrain, evaluate and fine-tune on embedded images, in a few minutes"),

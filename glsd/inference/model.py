@@ -15,6 +15,7 @@ from glsd.errors import BrokenImage, UserError
 from glsd.geometry import patch_sides
 from glsd.inference.embed import batches_of, embedded
 from glsd.inference.images import Images, as_images
+from glsd.inference.plain import plain_form
 from glsd.loading import Loaded, load_network
 from glsd.models.backbone import Backbone, check_image_size
 from glsd.models.embedder import Embedder
@@ -68,6 +69,16 @@ class Model:
     def backbone(self) -> Backbone:
         """The network without the embedding layer of metric learning."""
         return self.network.backbone if isinstance(self.network, Embedder) else self.network
+
+    @property
+    def timm(self) -> Any:
+        """The network as a plain timm module: a copy that returns the same vectors and needs no code of ours.
+
+        Its ``pretrained_cfg`` says what its images need, so timm's own functions build the right transform from it. The
+        layer of metric learning is timm's classifier. A ViT with learned positions takes images of its native size only.
+        Raises UserError for a network that timm cannot express.
+        """
+        return plain_form(self.network, self.transform).net
 
     def to(self, device: str | torch.device) -> "Model":
         """Move the network to a device, in place, and return the model."""

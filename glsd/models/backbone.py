@@ -56,7 +56,8 @@ class Backbone(nn.Module):
 
     Attributes: ``net`` is the timm network, ``embed_dim`` the width d, ``stride`` the side of a patch in pixels, or its
     height and width where they differ. ``pool`` makes the image feature: "cls" is the class token, "mean" the mean of the
-    patch features, "mean+max" adds their maximum. ``load_report`` says which of the given weights fitted.
+    patch features, "mean+max" adds their maximum. ``load_report`` says which of the given weights fitted; ``built_with``
+    holds timm's name of the network and the arguments of timm.create_model.
     """
 
     def __init__(self, net: nn.Module, *, pool: str):
@@ -67,6 +68,7 @@ class Backbone(nn.Module):
         self.embed_dim: int = timm_net.num_features
         self.stride = _stride(timm_net)
         self.load_report: LoadReport | None = None
+        self.built_with: tuple[str, dict[str, Any]] | None = None
         self._tokens = TOKENS[type(net)]
 
     def forward(
@@ -135,6 +137,7 @@ def build_backbone(
         timm_net.set_grad_checkpointing(True)
     try:
         built = Backbone(net, pool="mean" if pool == "cls" and not has_token else pool)
+        built.built_with = backbone, args | native
         check_crop(built, image_size)
     except Exception as error:  # timm raises whatever its layers do
         if isinstance(error, UserError) or not timm_args:

@@ -46,19 +46,22 @@ POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def resample_pos_embed(
-    pos_embed: Float[Tensor, "1 n d"], num_prefix: int, grid_in: tuple[int, int], grid_out: tuple[int, int]
+    pos_embed: Float[Tensor, "1 n d"],
+    num_prefix: int,
+    grid_in: tuple[int, int],
+    grid_out: tuple[int | torch.SymInt, int | torch.SymInt],
 ) -> Float[Tensor, "1 m d"]:
     """Resample a learned position embedding from grid ``grid_in`` (rows, columns) to ``grid_out``.
 
     num_prefix: leading entries without a place, which are copied. Bicubic in float32 or better, without antialiasing (timm's
     moves a 14x14 -> 6x6 embedding by up to two standard deviations). Source: DINO, without the 0.1 that its code adds.
     """
-    if grid_in == grid_out:
+    if not torch.compiler.is_exporting() and grid_in == grid_out:  # an exported graph takes any grid
         return pos_embed
     prefix, places = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
     image = widened(places.unflatten(1, grid_in).permute(0, 3, 1, 2))
     with torch.autocast(image.device.type, enabled=False):
-        image = F.interpolate(image, size=grid_out, mode="bicubic", align_corners=False)
+        image = F.interpolate(image, size=grid_out, mode="bicubic", align_corners=False)  # type: ignore[arg-type]
     return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(prefix.dtype)], dim=1)
 
 
@@ -72,7 +75,7 @@ def _with_prefix_and_positions(net: Any, patches: Tensor) -> Tensor:
     if positions is not None and net.no_embed_class:
         tokens = tokens + positions
     prefix = [token for token in (net.cls_token, net.reg_token) if token is not None]
-    tokens = torch.cat([*(token.expand(len(tokens), -1, -1) for token in prefix), tokens], dim=1)
+    tokens = torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in prefix), tokens], dim=1)
     if positions is not None and not net.no_embed_class:
         tokens = tokens + positions
     return net.pos_drop(tokens)

@@ -1,0 +1,46 @@
+"""Small networks of every kind with weights that matter: no bias, scale or statistic keeps its start."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from glsd.inference.model import Model
+from glsd.loading import Loaded
+from glsd.models.backbone import build_backbone
+from glsd.models.embedder import Embedder
+
+
+class Kind(NamedTuple):
+    """A network by timm's name, small, at a native size."""
+
+    backbone: str
+    size: int
+    args: Mapping[str, Any]
+
+
+KINDS = {
+    "vit": Kind("vit_tiny_patch16_224", 32, {"patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}),
+    "registers": Kind("vit_small_patch14_reg4_dinov2", 42, {"depth": 2, "embed_dim": 48, "num_heads": 3}),
+    "dinov3": Kind("vit_small_patch16_dinov3", 48, {"depth": 2, "embed_dim": 48, "num_heads": 2}),
+    "swin": Kind("swin_tiny_patch4_window7_224", 64, {"depths": [1, 1, 1, 1], "embed_dim": 24}),
+    "resnet": Kind("resnet50", 64, {"layers": [1, 1, 1, 1]}),
+}
+
+
+@torch.no_grad()
+def small_model(
+    kind: str | Kind, *, pool: str, embed_dim: int | None, resize: int | None = None, **more: Any
+) -> Model:
+    """The face of a network. embed_dim: None = a backbone, else that of an embedder; more: arguments of timm."""
+    name, size, args = KINDS[kind] if isinstance(kind, str) else kind
+    backbone = build_backbone(name, image_size=size, timm_args={**args, **more}, pool=pool, seed=3)
+    network: Any = backbone
+    if embed_dim is not None:
+        network = Embedder(backbone, embed_dim=embed_dim, freeze_batch_norm=False, seed=4)
+    generator = torch.Generator().manual_seed(5)
+    for tensor in network.state_dict().values():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator).clamp(-2, 2)
+            tensor.mul_(1 + 0.2 * noise).add_(0.02 * noise.abs())
+    return Model(Loaded(network=network, name="small", crop=size, resize=resize))
