@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from glsd.data.photometric import MEAN, STD
 from glsd.errors import UserError, one_line, pick
 from glsd.files import new_folder
+from glsd.geometry import patch_sides
 from glsd.inference.card import write_card
 from glsd.inference.model import Model
 from glsd.inference.plain import Plain, plain_form
@@ -128,12 +129,12 @@ def write_onnx(folder: Path, model: Model) -> Written:
     It is our own network, so positions are resampled as ours are.
     """
     any_size = type(model.backbone.net).__name__ not in _WINDOWED
-    stride, side = model.backbone.stride, model.transform.crop
+    (down, across), side = patch_sides(model.backbone.stride), model.transform.crop
     sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
     if any_size:
-        sizes |= {2: stride * torch.export.Dim("rows"), 3: stride * torch.export.Dim("columns")}
+        sizes |= {2: down * torch.export.Dim("rows"), 3: across * torch.export.Dim("columns")}
     # Dimensions of 1, and equal ones, would be taken for constants.
-    example = torch.zeros(2, 3, *((side + stride, side + 2 * stride) if any_size else (side, side)))
+    example = torch.zeros(2, 3, *((side + down, side + 2 * across) if any_size else (side, side)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
         try:

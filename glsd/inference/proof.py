@@ -14,6 +14,7 @@ from PIL import Image
 
 from glsd.data.photometric import STD
 from glsd.errors import UserError, one_line
+from glsd.geometry import patch_sides
 from glsd.inference.model import Model
 
 NUM_IMAGES = 32
@@ -67,9 +68,9 @@ def prove(form: str, folder: Path, model: Model, *, any_size: bool) -> Proof:
         inputs = torch.stack([model.transform(picture) for picture in pictures])
         given = {"inputs": inputs}
         if any_size:
-            stride, side = model.backbone.stride, model.transform.crop
+            (down, across), side = patch_sides(model.backbone.stride), model.transform.crop
             generator = torch.Generator().manual_seed(1)
-            given["other"] = torch.randn(4, 3, side + stride, side + 2 * stride, generator=generator)
+            given["other"] = torch.randn(4, 3, side + down, side + 2 * across, generator=generator)
         for name, images in given.items():
             np.save(work / f"{name}.npy", images.numpy())
         library = run_alone(form, folder, work)
