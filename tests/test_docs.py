@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from glsd.cli import embed
 from tests.helpers.small_shards import scene
 from tests.helpers.trained import trained_networks
 
@@ -19,7 +20,7 @@ MOST_LINES = 150  # of the README
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """A folder with a run ``runs/mine`` and eight pictures below ``photos``, in which the code runs."""
+    """A folder with a run ``runs/mine``, eight pictures below ``photos``, and their vectors, in which the code runs."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     trained_networks(tmp_path / "runs")
@@ -28,6 +29,9 @@ def photos(tmp_path, monkeypatch):
         path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         scene(number).save(path)
+    scene(3).save(tmp_path / "query.jpg")
+    for file in ("photos.parquet", "photos.npy", "photos.safetensors"):
+        embed.main(["runs/mine", "photos/", "--out", file, "--num_workers", "0"])
 
 
 @pytest.mark.parametrize("page", PAGES)
