@@ -1,4 +1,7 @@
-"""The code of the documents runs, block by block, in a folder where the things it names exist."""
+"""The code of the documents runs, block by block, in a folder where the things it names exist.
+
+Blocks that need a network are marked ``py``, the others ``python``.
+"""
 
 import re
 from pathlib import Path
