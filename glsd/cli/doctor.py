@@ -21,7 +21,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 from glsd.doctor import packages
 from glsd.doctor.line import Line, plain, summary, table
 from glsd.errors import UserError, with_config_keys
-from glsd.files import expand
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the doctor advises to change, and the flag for it.
@@ -43,7 +42,7 @@ def main(argv: list[str], *, installed: bool = True) -> int:
         prog="doctor.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", default="", type=expand, help="the folder of your runs, which all hosts must share"
+        "--out", default="", type=expanded, help="the folder of your runs, which all hosts must share"
     )
     parser.add_argument(
         "--shards", nargs="+", default=[], help="patterns of shards that every rank must reach"
@@ -81,6 +80,13 @@ def main(argv: list[str], *, installed: bool = True) -> int:
     elif panel.rank == 0 and "RANK" in os.environ:  # a mistake of this task may be its own
         complain([line for line in panel.lines if line.name == "launch"])
     return code
+
+
+def expanded(path: str) -> str:
+    """Return a path with ``~`` and ``$NAME`` replaced; the import waits, as an old Python cannot read that file."""
+    from glsd.files import expand
+
+    return expand(path)
 
 
 def report_packages(found: dict, as_json: bool) -> int:

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         "--image_size", type=int, help="side of the images in pixels, for a network that is not a run's (224)"
     )
     args = parser.parse_args(argv)
-    from glsd.inference.export import export
+    from glsd.export.write import export
 
     proof = export(
         args.model,

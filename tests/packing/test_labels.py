@@ -263,7 +263,7 @@ def test_a_class_that_is_called_none(images, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[1] == "left out 4 images without label:"
     assert printed[2] == "  0.jpg: no label (None)"
-    assert printed[-1].startswith(
+    assert printed[-2].startswith(
         "2 no label (None), 1 no label (nan): if that is a class, list the names of all classes"
     )
 

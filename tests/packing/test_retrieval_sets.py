@@ -627,10 +627,12 @@ def test_a_role_without_images(small_cub, tmp_path):
 def test_command_line(small_cub, tmp_path, capsys, monkeypatch):
     main = pack.main
     main(["cub200", str(small_cub), str(tmp_path / "out"), "--shard_megabytes", "1"])
-    assert capsys.readouterr().out.splitlines() == [
+    *packed, following = capsys.readouterr().out.splitlines()
+    assert packed == [
         f"packed 3 images of 2 classes into 1 shard: {tmp_path}/out/{role}-000000.tar"
         for role in ("train", "test")
     ]
+    assert following.startswith("next: glsd finetune --init ")
     next((small_cub / "images").glob("001*/*.jpg")).write_bytes(b"")
     with pytest.raises(UserError, match="cannot be read"):
         main(["cub200", str(small_cub), str(tmp_path / "two")])

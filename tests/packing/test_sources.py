@@ -398,7 +398,7 @@ def test_command_line(photos_folder, tmp_path, capsys, monkeypatch):
     (photos_folder / "list.csv").write_text("\n".join(["path,label", *rows, "x/7.jpg,1"]))
     argv = ["list", str(photos_folder / "list.csv"), str(tmp_path / "out"), "--workers=0"]
     main([*argv, "--short_side=20", "--prefix=p"])
-    assert capsys.readouterr().out.splitlines()[:-1] == [
+    assert capsys.readouterr().out.splitlines()[:-2] == [
         f"packed 6 images of 2 classes (without names) into 1 shard: {tmp_path}/out/p-000000.tar",
         "resized 6 images; the table of source files says which",
         "left out 1 unreadable image:",

@@ -128,7 +128,9 @@ def _compare(
         same_inputs=differences["inputs"],
         levels=round(float(levels.max()), 2),
         from_pictures=_difference(theirs["from_pictures"], _features(model, theirs["pixels"])),
-        cosine=float(torch.cosine_similarity(theirs["from_pictures"], ours["inputs"]).min()),
+        cosine=float(
+            torch.cosine_similarity(theirs["from_pictures"].double(), ours["inputs"].double()).min()
+        ),
         other_size=differences.get("other"),
     )
     for what, found, bound in (

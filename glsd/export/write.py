@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from glsd.data.photometric import MEAN, STD
 from glsd.errors import UserError, one_line, pick
+from glsd.export.card import write_card
+from glsd.export.proof import Proof, prove
 from glsd.files import new_folder
 from glsd.geometry import patch_sides
-from glsd.inference.card import write_card
 from glsd.inference.model import Model
 from glsd.inference.plain import Plain, plain_form
-from glsd.inference.proof import Proof, prove
 from glsd.loading import load_network
 
 # What a form needs besides glsd itself.

@@ -10,9 +10,9 @@ from glsd.config.finetune import FinetuneConfig
 from glsd.config.parse import differences
 from glsd.errors import UserError
 from glsd.evaluate.record import read_records
-from glsd.inference import foreign
+from glsd.export import foreign
+from glsd.export.proof import Proof
 from glsd.inference.model import Model
-from glsd.inference.proof import Proof
 from glsd.loading import Loaded
 from glsd.models.embedder import Embedder
 from glsd.runtime.run import redact

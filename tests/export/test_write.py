@@ -15,7 +15,8 @@ import glsd
 from glsd.cli.export import FORMS as CLI_FORMS
 from glsd.cli.export import main
 from glsd.errors import UserError
-from glsd.inference import export, foreign, proof
+from glsd.export import foreign, proof
+from glsd.export import write as export
 from glsd.loading import load_network
 from tests.helpers.exports import Kind, small_model
 from tests.helpers.small_shards import scene
