@@ -42,12 +42,12 @@ test-ranks: $(STAMP)
 test-remote: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/remote -n $(JOBS) --dist worksteal -m remote
 
-# A SLURM cluster and hosts of network namespaces on this machine: needs root; installs Debian's packages of SLURM. Jobs of SLURM
-# run in one test process, and hosts in the other.
+# A SLURM cluster and hosts of network namespaces on this machine: needs root; installs Debian's packages of SLURM. One test
+# after the other: several of them keep all cores busy with the start of ranks, and wait for moments.
 test-cluster: $(STAMP)
 	bash tests/cluster/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster --ignore-glob='*/test_doctor_*' --ignore-glob='*/test_traffic*' --durations=25 \
-		-n $(JOBS) --dist loadgroup -m "slurm or multinode"
+		-m "slurm or multinode"
 
 # The doctor on ranks and hosts with faults, and what ranks send to each other.
 test-doctor: $(STAMP)

@@ -41,13 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the jobs of SLURM in one test process: they share a cluster, and mostly wait while the other process computes."""
-    for item in items:
-        if item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test that needs what is not here; with GLSD_REQUIRE_CLUSTER=1 it fails instead."""
     for marker, why_not in NEEDS.items():

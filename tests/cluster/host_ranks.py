@@ -57,7 +57,7 @@ def ranks_of(launcher: Started, host: Host) -> list[int]:
     return found
 
 
-def wait_for_step(run: Path, step: int, ranks: Iterable[Started], seconds: float = 60) -> None:
+def wait_for_step(run: Path, step: int, ranks: Iterable[Started], seconds: float = 180) -> None:
     """Wait until a running run has come to a step; AssertionError with what was said if it ends before or takes too long."""
 
     def there() -> bool:

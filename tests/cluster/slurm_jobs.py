@@ -54,11 +54,11 @@ class Jobs:
             assert state in ("RUNNING", "PENDING"), self.log(job)
             return steps_written(run) >= step
 
-        self.cluster.wait_for(f"step {step} of job {job}", come, 120)
+        self.cluster.wait_for(f"step {step} of job {job}", come, 300)
 
     def wait_for_end(self, job: str) -> dict[str, str]:
         """Wait until a job has ended well and return its fields; AssertionError with its log otherwise."""
-        end = self.cluster.wait_for_end(job, 180)
+        end = self.cluster.wait_for_end(job, 420)
         assert end["JobState"] == "COMPLETED", self.log(job)
         return end
 
