@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glsd.cli import embed
+from glsd.cli.use import embed
 from tests.helpers.small_shards import scene
 from tests.helpers.trained import trained_networks
 

@@ -18,10 +18,10 @@ from tests.helpers.small_shards import digit_sample
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     """Home folder and $WORK with six photographs of two classes; commands run in an empty folder."""
-    for name in ("home", "work", "here"):
+    for name in ("home", "elsewhere", "here"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("WORK", str(tmp_path / "work"))
+    monkeypatch.setenv("WORK", str(tmp_path / "elsewhere"))
     monkeypatch.chdir(tmp_path / "here")
     for number in range(6):
         image = tmp_path / "home" / "photos" / "ab"[number % 2] / f"{number}.png"
@@ -33,7 +33,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def test_pack_and_audit(home, capsys):
-    work = home.parent / "work"
+    work = home.parent / "elsewhere"
     pack.main(["~/photos", "$WORK/a", "--workers", "0"])
     pack.main(
         ["list", "~/l.csv", "${WORK}/b", "--root", "~", "--classes", "$WORK/a/classes.json", "--workers", "0"]
@@ -60,7 +60,7 @@ def test_submit(home, capsys, monkeypatch):
     words = shlex.split(capsys.readouterr().out.splitlines()[0])
     # The task reads the file as it is, and gives the folder to --out, which reads $$ as a dollar sign.
     assert words[-5:] == [
-        "pretrain", f"{home.parent}/work/a$b/sweep.txt", f"{home.parent}/work/a$$b", "--config", "~/c.yaml",
+        "pretrain", f"{home.parent}/elsewhere/a$b/sweep.txt", f"{home.parent}/elsewhere/a$$b", "--config", "~/c.yaml",
     ]  # fmt: skip
 
 

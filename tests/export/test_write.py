@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import glsd
-from glsd.cli.export import FORMS as CLI_FORMS
-from glsd.cli.export import main
+from glsd.cli.use.export import FORMS as CLI_FORMS
+from glsd.cli.use.export import main
 from glsd.errors import UserError
 from glsd.export import foreign, proof
 from glsd.export import write as export

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glsd.cli import report
+from glsd.cli.use import report
 from glsd.config.parse import dump
 from glsd.errors import UserError
 from glsd.inference.report import write_report

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import glsd
-from glsd.cli.search import to_json
+from glsd.cli.use.search import to_json
 from glsd.errors import UserError
 from glsd.inference import index as indices
 from glsd.inference.index import build_index, normalized, read_index, search_index

@@ -6,7 +6,7 @@ import torch
 from matplotlib.image import imread
 from PIL import Image
 
-from glsd.cli import show
+from glsd.cli.use import show
 from glsd.errors import UserError
 from glsd.show.attention import draw_attention
 from glsd.show.map import chosen, draw_map, places
