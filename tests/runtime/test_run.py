@@ -209,9 +209,9 @@ def test_a_main_thread_in_a_long_operation_is_answered_and_not_waited_for(tmp_pa
     program = (
         "from glsd.runtime.loop import catch_signals\n"
         "import torch\nfrom glsd.runtime import loop\nloop.GRACE = 0.5\n"
-        "with catch_signals():\n  print('ready', flush=True)\n"
-        "  torch.set_num_threads(1)\n"
-        "  x = torch.ones(10000, 10000, dtype=torch.float64)\n  x @ x\n"
+        "torch.set_num_threads(1)\n"
+        "x = torch.ones(10000, 10000, dtype=torch.float64)\n"
+        "with catch_signals():\n  print('ready', flush=True)\n  x @ x\n"
     )
     environment = {
         key: value for key, value in os.environ.items() if key not in ("WORLD_SIZE", "SLURM_JOB_ID")
