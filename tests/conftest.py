@@ -92,6 +92,8 @@ def tiny_run(digit_shards, tmp_path):
             "optim.warmup_epochs": 1,
             "watch.log_every": 1,
             "watch.checkpoint_every": 100,
+            "watch.probe_every": 0,
+            "watch.pictures": "false",
         }
         values |= {key.replace("__", "."): value for key, value in changes.items()}
         return [f"--{key}={value}" for key, value in values.items()]

@@ -157,6 +157,7 @@ class FinetuneWatchConfig:
 
     Args:
         log_every: Steps between lines of metrics.jsonl, where host and device synchronize.
+        trackers: Where metrics are shown besides metrics.jsonl: tensorboard,wandb,mlflow, or '' = nowhere.
         checkpoint_every: Steps between checkpoints, for epochs too long to lose; 0 = at the end of each epoch.
         keep_checkpoints: Checkpoints kept on disk, at least 2. Raise it to compare earlier epochs.
         eval_every: Epochs between evaluations. The start and the end are always evaluated.
@@ -165,6 +166,7 @@ class FinetuneWatchConfig:
     """
 
     log_every: int = 10
+    trackers: list[str] | str = "tensorboard"
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     eval_every: int = 10

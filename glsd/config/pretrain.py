@@ -189,26 +189,31 @@ class WatchConfig:
 
     Args:
         log_every: Steps between lines of metrics.jsonl, where host and device synchronize.
+        trackers: Where metrics are shown besides metrics.jsonl: tensorboard,wandb,mlflow, or '' = nowhere.
         sample_log: Write the epoch and key of every sample, step by step, into samples.jsonl.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Checkpoints kept on disk, at least 2, as a damaged one falls back to the one before. Raise it to
             compare earlier states.
-        probe_every: Steps between k-NN probes of the teacher; 0 = never.
-        probe_train_shards: Labeled shards that vote in the k-NN probe.
-        probe_val_shards: Labeled shards that are classified in the k-NN probe.
+        probe_every: Steps between probes of teacher and student; unset = an epoch, but at least 500 steps; 0 = never. Without
+            labeled shards a probe is RankMe on 2,048 training images.
+        probe_train_shards: Labeled shards that vote in a k-NN probe.
+        probe_val_shards: Labeled shards that are classified in a k-NN probe.
         probe_k: Neighbors that vote in the probe. Keep it below the images per class.
         probe_images: Most images of each probe set. Lower it if probes take too long.
+        pictures: Draw at each probe what the teacher sees: attention, patches as colors, neighbors, at the end a map.
     """
 
     log_every: int = 10
+    trackers: list[str] | str = "tensorboard"
     sample_log: bool = False
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
-    probe_every: int = 0
+    probe_every: int | None = None
     probe_train_shards: list[str] | str = ""
     probe_val_shards: list[str] | str = ""
     probe_k: int = 20
     probe_images: int = 10000
+    pictures: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.loop import Duties, Training, is_probe_due, open_training, take_steps
 from glsd.runtime.run import Run, earlier_precision
+from glsd.runtime.trackers import tracker_names
 
 ROLES = ("test", "query", "gallery")
 
@@ -49,6 +50,8 @@ def finetune(cfg: FinetuneConfig) -> Path:
     state = dist.together(lambda: build(cfg, source, plan.num_classes, accelerator))
     saved = restore(cfg, plan, state, run, sets) if cfg.resume == "auto" else None
     batches = make_batches(cfg, plan, sets, state.step)
+    with config_keys({"trackers": "watch.trackers"}):
+        trackers = tracker_names(cfg.watch.trackers)
     with open_training(
         cfg,
         plan,
@@ -58,6 +61,7 @@ def finetune(cfg: FinetuneConfig) -> Path:
         saved=saved,
         resolved_config=dump(cfg),
         resume=cfg.resume == "auto",
+        trackers=trackers,
         about=describe(cfg, plan, state, sets),
         check=lambda: dist.raise_together(cannot_write(run.folder) if dist.is_main() else None),
     ) as t:

@@ -15,11 +15,13 @@ from glsd.inference.images import Images, as_images
 from glsd.inference.look import draw_attention_of, draw_map_of, draw_pca_of, evenly
 from glsd.inference.model import Model, load
 from glsd.loading import find_run, identify
+from glsd.runtime.sections import watched
 from glsd.show import curves, page
 
 PICTURES = {
     "first_batch.png": "Crops of the first batch: a second global crop and the teacher's; lines join matched patches",
     "first_batch_local.png": "Crops of the first batch: a local crop and the teacher's; lines join matched patches",
+    "pictures/neighbors.png": "Images and their nearest neighbors at the last probe: green is the image's class, red another one",
     "neighbors.png": "Query images and their nearest neighbors: green is the query's class, red another one",
 }
 SEEN = {
@@ -115,8 +117,7 @@ def _scores(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 
 def _curves(run: Path) -> list[page.Section]:
-    rows = _lines(run / "metrics.jsonl")
-    found = curves.charts([row for row in rows if "step" in row])
+    found = curves.charts(watched(_lines(run / "metrics.jsonl")))
     return [
         page.Section(name, page.charts([(chart.svg, chart.said) for chart in items]))
         for name, items in found.items()

@@ -78,6 +78,19 @@ class Backbone(nn.Module):
 
         Raises UserError if a side is not a multiple of the stride, and if the network has another grid than its stride says.
         """
+        prefix, patches = self.tokens(images)
+        return POOLS[self.pool](prefix, patches), patches
+
+    def pooled(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b d"]]:
+        """Return the image feature by each pooling that fits this network: "cls" if it has a class token, and "mean"."""
+        prefix, patches = self.tokens(images)
+        has_token = getattr(self.net, "cls_token", None) is not None
+        return {pool: POOLS[pool](prefix, patches) for pool in (("cls", "mean") if has_token else ("mean",))}
+
+    def tokens(
+        self, images: Float[Tensor, "b 3 h w"]
+    ) -> tuple[Float[Tensor, "b p d"], Float[Tensor, "b n d"]]:
+        """Return prefix tokens (the class token first) and patch features. Raises UserError as ``forward``."""
         expected = 1
         for side, patch in zip(images.shape[2:], patch_sides(self.stride), strict=True):
             if side % patch:  # timm would drop or pad the rest silently
@@ -90,7 +103,7 @@ class Backbone(nn.Module):
                 f"backbone: this {type(self.net).__name__} makes {patches.shape[1]} patches of an image of {height} x {width}, "
                 f"where patches of {_by(self.stride)} pixels would be {expected}: use another backbone or other timm_args"
             )
-        return POOLS[self.pool](prefix, patches), patches
+        return prefix, patches
 
 
 def build_backbone(

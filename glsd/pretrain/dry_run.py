@@ -17,7 +17,8 @@ from glsd.errors import UserError
 from glsd.precision import cpu_multiplies_bf16
 from glsd.pretrain.networks import State
 from glsd.pretrain.plan import Plan, rates_at
-from glsd.pretrain.report import describe, open_probe
+from glsd.pretrain.probe import open_probe
+from glsd.pretrain.report import describe
 from glsd.pretrain.step import train_step
 from glsd.pretrain.train import make_batches, restore, set_up
 from glsd.runtime.loop import Training
@@ -61,7 +62,7 @@ def forecast(cfg: PretrainConfig) -> Forecast:
     run = Run(Path(cfg.out))
     if cfg.resume == "auto" and restore(cfg, state, run, shards) is None and dist.is_main():
         print(f"no checkpoint in {run.checkpoints}: looking at a run from step 0", flush=True)
-    open_probe(cfg)
+    open_probe(cfg, shards)
     steps_left = max(0, plan.last_step - state.step)
     batches = make_batches(cfg, state, shards)
     restored = size(optimizer_tensors(state))

@@ -112,7 +112,7 @@ def check_ranges(cfg: PretrainConfig) -> None:
         name, value = (
             (f"{group}.{key}", getattr(getattr(cfg, group), key)) if group else (key, getattr(cfg, key))
         )
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             above = "more than 0" if low == math.ulp(0.0) else f"{low} or more"
             expected = above if high == math.inf else f"{low} to {high}"
             raise UserError(f"{name} is {value}: expected {expected}")

@@ -19,20 +19,20 @@ from glsd.data.pretrain_loader import MatchRule, pretrain_loader
 from glsd.errors import UserError, config_keys
 from glsd.models.weights import absolute_init
 from glsd.pretrain.networks import State, build
+from glsd.pretrain.pictures import draw_first_batch, draw_probe
 from glsd.pretrain.plan import Plan, crop_spec, make_plan, rates_at
+from glsd.pretrain.probe import open_probe, probe, probe_period
 from glsd.pretrain.report import (
     advise,
     describe,
-    draw_first_batch,
     log_samples,
-    open_probe,
-    probe,
 )
 from glsd.pretrain.step import next_step
 from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import Checkpoint
 from glsd.runtime.loop import Duties, Training, is_probe_due, open_training, take_steps
 from glsd.runtime.run import Run, earlier_precision
+from glsd.runtime.trackers import tracker_names
 from glsd.shards.store import ShardSet, open_shards
 
 
@@ -47,7 +47,9 @@ def pretrain(cfg: PretrainConfig) -> Path:
     run = Run(Path(cfg.out))
     saved = restore(cfg, state, run, shards) if cfg.resume == "auto" else None
     batches = make_batches(cfg, state, shards)
-    probe_sets = open_probe(cfg)
+    probe_sets = open_probe(cfg, shards)
+    with config_keys({"trackers": "watch.trackers"}):
+        trackers = tracker_names(cfg.watch.trackers)
     with open_training(
         cfg,
         plan,
@@ -57,19 +59,24 @@ def pretrain(cfg: PretrainConfig) -> Path:
         saved=saved,
         resolved_config=dump(cfg),
         resume=cfg.resume == "auto",
+        trackers=trackers,
         about=describe(cfg, plan, state),
     ) as t:
-        probe_every = cfg.watch.probe_every if probe_sets else 0
+        probe_every = probe_period(cfg, plan)
 
         def look() -> None:
-            if probe_sets is not None:
-                advise(t, probe(t, probe_sets))
+            if probe_sets is None:
+                return
+            scores, measured = probe(t, probe_sets)
+            advise(t, scores)
+            if cfg.watch.pictures:
+                draw_probe(t, probe_sets, measured, last=state.step == plan.last_step)
 
         with t.meters.aside():
             if state.step == 0:
                 first = next(batches)
                 batches = itertools.chain([first], batches)
-                draw_first_batch(t, first)
+                draw_first_batch(t, first, shards)
             if is_probe_due(probe_every, state.step, state.step == plan.last_step):
                 look()
         duties = Duties(

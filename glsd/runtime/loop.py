@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -76,6 +76,7 @@ def open_training(
     resolved_config: str,
     resume: bool,
     about: str,
+    trackers: Sequence[str],
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Training[Config, Plan, State]]:
     """Open the run folder for writing, rewound to ``saved`` after a last ``check``, print ``about``, and catch signals.
@@ -88,7 +89,14 @@ def open_training(
         rewind(run.folder, saved.step)
         dist.barrier()  # before anybody appends to what was rewound
     total, start = plan.last_step, state.step  # type: ignore[attr-defined]
-    meters = Meters(run.folder, total_steps=total, start_step=start, device=accelerator.device)
+    meters = Meters(
+        run.folder,
+        total_steps=total,
+        start_step=start,
+        device=accelerator.device,
+        trackers=trackers,
+        config=resolved_config,
+    )
     with contextlib.closing(meters), catch_signals() as stop_signal:
         meters.say(about)
         if saved is not None:

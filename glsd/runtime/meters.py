@@ -5,29 +5,47 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from glsd.cluster import dist
 from glsd.errors import UserError, one_line
 from glsd.files import flush
+from glsd.runtime.sections import SECTIONS, board_name, numbers
+from glsd.runtime.trackers import TENSORBOARD, Trackers
+
+PICTURES = f"{len(SECTIONS) + 1}_pictures"  # the section below all others
 
 
 class Meters:
     """Collects values between two flushes and writes one row of metrics per flush.
 
-    metrics.jsonl holds the rows; TensorBoard (folder/tensorboard) is a view of them. Clock values are under "timing", so
-    that the rest of two runs can be compared bit for bit.
+    metrics.jsonl holds the rows; TensorBoard (folder/tensorboard) and other trackers are views of what people watch of
+    them. Clock values are under "timing", so that the rest of two runs can be compared bit for bit.
     folder: the run folder. total_steps: of the whole run, for the bar and the time left. start_step: steps done before. A
     resumed run purges TensorBoard from that step on and shows the kept rows of the step again. device: of added tensors.
+    trackers: "tensorboard", "wandb", "mlflow". config: of the run, YAML, for trackers. Raises UserError for a
+    tracker that cannot start.
     """
 
-    def __init__(self, folder: Path, *, total_steps: int, start_step: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        device: torch.device,
+        trackers: Sequence[str] = (TENSORBOARD,),
+        config: str = "",
+    ) -> None:
         self._folder, self._device, self._total = folder, device, total_steps
         self._dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self._sums: dict[str, Tensor | int | float] = {}
@@ -36,12 +54,14 @@ class Meters:
         self._step = start_step
         self._started = time.perf_counter()
         self._start_window()
-        self._file = self._board = self._bar = None
+        self._file = self._board = self._bar = self._trackers = None
         if dist.is_main():
             path = folder / "metrics.jsonl"
             self._file = path.open("a", buffering=1)
-            # From the step of the checkpoint itself: its probe runs again.
-            self._board = _summary_writer(folder / "tensorboard", purge_step=start_step)
+            self._trackers = Trackers(trackers, folder, config, say=self.say)
+            if TENSORBOARD in trackers:
+                # From the step of the checkpoint itself: its probe runs again.
+                self._board = _summary_writer(folder / "tensorboard", purge_step=start_step)
             for row in _rows_of(path, start_step):
                 self._show(row)
             if sys.stderr.isatty():
@@ -110,10 +130,32 @@ class Meters:
             self._show(row)
 
     def _show(self, row: Mapping[str, Any]) -> None:
-        assert self._board is not None
-        for name, value in _flat(row).items():
-            if name != "step":
+        assert self._trackers is not None
+        named = ((board_name(name), value) for name, value in numbers(row).items())
+        shown = {name: value for name, value in named if name is not None}
+        if self._board is not None:
+            for name, value in shown.items():
                 self._board.add_scalar(name, value, row["step"])
+        self._trackers.log(shown, row["step"])
+
+    def picture(self, name: str, file: Path) -> None:
+        """Show a PNG of this step in the trackers, on rank 0."""
+        if self._trackers is None:
+            return
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        if self._board is not None:
+            self._board.add_image(f"{PICTURES}/{name}", pixels, self._step, dataformats="HWC")
+        self._trackers.picture(f"{PICTURES}/{name}", pixels, self._step)
+
+    def projector(
+        self, vectors: Float[Tensor, "n d"], thumbnails: UInt8[Tensor, "n 3 h w"], titles: list[str]
+    ) -> None:
+        """Show vectors in TensorBoard's projector, with a thumbnail and a title each, on rank 0."""
+        if self._board is not None:
+            self._board.add_embedding(
+                vectors, metadata=titles, label_img=thumbnails.float() / 255, global_step=self._step
+            )
 
     def say(self, line: str) -> None:
         """Print a line on rank 0 without breaking the progress bar."""
@@ -123,11 +165,12 @@ class Meters:
 
     def sync(self) -> None:
         """Flush the files to the disk itself, before the checkpoint that relies on them, on rank 0."""
-        if self._file is None or self._board is None:
+        if self._file is None:
             return
         with self._disk():
             flush(self._file)
-            self._board.flush()
+            if self._board is not None:
+                self._board.flush()
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -146,10 +189,10 @@ class Meters:
         """Close the files and the bar."""
         dist.doing("closing")
         self.sync()
-        for part in (self._file, self._board, self._bar):
+        for part in (self._file, self._board, self._bar, self._trackers):
             if part is not None:
                 part.close()
-        self._file = self._board = self._bar = None
+        self._file = self._board = self._bar = self._trackers = None
 
     def state(self) -> list[dict[str, Any]]:
         """Return what is not flushed yet as JSON values, one entry per rank, for the checkpoint (a collective call)."""
@@ -227,16 +270,6 @@ def _rows_of(path: Path, step: int) -> list[dict[str, Any]]:
         for row in rows
         if row["step"] == step
     ]
-
-
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
-    flat: dict[str, int | float] = {}
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            flat[prefix + name] = value
-    return flat
 
 
 def _for_json(value: Any) -> Any:

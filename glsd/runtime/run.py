@@ -56,6 +56,10 @@ class Run:
         return self.folder / "quarantine.jsonl"
 
     @property
+    def pictures(self) -> Path:
+        return self.folder / "pictures"
+
+    @property
     def samples(self) -> Path:
         return self.folder / "samples.jsonl"
 

@@ -4,23 +4,12 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib as mpl
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-# Section -> its metrics, in order. A metric that is not named here is left out of the page; metrics.jsonl has it.
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "Loss": ("loss", "global_loss", "local_loss", "ranking", "sd", "mdr"),
-    "Health": (
-        *("global_teacher_entropy", "local_teacher_entropy", "matched_share", "grad_norm"),
-        *("probe.rankme", "rankme", "sd_share"),
-    ),
-    "Probe": ("probe.knn_top1", "probe.knn_top5", "probe.*.recall@1", "probe.*.map_at_r"),
-    "Rates": ("lr", "weight_decay", "teacher_momentum", "teacher_temp", "sd_weight"),
-    "Timing": ("timing.images_per_s", "timing.data_wait"),
-}
 INK = "#010203"  # of text and axes; the page's own color takes its place, light or dark
 LINE = "#2f7fc1"
 
@@ -33,33 +22,20 @@ class Chart(NamedTuple):
     said: str  # what it shows, in a sentence
 
 
-def charts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Chart]]:
-    """Return the charts of the rows of metrics.jsonl by section. Metrics without a finite number are left out."""
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        for name, value in _numbers(row):
-            series.setdefault(name, []).append((float(row["step"]), value))
+def charts(
+    series: Mapping[str, Mapping[str, Sequence[tuple[int | float, int | float]]]],
+) -> dict[str, list[Chart]]:
+    """Return the charts of metrics, given as (step, value) by section and name. One without a finite number is left out."""
     found: dict[str, list[Chart]] = {}
-    for section, patterns in SECTIONS.items():
-        for pattern in patterns:
-            wanted = re.compile(re.escape(pattern).replace(r"\*", ".*"))
-            for name in (name for name in series if wanted.fullmatch(name)):
-                found.setdefault(section, []).append(_chart(name, series[name]))
+    for section, metrics in series.items():
+        for name, points in metrics.items():
+            finite = [point for point in points if math.isfinite(point[1])]
+            if finite:
+                found.setdefault(section, []).append(_chart(name, finite))
     return found
 
 
-def _numbers(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Return the finite numbers of a row by dotted name."""
-    found = []
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            found += _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            found.append((prefix + key, float(value)))
-    return found
-
-
-def _chart(name: str, points: Sequence[tuple[float, float]]) -> Chart:
+def _chart(name: str, points: Sequence[tuple[int | float, int | float]]) -> Chart:
     steps, values = zip(*points, strict=True)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}):
         figure = Figure(figsize=(4.2, 2.4), layout="constrained")

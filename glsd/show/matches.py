@@ -1,9 +1,10 @@
 """A picture of two crops with lines between matched patches, to check a new run by."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float64, Int64, UInt8
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,6 +16,8 @@ from glsd.files import replacing
 from glsd.geometry import Stride, patch_grid, patch_sides
 
 _COLORS = colormaps["hsv"]
+BOX_COLORS = {"student": "#ff7f0e", "teacher": "#00b4d8"}
+BOX_NAMES = {"#ff7f0e": "orange", "#00b4d8": "blue"}
 
 
 def draw_matches(
@@ -25,21 +28,27 @@ def draw_matches(
     index: Int64[Tensor, "m n"],
     weight: Float[Tensor, "m n"],
     stride: Stride,
+    sources: Sequence[UInt8[Tensor, "3 _ _"]] = (),
+    boxes: Float64[Tensor, "2 m 4"] | None = None,
     lines: int = 16,
 ) -> None:
     """Write a picture, one row per image: student crop, teacher crop, matched patches joined by a line.
 
     index, weight: as in Match, of the student crop's patches into the teacher crop's; stride: side of a patch
     in pixels, or height and width. Rejected patches (weight 0) are darkened, the title counts the accepted ones; of these,
-    ``lines`` spread evenly are joined.
+    ``lines`` spread evenly are joined. sources, boxes: the whole images, and the boxes of student and teacher crop in them,
+    which are drawn to the left.
     Raises UserError if the file cannot be written.
     """
     rows = len(student_crops)
-    figure = Figure(figsize=(7, 3.4 * rows), layout="constrained", dpi=110)
+    columns = 2 + (boxes is not None)
+    figure = Figure(figsize=(3.5 * columns, 3.4 * rows), layout="constrained", dpi=110)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 2, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for row in range(rows):
-        left, right = axes[row]
+        left, right = axes[row, -2:]
+        if boxes is not None:
+            _place(axes[row, 0], sources[row], boxes[:, row])
         for axis, crop in ((left, student_crops[row]), (right, teacher_crops[row])):
             axis.imshow(crop.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
             axis.set_axis_off()
@@ -59,6 +68,19 @@ def draw_matches(
             lines,
         )
     save_figure(figure, path)
+
+
+def _place(axis, source: Tensor, boxes: Float64[Tensor, "2 4"]) -> None:
+    """Draw the whole image with the boxes of its two crops."""
+    axis.imshow(source.permute(1, 2, 0).cpu().numpy())
+    axis.set_axis_off()
+    title = []
+    for (name, color), (x0, y0, x1, y1) in zip(BOX_COLORS.items(), boxes.tolist(), strict=True):
+        corner = (min(x0, x1) - 0.5, min(y0, y1) - 0.5)
+        box = Rectangle(corner, abs(x1 - x0), abs(y1 - y0), fill=False, edgecolor=color, linewidth=2)
+        axis.add_patch(box)
+        title.append(f"{name}: {BOX_NAMES[color]}{', mirrored' if x0 > x1 else ''}")
+    axis.set_title("; ".join(title), fontsize=8)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -92,7 +92,14 @@ CASES = {
         {"loss.sinkhorn_iterations": lambda *_: 0},
         "loss.sinkhorn_iterations is 0: expected 1 or more",
     ),
-    "probe without shards": ({"watch.probe_every": lambda *_: 5}, "watch.probe_train_shards is not set"),
+    "probe with half of its shards": (
+        {"watch.probe_every": lambda *_: 5, "watch.probe_val_shards": lambda *_: "some-*.tar"},
+        "watch.probe_train_shards is not set, but watch.probe_val_shards is",
+    ),
+    "unknown tracker": (
+        {"watch.trackers": lambda *_: "tensorboard,wand"},
+        "unknown entry of watch.trackers 'wand': expected one of tensorboard, wandb, mlflow; did you mean 'wandb'?",
+    ),
     "accepted mean over micro-batches": (
         {"loss.local_mean": lambda *_: "accepted", "optim.micro_batch": lambda *_: 2},
         "loss.local_mean accepted",

@@ -20,6 +20,7 @@ import numpy as np
 from glsd.data.order import EpochOrder, epoch_length, epoch_samples
 from glsd.errors import UserError
 from glsd.runtime import checkpoint
+from glsd.runtime.sections import board_name, numbers
 from tests.cluster.run_record import (
     Record,
     WrongRecord,
@@ -157,21 +158,18 @@ def check_tensorboard(record: Record) -> str:
     board.Reload()
     expected: dict[str, list[tuple[int, str]]] = {}
     for row in record.metrics:
-        for name, value in _flat({name: value for name, value in row.items() if name != "step"}):
-            expected.setdefault(name, []).append((row["step"], _single(value)))
+        # Infinities and nan are texts in JSON.
+        told = {
+            name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in row.items()
+        }
+        for name, value in numbers(told).items():
+            if (shown_as := board_name(name)) is not None:
+                expected.setdefault(shown_as, []).append((row["step"], _single(value)))
     shown = {tag: [(e.step, _single(e.value)) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
     same("tensorboard, names", sorted(shown), sorted(expected))
     for name, points in expected.items():
         same(f"tensorboard {name}, (step, value)", shown[name], points)
     return f"{len(shown)} curves of TensorBoard with {sum(map(len, shown.values()))} points, each once"
-
-
-def _flat(row: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
-    for name, value in row.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, float(value)  # "nan" and the like are text in JSON
 
 
 def _single(value: float) -> str:

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from glsd.data.order import EpochOrder, epoch_length
 from glsd.runtime import checkpoint
+from glsd.runtime.sections import board_name, numbers
 from glsd.shards.store import open_shards
 from tests.cluster import check_run
 from tests.helpers.uneven_run import pack_uneven
@@ -87,8 +88,9 @@ def show(folder: Path, rows: Rows, *, purge_step: int | None) -> None:
     before = set(folder.glob("*"))
     with SummaryWriter(str(folder), purge_step=purge_step) as board:
         for row in rows:
-            for name, value in check_run._flat({k: v for k, v in row.items() if k != "step"}):
-                board.add_scalar(name, value, row["step"])
+            for name, value in numbers(row).items():
+                if (shown_as := board_name(name)) is not None:
+                    board.add_scalar(shown_as, value, row["step"])
     (made,) = set(folder.glob("*")) - before
     made.rename(folder / f"events.out.tfevents.{len(before):010d}")  # by themselves ordered by the second
 

@@ -41,6 +41,7 @@ def argv_of(out: Path, shards: str, **changes: object) -> list[str]:
         "watch.log_every": 3,
         "watch.checkpoint_every": 4,
         "watch.sample_log": "true",
+        "watch.probe_every": 0,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"--{key}={value}" for key, value in values.items()]

@@ -13,6 +13,7 @@ from glsd.config.parse import dump
 from glsd.errors import UserError
 from glsd.inference.report import write_report
 from glsd.packing.folder import pack_folder
+from glsd.runtime.sections import watched
 from glsd.show import curves
 from tests.helpers.small_shards import scene
 from tests.helpers.trained import TRAINED, trained_networks
@@ -41,7 +42,7 @@ def world(tmp_path_factory):
             "loss": 8 / step,
             "grad_norm": float("nan"),
             "lr": 1e-3,
-            "probe": {"knn_top1": step / 10},
+            "probe": {"knn20_top1": step / 10},
             "timing": {"images_per_s": 5.0},
             "quiet": True,
         }
@@ -82,7 +83,7 @@ def test_the_page_says_what_the_files_say(world):
         "k-NN & more",
         "k=20: top1 47.57 %, top5 90.28 %",
         "loss: 8 at step 1, 2 at step 4, between 2 and 8",
-        "probe.knn_top1: 0.1 at step 1, 0.4 at step 4",
+        "probe.knn20_top1: 0.1 at step 1, 0.4 at step 4",
     ):
         assert said in reader.text, said
     assert "grad_norm: " not in reader.text  # never finite
@@ -124,7 +125,9 @@ def test_the_command_and_mistakes(world, tmp_path, capsys):
 
 
 def test_charts_leave_out_what_is_no_number():
-    found = curves.charts([{"step": 1, "loss": float("inf"), "lr": True, "sd": None}, {"step": 2, "loss": 3}])
+    found = curves.charts(
+        watched([{"step": 1, "loss": float("inf"), "lr": True, "sd": None}, {"step": 2, "loss": 3}])
+    )
     assert list(found) == ["Loss"]
     assert found["Loss"][0].said == "loss: 3 at step 2, 3 at step 2, between 3 and 3"
 

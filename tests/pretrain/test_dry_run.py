@@ -66,7 +66,7 @@ def test_an_occupied_folder_is_no_obstacle_and_stays_as_it_is(tiny_run):
     [
         ({"data__shards": "none-*.tar"}, "none-*.tar"),
         ({"optim__batch_size": 64}, "optim.batch_size"),
-        ({"watch__probe_every": 5}, "probe_train_shards"),
+        ({"watch__probe_every": 5, "watch__probe_val_shards": "some-*.tar"}, "probe_train_shards"),
         ({"model__backbone": "no_such_net"}, "no_such_net"),
     ],
 )

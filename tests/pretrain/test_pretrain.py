@@ -182,7 +182,7 @@ def test_a_run_that_dies_in_a_probe_has_lost_no_step(tiny_run, digit_shards, mon
 
 @pytest.mark.slow
 def test_a_collapsed_probe_names_the_knob(tiny_run, digit_shards, monkeypatch, capsys):
-    import glsd.pretrain.report as report
+    import glsd.pretrain.probe as report
 
     monkeypatch.setattr(report, "rankme", lambda features: 1.0)
     options = {"watch__probe_train_shards": f"{digit_shards}/train-*.tar", "optim__warmup_epochs": 0}
@@ -226,7 +226,13 @@ def test_what_a_run_leaves_behind(tiny_run, digit_shards):
     assert list((run / "tensorboard").glob("events*"))
     probes = [row for row in rows(run) if "probe" in row]
     assert [row["step"] for row in probes] == [0, 2, 4]
-    assert all(row["probe"].keys() == {"knn5_top1", "rankme"} for row in probes)
+    names = {f"{role}_{pool}" for role in ("teacher", "student") for pool in ("cls", "mean")}
+    for found in (row["probe"] for row in probes):
+        assert found.keys() == {"knn5_top1", "rankme"} | names
+        assert {key: found[key] for key in ("knn5_top1", "rankme")} == found["teacher_cls"]
+        assert len({json.dumps(found[name]) for name in names}) > 1
+    assert probes[0]["probe"]["teacher_mean"] == probes[0]["probe"]["student_mean"]  # they start equal
+    assert probes[2]["probe"]["teacher_mean"] != probes[2]["probe"]["student_mean"]
     steps = [row for row in rows(run) if "loss" in row]
     expected = {
         "lr",

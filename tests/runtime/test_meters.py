@@ -131,15 +131,15 @@ def test_tensorboard_shows_the_rows_and_forgets_what_a_resumed_run_repeats(tmp_p
     second.write({"step": 2, "loss": 20.0})
     second.close()
     board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(board.Tags()["scalars"]) == {"loss", "timing/step_s"}
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
+    assert set(board.Tags()["scalars"]) == {"1_loss/loss", "5_timing/step_s"}
+    assert [(event.step, event.value) for event in board.Scalars("1_loss/loss")] == [(1, 1.0), (2, 20.0)]
 
 
 def test_a_probe_that_is_made_again_is_shown_once_and_the_row_of_its_step_stays(tmp_path):
     first = make(tmp_path)
     for row in (
-        {"step": 3, "loss": 3.0, "norm": math.inf},
-        {"step": 3, "probe": {"top1": 0.5}},
+        {"step": 3, "loss": 3.0, "grad_norm": math.inf},
+        {"step": 3, "probe": {"rankme": 0.5}},
         {"step": 4, "loss": 4.0},
     ):
         first.write(row)
@@ -147,13 +147,13 @@ def test_a_probe_that_is_made_again_is_shown_once_and_the_row_of_its_step_stays(
     rewind(tmp_path, 3)
     time.sleep(1.1)  # event files are ordered by the second they were made in
     second = make(tmp_path, start_step=3)
-    second.write({"step": 3, "probe": {"top1": 0.25}})
+    second.write({"step": 3, "probe": {"rankme": 0.25}})
     second.write({"step": 4, "loss": 5.0})
     second.close()
     board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("probe/top1")] == [(3, 0.25)]
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(3, 3.0), (4, 5.0)]
-    assert [(event.step, event.value) for event in board.Scalars("norm")] == [(3, math.inf)]
+    assert [(event.step, event.value) for event in board.Scalars("3_probe/rankme")] == [(3, 0.25)]
+    assert [(event.step, event.value) for event in board.Scalars("1_loss/loss")] == [(3, 3.0), (4, 5.0)]
+    assert [(event.step, event.value) for event in board.Scalars("2_health/grad_norm")] == [(3, math.inf)]
 
 
 def test_a_batch_job_gets_plain_lines(tmp_path, capsys):
