@@ -63,7 +63,7 @@ class Meters:
                 # From the step of the checkpoint itself: its probe runs again.
                 self._board = _summary_writer(folder / "tensorboard", purge_step=start_step)
             for row in _rows_of(path, start_step):
-                self._show(row)
+                self._show(row, again=True)
             if sys.stderr.isatty():
                 self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
 
@@ -129,14 +129,15 @@ class Meters:
             self._file.write(json.dumps(_for_json(row), allow_nan=False) + "\n")
             self._show(row)
 
-    def _show(self, row: Mapping[str, Any]) -> None:
-        assert self._trackers is not None
+    def _show(self, row: Mapping[str, Any], *, again: bool = False) -> None:
+        """Show a row in TensorBoard, and unless it is shown again, in the other trackers, which forget nothing."""
         named = ((board_name(name), value) for name, value in numbers(row).items())
         shown = {name: value for name, value in named if name is not None}
         if self._board is not None:
             for name, value in shown.items():
                 self._board.add_scalar(name, value, row["step"])
-        self._trackers.log(shown, row["step"])
+        if self._trackers is not None and not again:
+            self._trackers.log(shown, row["step"])
 
     def picture(self, name: str, file: Path) -> None:
         """Show a PNG of this step in the trackers, on rank 0."""
