@@ -6,7 +6,7 @@ device (photometric.py), by parameters that are drawn here.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import cv2
@@ -61,6 +61,11 @@ class CropSpec:
     blur_prob: tuple[float, float, float]  # first global crop, second global crop, every local crop
     solarize_prob: tuple[float, float, float]
     flip_prob: float
+
+    @classmethod
+    def of(cls, settings: object) -> "CropSpec":
+        """Return the crops of an object that has the attributes of a CropSpec, such as the data part of a configuration."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     def __post_init__(self) -> None:
         for name in ("global_size", "local_size"):

@@ -48,12 +48,15 @@ def as_images(
 ) -> Images:
     """Return the images that ``images`` means.
 
-    A folder means every image file below it, sorted by path. A name that ends in .csv, .tsv or .parquet means a list of images.
-    A text that ends in .tar, or that is an address, means shards (brace pattern or glob). Another text or path means one image
-    file. A list holds several folders, several list files, several shards, or paths, Pillow images, arrays (h, w, 3) or tensors
-    (3, h, w), both uint8 RGB. path_column, label_column, root: of list files, as ``pack_list`` takes them; label_column None =
-    "label" if there is such a column. Raises UserError for anything else, and for a path that does not exist.
+    Images stay as they are. A folder means every image file below it, sorted by path. A name that ends in .csv, .tsv or
+    .parquet means a list of images. A text that ends in .tar, or that is an address, means shards (brace pattern or glob).
+    Another text or path means one image file. A list holds several folders, several list files, several shards, or paths,
+    Pillow images, arrays (h, w, 3) or tensors (3, h, w), both uint8 RGB. path_column, label_column, root: of list files, as
+    ``pack_list`` takes them; label_column None = "label" if there is such a column. Raises UserError for anything else, and for
+    a path that does not exist.
     """
+    if isinstance(images, Images):
+        return images
     if isinstance(images, str | Path | Image.Image) or (
         isinstance(images, np.ndarray | Tensor) and images.ndim == 3
     ):

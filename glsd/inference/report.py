@@ -12,7 +12,7 @@ from glsd.config.pretrain import PretrainConfig
 from glsd.errors import UserError, one_line
 from glsd.files import replacing
 from glsd.inference.images import Images, as_images
-from glsd.inference.look import draw_attention_of, draw_map_of, draw_pca_of, evenly
+from glsd.inference.look import draw_attention_of, draw_map_of, draw_pca_of, evenly, training_images
 from glsd.inference.model import Model, load
 from glsd.loading import find_run, identify
 from glsd.runtime.sections import watched
@@ -51,7 +51,7 @@ def write_report(path: Path, *, images: Any = None, out: Path | None = None) -> 
         page.Section("Run", _about(model, run, config)),
         page.Section("Evaluations", _evaluations(run)),
         *_curves(run),
-        page.Section("What the network sees", _pictures(model, run, config, images)),
+        page.Section("What the network sees", _pictures(model, run, images)),
         page.Section("Configuration", _configuration(run, config)),
     ]
     out = out or run / "report.html"
@@ -139,21 +139,16 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _pictures(model: Model, run: Path, config: PretrainConfig | FinetuneConfig, given: Any) -> str:
+def _pictures(model: Model, run: Path, given: Any) -> str:
     found = [page.picture(run / name, says) for name, says in PICTURES.items() if (run / name).is_file()]
     try:
-        images = as_images(given if given is not None else _training_images(config))
+        images = training_images(model) if given is None else as_images(given)
         drawn = _seen(model, images)
     except UserError as problem:
         if given is not None:
             raise
-        return "".join(found) + page.paragraph(f"No pictures of the training images: {problem}", soft=True)
+        return "".join(found) + page.paragraph(f"No pictures: {problem}", soft=True)
     return "".join([*found, *drawn])
-
-
-def _training_images(config: PretrainConfig | FinetuneConfig) -> list[str]:
-    shards = config.data.train_shards if isinstance(config, FinetuneConfig) else config.data.shards
-    return [shards] if isinstance(shards, str) else list(shards)
 
 
 def _seen(model: Model, images: Images) -> list[str]:

@@ -86,6 +86,16 @@ def nearest_neighbors(
     return search.similarity(keys), rows_of(keys)
 
 
+def nearest_others(
+    features: Float[Tensor, "n d"], rows: Int64[Tensor, " q"], *, k: int
+) -> tuple[Float64[Tensor, "q k"], Int64[Tensor, "q k"]]:
+    """Return the k largest cosines of some rows with the other rows, descending, and which rows these are."""
+    cosines, found = nearest_neighbors(features[rows], features, k=k + 1)
+    others = found != rows[:, None]
+    others[others.all(dim=1), -1] = False  # more than k equal images stand before the row itself
+    return cosines[others].reshape(len(rows), k), found[others].reshape(len(rows), k)
+
+
 def _label_ranks(
     cosines: Float64[Tensor, "q k"],
     votes_for: Int64[Tensor, "q k"],

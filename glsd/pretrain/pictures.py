@@ -19,7 +19,7 @@ from glsd.data.transform import center_square, choose_sizes
 from glsd.evaluate.sets import Embedded
 from glsd.geometry import geometric_match, patch_grid
 from glsd.losses.distill import similarity_match
-from glsd.metrics.knn import nearest_neighbors
+from glsd.metrics.knn import nearest_neighbors, nearest_others
 from glsd.models.backbone import Backbone
 from glsd.models.blocks import run_uncompiled
 from glsd.models.tokens import attention_of
@@ -163,11 +163,11 @@ def _draw_neighbors(
     k = min(NUM_NEIGHBORS, len(among.indices) - (train is None))
     if k < 1:
         return
-    cosines, found = nearest_neighbors(val.features[rows], among.features, k=k + (train is None))
-    if train is None:  # without the query itself, which an equal image may stand before
-        others = found != rows[:, None]
-        others[others.all(dim=1), -1] = False
-        cosines, found = (part[others].reshape(len(rows), k) for part in (cosines, found))
+    cosines, found = (
+        nearest_others(val.features, rows, k=k)
+        if train is None
+        else nearest_neighbors(val.features[rows], among.features, k=k)
+    )
     pictures = [squares(shards, among.indices[of_query]) for of_query in found]
     if train is None:
         titles = [[f"{cosine:.3f}" for cosine in of_query] for of_query in cosines.tolist()]

@@ -122,7 +122,7 @@ def crop_spec(data: DataConfig) -> CropSpec:
     """Return the crops that the configuration asks for."""
     names = [field.name for field in dataclasses.fields(CropSpec)]
     with config_keys({name: f"data.{name}" for name in names}):
-        return CropSpec(**{name: getattr(data, name) for name in names})
+        return CropSpec.of(data)
 
 
 def rates_at(cfg: PretrainConfig, plan: Plan, step: int) -> Rates:

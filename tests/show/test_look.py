@@ -1,13 +1,21 @@
 """Attention, patch colors and maps: what is drawn is what the numbers say."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.image import imread
 from PIL import Image
 
+import glsd
 from glsd.cli.use import show
+from glsd.data.photometric import normalize
 from glsd.errors import UserError
+from glsd.geometry import patch_centers
+from glsd.inference import look
+from glsd.inference.images import as_images
 from glsd.show.attention import draw_attention
 from glsd.show.map import chosen, draw_map, places
 from glsd.show.pca import draw_pca, patch_colors
@@ -83,7 +91,7 @@ def test_pictures_show_the_images(tmp_path):
         draw_attention(tmp_path / "a.png" / "x.png", images, attention, ["one", "two"])
 
 
-@pytest.mark.parametrize("what", ["attention", "pca", "map"])
+@pytest.mark.parametrize("what", ["matches", "attention", "pca", "neighbors", "map"])
 def test_the_command(what, tmp_path, capsys):
     trained_networks(tmp_path)
     (tmp_path / "photos").mkdir()
@@ -97,11 +105,62 @@ def test_the_command(what, tmp_path, capsys):
     assert min(Image.open(out).size) > 100
 
 
+def test_matches_join_the_same_place(tmp_path, monkeypatch):
+    """Each line of the picture joins patches whose centers are near in the source; similar ones look alike to the model."""
+    trained_networks(tmp_path)
+    scene(1).save(tmp_path / "1.png")
+    scene(2).save(tmp_path / "2.png")
+    model = glsd.load(tmp_path / "pretrained")
+    drawn = []
+    monkeypatch.setattr(look, "draw_matches", lambda *args, **more: drawn.append((*args, more)))
+    images = as_images([tmp_path / "1.png", tmp_path / "2.png"])
+    for matching in (None, "similarity"):
+        look.draw_matches_of(model, images, [0, 1], tmp_path / "x.png", matching=matching)
+    (_, student, teacher, near), (_, *_, alike) = drawn
+    size = student.shape[-1]
+    here, there = (patch_centers(boxes, size, near["stride"]) for boxes in near["boxes"])
+    distance = (here[:, :, None] - there[:, None]).square().sum(-1)
+    assert torch.equal(distance.argmin(-1), near["index"])
+    assert 0 < near["weight"].mean() < 1
+    features = [model.patches(normalize(crops)).flatten(1, 2) for crops in (student, teacher)]
+    cosines = torch.einsum("ind,imd->inm", *(F.normalize(part, dim=-1) for part in features))
+    chosen = cosines.gather(2, alike["index"][:, :, None])[..., 0]
+    assert (chosen >= cosines.amax(2) - 1e-5).all()
+    assert (alike["weight"] == 1).all()
+
+
+def test_neighbors_leave_the_query_out(tmp_path, monkeypatch):
+    trained_networks(tmp_path)
+    for number in range(6):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scene(number % 4).save(path)  # a/4 equals a/0, b/5 equals b/1
+    model, drawn = glsd.load(tmp_path / "pretrained"), {}
+    monkeypatch.setattr(look, "draw_neighbors", lambda *args, **more: drawn.update(more))
+    look.draw_neighbors_of(model, as_images(tmp_path / "photos"), [0, 3], tmp_path / "x.png")
+    assert drawn["class_names"] == ["a", "b"]
+    assert drawn["query_labels"].tolist() == [0, 1]
+    assert drawn["cosines"].shape == (2, 5)
+    assert drawn["cosines"][0, 0] == pytest.approx(1, abs=1e-6)
+    assert drawn["neighbor_labels"][0, 0] == 0
+    assert sorted(drawn["neighbor_labels"][0].tolist()) == [0, 0, 1, 1, 1]
+
+
 def test_mistakes(tmp_path):
     trained_networks(tmp_path)
     scene(0).save(tmp_path / "0.png")
     (tmp_path / "1.png").write_bytes(b"no image")
     run = str(tmp_path / "pretrained")
+    with pytest.raises(UserError, match="--matching is of matches, not of pca"):
+        show.main(["pca", run, str(tmp_path), "--matching", "similarity"])
+    with pytest.raises(UserError, match="matches need a run of pretraining"):
+        show.main(["matches", str(tmp_path / "tuned"), str(tmp_path / "0.png")])
+    with pytest.raises(UserError, match="is no run with training images"):
+        look.training_images(SimpleNamespace(name="x", loaded=SimpleNamespace(config=None)))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the run's training images: no shard matches"):
+        show.main(["pca", run])
+    with pytest.raises(UserError, match="need two images or more"):
+        show.main(["neighbors", run, str(tmp_path / "0.png")])
     with pytest.raises(UserError, match="--count is 0"):
         show.main(["pca", run, str(tmp_path), "--count", "0"])
     with pytest.raises(UserError, match=r"1\.png cannot be read"):
