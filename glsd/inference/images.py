@@ -76,7 +76,7 @@ def as_images(
     if kinds == {"list"}:
         return _lists([Path(image) for image in images], path_column, label_column, root)
     if kinds == {"shard"}:
-        return _shards([str(image) for image in images])
+        return from_shards([str(image) for image in images])
     return _given(images, kinds == {"file"})
 
 
@@ -89,7 +89,7 @@ def open_again(place: Mapping[str, Any]) -> Callable[[int, str], Tensor]:
         root = Path(place["root"])
         return lambda number, name: _Read(FileReader(root, [name]))(0)
     images = (
-        _shards(place["shards"])
+        from_shards(place["shards"])
         if place["kind"] == "shards"
         else _lists([Path(file) for file in place["lists"]], place["column"], "", None)
     )
@@ -186,7 +186,8 @@ def _class_name(text: str | None, names: Sequence[str]) -> str | None:
     return names[number] if 0 <= number < len(names) else text
 
 
-def _shards(patterns: list[str]) -> Images:
+def from_shards(patterns: list[str]) -> Images:
+    """Return the images of shards. Raises UserError if there are none."""
     shards = open_shards(patterns)
     title = ", ".join(map(shown, patterns))
     if not len(shards):

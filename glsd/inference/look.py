@@ -14,7 +14,7 @@ from glsd.data.crops import CropSpec, cut, draw
 from glsd.data.photometric import normalize
 from glsd.errors import BrokenImage, UserError
 from glsd.geometry import geometric_match, patch_grid
-from glsd.inference.images import Images, as_images
+from glsd.inference.images import Images, from_shards
 from glsd.inference.model import Model, Squares
 from glsd.losses.distill import similarity_match
 from glsd.metrics.knn import nearest_others
@@ -41,7 +41,7 @@ def training_images(model: Model) -> Images:
         raise UserError(f"{model.name} is no run with training images of its own: name the images to show")
     shards = config.data.train_shards if isinstance(config, FinetuneConfig) else config.data.shards
     try:
-        return as_images([shards] if isinstance(shards, str) else list(shards))
+        return from_shards([shards] if isinstance(shards, str) else list(shards))
     except UserError as problem:
         raise UserError(f"the run's training images: {problem}; or name the images to show") from problem
 

@@ -1,6 +1,6 @@
 """Attention, patch colors and maps: what is drawn is what the numbers say."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from glsd.errors import UserError
 from glsd.geometry import patch_centers
 from glsd.inference import look
 from glsd.inference.images import as_images
+from glsd.inference.model import Model
 from glsd.show.attention import draw_attention
 from glsd.show.map import chosen, draw_map, places
 from glsd.show.pca import draw_pca, patch_colors
@@ -156,8 +157,8 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="matches need a run of pretraining"):
         show.main(["matches", str(tmp_path / "tuned"), str(tmp_path / "0.png")])
     with pytest.raises(UserError, match="is no run with training images"):
-        look.training_images(SimpleNamespace(name="x", loaded=SimpleNamespace(config=None)))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="the run's training images: no shard matches"):
+        look.training_images(Model(replace(glsd.load(run).loaded, config=None)))
+    with pytest.raises(UserError, match="the run's training images: no shards given"):
         show.main(["pca", run])
     with pytest.raises(UserError, match="need two images or more"):
         show.main(["neighbors", run, str(tmp_path / "0.png")])
