@@ -99,7 +99,7 @@ class Model:
 
         images: a folder, shards, one path, or a list of paths, Pillow images, arrays (h, w, 3) or tensors (3, h, w), both
         uint8 RGB. Images of a folder come sorted by path (``glsd.list_images`` names them). num_workers: loader processes;
-        None = 2 for many images, none for few. precision: "no" (float32) or "bf16". progress: show a bar.
+        None = 2 for many images, none for few. precision: "no" (float32) or "bf16". progress: show a bar, on a terminal.
         Raises UserError for an image that cannot be read; ``glsd embed`` lists such images and goes on.
         """
         chosen = as_images(images)
@@ -115,7 +115,7 @@ class Model:
             precision=precision,
         )
         found = []
-        with tqdm(total=total, unit="image", disable=not progress) as bar:
+        with tqdm(total=total, unit="image", disable=None if progress else True) as bar:
             for part in parts:
                 for number, reason in part.unreadable:
                     raise UserError(f"image {chosen.names[number]} cannot be read: {reason}")

@@ -10,12 +10,13 @@ python launch/benchmark scale --ranks 1 2 4
 python launch/benchmark road
 python launch/benchmark embed --images 20000
 python launch/benchmark search --vectors 60000 --dim 512
+python launch/benchmark rerank runs/mine --query 'roles/query-*.tar' --gallery 'roles/gallery-*.tar'
 python launch/benchmark table runs/grid-*
 """
 
 import argparse
 
-from launch.benchmark import data, dml, embed, loss, road, scale, search, step, table
+from launch.benchmark import data, dml, embed, loss, rerank, road, scale, search, step, table
 from launch.benchmark import eval as evaluation
 
 # Subcommand -> module with add_arguments(parser) and benchmark(args).
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "road": road,
     "embed": embed,
     "search": search,
+    "rerank": rerank,
     "table": table,
 }
 

@@ -2,11 +2,16 @@
 
 import json
 
+import numpy as np
+import pytest
 from safetensors.torch import save_file
 
 from glsd.models.backbone import build_backbone
 from launch.benchmark import embed as benchmark_embed
 from launch.benchmark import main as benchmark
+from launch.benchmark.rerank import map_at_r
+from tests.helpers.small_shards import scene
+from tests.helpers.trained import trained_networks
 
 
 def test_the_plain_script_gives_our_vectors(tmp_path):
@@ -39,3 +44,25 @@ def test_the_benchmark_of_search_tells_recall_and_speed(capsys):
     for kind, result in told["results"].items():
         assert result["recall"] == 1 or (kind in ("ivf", "hnsw") and result["recall"] > 0.8)
         assert result["speed_up"] > 0
+
+
+def test_map_at_r_of_lists():
+    hits = np.array([[True, False, True, False], [False, True, True, True]])
+    relevant = np.array([3, 1])
+    assert map_at_r(hits, relevant) == pytest.approx([(1 + 2 / 3) / 3, 0])
+    assert map_at_r(hits, np.array([2, 9])) == pytest.approx([1 / 2, (1 / 2 + 2 / 3 + 3 / 4) / 4])
+
+
+def test_the_benchmark_of_reranking(tmp_path, capsys):
+    trained_networks(tmp_path)
+    for number in range(12):
+        path = tmp_path / ["query", "gallery"][number % 4 != 0] / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scene(number % 3).save(path)
+    folders = [f"--{side}={tmp_path / side}" for side in ("query", "gallery")]
+    benchmark.main(["rerank", str(tmp_path / "pretrained"), *folders, "--rounds=1", "--threads=1", "--json"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["queries"] == 3
+    for kind in ("none", "diffusion"):  # copies of the query are found first by either
+        assert told["results"][kind]["recall@1"] == told["results"][kind]["map_at_r"] == 1
+        assert told["results"][kind]["map_at_r gain"] == 0
