@@ -51,7 +51,6 @@ class EvalConfig:
             (Recall@K, MAP@R, R-precision, NMI).
         k: Numbers of neighbors that vote.
         temperature: A neighbor votes with weight exp(cosine / temperature). Raise it for more even votes; 0.07 is published.
-        backend: k-NN search by 'faiss' or 'torch', with the same numbers; 'auto' = faiss on the CPU if it is installed.
         recall_at: The K of Recall@K. Take those of the benchmark, e.g. [1, 10, 100, 1000].
         distance: Compare embeddings by 'cosine' or 'euclidean' distance (retrieval); unset = as the run was trained, cosine
             otherwise.
@@ -72,7 +71,6 @@ class EvalConfig:
     protocol: Literal["knn", "linear", "retrieval"] = "knn"
     k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])
     temperature: float = 0.07
-    backend: Literal["auto", "faiss", "torch"] = "auto"
     recall_at: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     distance: Literal["cosine", "euclidean"] | None = None
     nmi_seeds: int = 3

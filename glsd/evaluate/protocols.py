@@ -72,7 +72,6 @@ def by_neighbors(cfg: EvalConfig, loaded: Loaded, sets: dict[str, Embedded], dev
             val.labels,
             k_list=cfg.k,
             temperature=cfg.temperature,
-            backend=cfg.backend,
         )
     text = (
         f"k-NN of L2-normalized features, votes weighted exp(cos / {cfg.temperature:g}){_unknown(train, val)}"

@@ -1,6 +1,5 @@
-"""Weighted k-nearest-neighbor classification: exact, in bounded memory, the same with faiss and torch."""
+"""Weighted k-nearest-neighbor classification: exact, and in bounded memory."""
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -24,15 +23,12 @@ def knn_accuracy(
     *,
     k_list: Sequence[int],
     temperature: float = 0.07,
-    backend: str = "auto",
 ) -> dict[int, dict[str, float]]:
     """Return ``{k: {"top1": share, "top5": share}}``: the val images whose label ranks first, or among the first five.
 
     The k train images of the largest cosine vote for their label with weight exp(cosine / temperature).
-    Labels with equal votes rank in ascending order; a label without a vote never counts as found. backend: as in
-    nearest_neighbors.
-    Raises UserError for a k outside 1..n, features that are not finite, a missing label, an unknown backend, and if no val
-    label is a train label.
+    Labels with equal votes rank in ascending order; a label without a vote never counts as found.
+    Raises UserError for a k outside 1..n, features that are not finite, a missing label, and if no val label is a train label.
     Source: Wu et al. (arXiv 1805.01978, section 3.4); temperature and k list of DINO (arXiv 2104.14294).
     """
     check_labeled(train=(train_features, train_labels), val=(val_features, val_labels))
@@ -40,7 +36,7 @@ def knn_accuracy(
     if temperature <= 0:
         raise UserError(f"temperature is {temperature}: expected a number above 0")
     known = known_labels(train_labels.cpu(), val_labels.cpu())
-    cosines, index = nearest_neighbors(val_features, train_features, k=max(k_list), backend=backend)
+    cosines, index = nearest_neighbors(val_features, train_features, k=max(k_list))
     classes, train_classes = train_labels.cpu().unique(return_inverse=True)
     hits = {k: torch.zeros(2, dtype=torch.int64) for k in sorted(k_list)}
     for rows in torch.arange(len(val_features)).split(_QUERIES):
@@ -67,22 +63,15 @@ def nearest_neighbors(
     train: Float[Tensor, "n d"],
     *,
     k: int,
-    backend: str = "auto",
 ) -> tuple[Float64[Tensor, "q k"], Int64[Tensor, "q k"]]:
     """Return (on the CPU) the k largest cosines of each query, descending, and their rows in ``train``.
 
     Vectors are normalized in float32 and multiplied in float64; cosines are rounded to 1e-9, and of equal ones
-    the lower row comes first. backend: "faiss", "torch", or "auto" = faiss if it is installed and the
-    features are on the CPU, else torch. It does not change the result.
+    the lower row comes first.
     """
-    installed = importlib.util.find_spec("faiss") is not None
-    if backend == "faiss" and not installed:
-        raise UserError("backend 'faiss' is not installed: pip install faiss-cpu, or use 'torch'")
-    if backend == "auto":
-        backend = "faiss" if installed and query.device.type == "cpu" else "torch"
     query, gallery = comparable(query, train, euclidean=False)
     search = Search(query=query, gallery=gallery, euclidean=False)
-    keys = nearest(search, k, backend=backend).cpu()
+    keys = nearest(search, k).cpu()
     return search.similarity(keys), rows_of(keys)
 
 

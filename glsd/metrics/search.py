@@ -1,6 +1,6 @@
 """Exact search: the similarity of a pair and the row of its reference become one integer, the key.
 
-A similarity is a float64 inner product, rounded, so it depends on neither backend, tile size nor threads. Keys sort by
+A similarity is a float64 inner product, rounded, so it depends on neither device, tile size nor threads. Keys sort by
 similarity, then by lower row. Float32 products only decide which pairs need no float64 product.
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
-from glsd.errors import UserError, pick
+from glsd.errors import UserError
 
 NOTHING = -(2**63 - 1)  # below every key
 _ROW_BITS = 26
@@ -107,34 +107,24 @@ def comparable(
     return query, query if alone else F.normalize(gallery, dim=1)
 
 
-def nearest(search: Search, k: int, *, backend: str) -> Int64[Tensor, "q k"]:
-    """Return the keys of each query's k nearest references, descending; ``backend`` does not change them."""
-    find = pick(BACKENDS, backend, "backend")
+def nearest(search: Search, k: int) -> Int64[Tensor, "q k"]:
+    """Return the keys of each query's k nearest references, descending."""
     rows = torch.arange(len(search.query), device=search.query.device)
-    return torch.cat([find(search, block, k) for block in rows.split(_QUERIES)])
+    with torch.no_grad(), full_float32():
+        left, right = search.float32_factors()
+        return torch.cat([_nearest(search, block, k, left[block], right) for block in rows.split(_QUERIES)])
 
 
-def _by_torch(search: Search, rows: Int64[Tensor, " m"], k: int) -> Int64[Tensor, "m k"]:
-    """Compute every product in float64, tile by tile of the gallery."""
-    left = search.left(rows)
-    best = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-    tile = max(k, _NUMBERS_HELD // max(len(rows), 1))
-    for start in range(0, len(search.gallery), tile):
-        right = search.right(slice(start, start + tile))
-        columns = torch.arange(start, start + len(right), device=rows.device)
-        best = torch.cat([best, search.keys(left @ right.T, columns)], dim=1)
-        best = best.topk(min(k, best.shape[1]), dim=1).values
-    return best
-
-
-def _by_faiss(search: Search, rows: Int64[Tensor, " m"], k: int) -> Int64[Tensor, "m k"]:
-    """Let faiss find spare candidates in float32 and order them in float64; where they may not suffice, use torch."""
-    import faiss
-
-    num_found = min(len(search.gallery), k + max(32, k // 4))
-    left, right = (x.cpu().numpy() for x in search.float32_factors())
-    pairs = faiss.knn(left[rows.cpu().numpy()], right, num_found, metric=faiss.METRIC_INNER_PRODUCT)
-    products, columns = (torch.from_numpy(array).to(rows.device) for array in pairs)
+def _nearest(
+    search: Search,
+    rows: Int64[Tensor, " m"],
+    k: int,
+    left: Float32[Tensor, "m e"],
+    right: Float32[Tensor, "n e"],
+) -> Int64[Tensor, "m k"]:
+    """Find spare candidates in float32 and order them in float64; where they may not suffice, compute every product."""
+    num_found = min(len(right), k + max(32, k // 4))
+    products, columns = _candidates(left, right, num_found)
     piece = max(1, _NUMBERS_HELD // (num_found * right.shape[1]))
     keys = torch.cat(
         [
@@ -148,15 +138,42 @@ def _by_faiss(search: Search, rows: Int64[Tensor, " m"], k: int) -> Int64[Tensor
         ]
     )
     best = keys.topk(k, dim=1).values
-    # What faiss left out is at most its last product, within the rounding.
+    # What was left out is at most the last product, within the rounding.
     reach = products[:, -1].double() + search.band
-    doubtful = (search.similarity(best[:, -1]) <= reach) & (num_found < len(search.gallery))
+    doubtful = (search.similarity(best[:, -1]) <= reach) & (num_found < len(right))
     if doubtful.any():
-        best[doubtful] = _by_torch(search, rows[doubtful], k)
+        best[doubtful] = _of_all(search, rows[doubtful], k)
     return best
 
 
-BACKENDS = {"faiss": _by_faiss, "torch": _by_torch}
+def _candidates(
+    left: Float32[Tensor, "m e"], right: Float32[Tensor, "n e"], count: int
+) -> tuple[Float32[Tensor, "m c"], Int64[Tensor, "m c"]]:
+    """Return the largest products of each row of left, descending, and the rows of right that they are of."""
+    products = left.new_empty(len(left), 0)
+    columns = torch.empty(len(left), 0, dtype=torch.int64, device=left.device)
+    tile = max(count, _NUMBERS_HELD // 4 // max(len(left), 1))
+    for start in range(0, len(right), tile):
+        of_tile = left @ right[start : start + tile].T
+        largest, places = of_tile.topk(min(count, of_tile.shape[1]), dim=1)
+        products, order = torch.cat([products, largest], dim=1).topk(
+            min(count, products.shape[1] + largest.shape[1]), dim=1
+        )
+        columns = torch.cat([columns, places + start], dim=1).gather(1, order)
+    return products, columns
+
+
+def _of_all(search: Search, rows: Int64[Tensor, " m"], k: int) -> Int64[Tensor, "m k"]:
+    """Compute every product in float64, tile by tile of the gallery."""
+    left = search.left(rows)
+    best = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+    tile = max(k, _NUMBERS_HELD // max(len(rows), 1))
+    for start in range(0, len(search.gallery), tile):
+        right = search.right(slice(start, start + tile))
+        columns = torch.arange(start, start + len(right), device=rows.device)
+        best = torch.cat([best, search.keys(left @ right.T, columns)], dim=1)
+        best = best.topk(min(k, best.shape[1]), dim=1).values
+    return best
 
 
 @contextlib.contextmanager

@@ -148,7 +148,6 @@ def by_neighbors(vectors: Tensor, labels: Tensor) -> dict:
     """Return the shares of k-NN of the first vectors among the others, and what the search alone takes."""
     from glsd.metrics.knn import knn_accuracy, nearest_neighbors
 
-    nearest_neighbors(vectors[:2], vectors[:2], k=1)  # imports faiss
     sets = vectors[NUM_QUERIES:], labels[NUM_QUERIES:], vectors[:NUM_QUERIES], labels[:NUM_QUERIES]
     start = time.perf_counter()
     found = knn_accuracy(*sets, k_list=K_LIST, temperature=TEMPERATURE)
@@ -162,7 +161,6 @@ def by_every_class(vectors: Tensor, labels: Tensor) -> dict:
     """Return the same with a score for every class and query, as k-NN is usually written."""
     from glsd.metrics.knn import nearest_neighbors
 
-    nearest_neighbors(vectors[:2], vectors[:2], k=1)  # imports faiss
     start = time.perf_counter()
     cosines, rows = nearest_neighbors(vectors[:NUM_QUERIES], vectors[NUM_QUERIES:], k=max(K_LIST))
     search_seconds = time.perf_counter() - start

@@ -47,7 +47,7 @@ def benchmark(args: argparse.Namespace) -> None:
     def exact(one: np.ndarray) -> np.ndarray:
         # As nearest_neighbors, which would normalize all vectors again for every query.
         exactly = Search(query=torch.from_numpy(one), gallery=everything, euclidean=False)
-        return rows_of(nearest(exactly, K, backend="faiss")).numpy()
+        return rows_of(nearest(exactly, K)).numpy()
 
     truth = brute_force(query, vectors)
     found = exact(query)

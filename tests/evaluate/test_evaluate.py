@@ -126,7 +126,7 @@ def test_records_are_appended_and_repeatable(cfg):
             cfg, protocol="linear", linear_lr=[0.1, 1.0], data=replace(cfg.data, num_workers=2, batch_size=7)
         )
     )
-    third = evaluate(replace(cfg, backend="torch", data=replace(cfg.data, num_workers=1)))
+    third = evaluate(replace(cfg, data=replace(cfg.data, num_workers=1)))
     assert json.loads((Path(cfg.out) / "evals.json").read_text()) == [first, second, third]
     assert third["result"] == first["result"]
     assert second["result"]["linear"]["top1"] > 0.4

@@ -1,4 +1,4 @@
-"""k-NN against a literal twin, scikit-learn and faiss; ties, small sets, chunks, backends."""
+"""k-NN against a literal twin, scikit-learn and faiss; ties, small sets, chunks."""
 
 import math
 from typing import Any
@@ -47,14 +47,13 @@ def coarse(n, *, dim=3, seed=0):
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
 @pytest.mark.parametrize("make", [clusters, coarse])
 @pytest.mark.parametrize("num_val", [1, 7, 99, 130])
-def test_equals_literal_twin(make, backend, num_val, monkeypatch):
+def test_equals_literal_twin(make, num_val, monkeypatch):
     train, train_labels = make(210, seed=1)
     val, val_labels = make(num_val, seed=2)
     monkeypatch.setattr(knn, "_QUERIES", 50)
-    got = knn_accuracy(train, train_labels, val, val_labels, k_list=(1, 10, 20, 200), backend=backend)
+    got = knn_accuracy(train, train_labels, val, val_labels, k_list=(1, 10, 20, 200))
     assert list(got) == [1, 10, 20, 200]
     for k, shares in got.items():
         assert shares == twin(train, train_labels, val, val_labels, k, 0.07), k
@@ -80,16 +79,13 @@ def test_neighbors_equal_those_of_faiss():
     index = faiss.IndexFlatIP(32)
     index.add(F.normalize(train, dim=1).numpy())
     cosines, rows = index.search(F.normalize(val, dim=1).numpy(), 20)
-    for backend in ("torch", "faiss"):
-        got_cosines, got_rows = nearest_neighbors(val, train, k=20, backend=backend)
-        torch.testing.assert_close(got_cosines.float(), torch.from_numpy(cosines), rtol=0, atol=1e-6)
-        assert (
-            got_rows.numpy() == rows
-        ).mean() > 0.999  # float32 may swap two that are closer than its rounding
+    got_cosines, got_rows = nearest_neighbors(val, train, k=20)
+    torch.testing.assert_close(got_cosines.float(), torch.from_numpy(cosines), rtol=0, atol=1e-6)
+    assert (got_rows.numpy() == rows).mean() > 0.999  # float32 may swap two that are closer than its rounding
 
 
 @pytest.mark.parametrize("make", ["clusters", "coarse", "collapsed", "nearly collapsed"])
-def test_backends_and_chunks_give_the_same_bits(make, monkeypatch):
+def test_candidates_and_chunks_give_the_same_bits(make, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     train, val = {
         "clusters": lambda: (clusters(3000, seed=1)[0], clusters(64, seed=2)[0]),
@@ -99,23 +95,23 @@ def test_backends_and_chunks_give_the_same_bits(make, monkeypatch):
             torch.ones(n, 16) + 1e-4 * torch.randn(n, 16, generator=generator) for n in (3000, 64)
         ),
     }[make]()
-    cosines, rows = nearest_neighbors(val, train, k=50, backend="torch")
-    for backend in ("torch", "faiss"):
-        for chunk in (1, 13, 64, 1000):
-            for held in (2**24, 5000):
-                monkeypatch.setattr(search, "_QUERIES", chunk)
-                monkeypatch.setattr(search, "_NUMBERS_HELD", held)
-                got = nearest_neighbors(val, train, k=50, backend=backend)
-                assert torch.equal(got[0], cosines)
-                assert torch.equal(got[1], rows)
+    query, gallery = search.comparable(val, train, euclidean=False)
+    wanted = search.Search(query=query, gallery=gallery, euclidean=False)
+    keys = search._of_all(wanted, torch.arange(len(val)), 50)
+    for chunk in (1, 13, 64, 1000):
+        for held in (2**24, 5000):
+            monkeypatch.setattr(search, "_QUERIES", chunk)
+            monkeypatch.setattr(search, "_NUMBERS_HELD", held)
+            got = nearest_neighbors(val, train, k=50)
+            assert torch.equal(got[0], wanted.similarity(keys))
+            assert torch.equal(got[1], search.rows_of(keys))
 
 
-@pytest.mark.parametrize("backend", ["torch", "faiss"])
-def test_of_equal_cosines_the_lower_row_comes_first(backend):
+def test_of_equal_cosines_the_lower_row_comes_first():
     train = torch.ones(5000, 8)
     train[[7, 4000]] = torch.eye(8)[:2]
     query = torch.ones(3, 8)
-    _, rows = nearest_neighbors(query, train, k=10, backend=backend)
+    _, rows = nearest_neighbors(query, train, k=10)
     assert rows.tolist() == [[0, 1, 2, 3, 4, 5, 6, 8, 9, 10]] * 3
 
 
@@ -210,7 +206,6 @@ def test_bad_input_is_one_clear_line():
         ({"k_list": [10, 200]}, "k_list holds 200: expected 1 to 50"),
         ({"k_list": [0]}, "k_list holds 0"),
         ({"k_list": []}, "k_list is empty"),
-        ({"backend": "fais"}, "'faiss'"),
         ({"temperature": 0.0}, "temperature"),
     ):
         with pytest.raises(UserError, match=word):
