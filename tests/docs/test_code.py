@@ -12,7 +12,7 @@ from glsd.cli.use import embed
 from tests.helpers.small_shards import scene
 from tests.helpers.trained import trained_networks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [
     str(page.relative_to(ROOT))
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
