@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 # Tests start hundreds of processes, each of which would compile its imports anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo docs test test-wheel test-ranks test-remote test-cluster test-doctor test-fast check format lock clean
+.PHONY: install demo docs test test-docs test-wheel test-ranks test-remote test-cluster test-doctor test-fast check format lock clean
 
 install: $(STAMP)
 
@@ -30,7 +30,12 @@ docs: $(STAMP)
 JOBS ?= 2
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/dist -n $(JOBS) --dist worksteal -m "not remote and not slurm and not multinode"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/dist --ignore=tests/docs -n $(JOBS) --dist worksteal \
+		-m "not remote and not slurm and not multinode"
+
+# The commands, the Python code and the notebooks of the documents, as a reader would run them.
+test-docs: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs
 
 # The built wheel in a fresh environment, used in another folder.
 test-wheel: $(STAMP)
@@ -58,7 +63,7 @@ test-doctor: $(STAMP)
 		tests/benchmark/test_benchmark_scale.py -n $(JOBS) --dist worksteal -m multinode
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal -m "not slow and not photos and not remote and not slurm and not multinode"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/docs -n $(JOBS) --dist worksteal -m "not slow and not photos and not remote and not slurm and not multinode"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
