@@ -11,12 +11,13 @@ python launch/benchmark road
 python launch/benchmark embed --images 20000
 python launch/benchmark search --vectors 60000 --dim 512
 python launch/benchmark rerank runs/mine --query 'roles/query-*.tar' --gallery 'roles/gallery-*.tar'
+python launch/benchmark export --networks vit_tiny_patch16_224
 python launch/benchmark table runs/grid-*
 """
 
 import argparse
 
-from launch.benchmark import data, dml, embed, loss, rerank, road, scale, search, step, table
+from launch.benchmark import data, dml, embed, export, loss, rerank, road, scale, search, step, table
 from launch.benchmark import eval as evaluation
 
 # Subcommand -> module with add_arguments(parser) and benchmark(args).
@@ -30,6 +31,7 @@ BENCHMARKS = {
     "road": road,
     "embed": embed,
     "search": search,
+    "export": export,
     "rerank": rerank,
     "table": table,
 }

@@ -1,4 +1,4 @@
-"""The benchmarks of embed and search at toy sizes: both sides do the same work, and the figures are whole."""
+"""The benchmarks of embed, search and export at toy sizes: both sides do the same work, and the figures are whole."""
 
 import json
 
@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from glsd.errors import UserError
 from glsd.models.backbone import build_backbone
 from launch.benchmark import embed as benchmark_embed
+from launch.benchmark import export as benchmark_export
 from launch.benchmark import main as benchmark
 from launch.benchmark.rerank import map_at_r
 from tests.helpers.small_shards import scene
@@ -66,3 +68,15 @@ def test_the_benchmark_of_reranking(tmp_path, capsys):
     for kind in ("none", "diffusion"):  # copies of the query are found first by either
         assert told["results"][kind]["recall@1"] == told["results"][kind]["map_at_r"] == 1
         assert told["results"][kind]["map_at_r gain"] == 0
+
+
+def test_the_benchmark_of_exports(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_export, "SIZE", 64)
+    benchmark.main(["export", "--networks", "resnet10t", "--forms", "timm", "safetensors", "--json"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [(row["form"], row["layer"]) for row in told] == [
+        ("timm", None), ("safetensors", None), ("timm", 128), ("safetensors", 128)
+    ]  # fmt: skip
+    assert all(row["same_inputs"] <= row["bound"] and row["levels"] <= 2 for row in told)
+    with pytest.raises(UserError, match="--forms has"):
+        benchmark.main(["export", "--forms", "tim"])

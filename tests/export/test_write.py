@@ -77,21 +77,12 @@ def test_every_network_is_proved(form, kind, pool, embed_dim, tmp_path):
     assert found.cosine > 0.9999
 
 
-TRUE_SIZES = [
-    ("timm", Kind("vit_tiny_patch16_224", 224, {})),
-    ("timm", Kind("vit_small_patch14_reg4_dinov2", 224, {})),
-    ("timm", Kind("vit_small_patch16_dinov3", 224, {})),
-    ("timm", Kind("swin_tiny_patch4_window7_224", 224, {})),
-    ("timm", Kind("resnet50", 224, {})),
-    ("onnx", Kind("vit_tiny_patch16_224", 224, {})),
-]
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("_near")
-@pytest.mark.parametrize(("form", "kind"), TRUE_SIZES, ids=lambda x: getattr(x, "backbone", x))
-def test_true_sizes(form, kind, tmp_path):
-    model = small_model(kind, pool="mean", embed_dim=128)
+@pytest.mark.parametrize("form", ["timm", "onnx"])
+def test_a_true_size(form, tmp_path):
+    """The others are measured by ``launch/benchmark export``."""
+    model = small_model(Kind("vit_tiny_patch16_224", 224, {}), pool="mean", embed_dim=128)
     said = written(form, model, tmp_path / "out")
     found = proof.prove(form, tmp_path / "out", model, any_size=said.any_size)
     assert found.same_inputs <= found.bound

@@ -3,12 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
 from glsd.inference.model import Model
-from glsd.loading import Loaded
-from glsd.models.backbone import build_backbone
-from glsd.models.embedder import Embedder
+from launch.benchmark.export import noisy_model
 
 
 class Kind(NamedTuple):
@@ -28,19 +24,9 @@ KINDS = {
 }
 
 
-@torch.no_grad()
 def small_model(
     kind: str | Kind, *, pool: str, embed_dim: int | None, resize: int | None = None, **more: Any
 ) -> Model:
     """The face of a network. embed_dim: None = a backbone, else that of an embedder; more: arguments of timm."""
     name, size, args = KINDS[kind] if isinstance(kind, str) else kind
-    backbone = build_backbone(name, image_size=size, timm_args={**args, **more}, pool=pool, seed=3)
-    network: Any = backbone
-    if embed_dim is not None:
-        network = Embedder(backbone, embed_dim=embed_dim, freeze_batch_norm=False, seed=4)
-    generator = torch.Generator().manual_seed(5)
-    for tensor in network.state_dict().values():
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=generator).clamp(-2, 2)
-            tensor.mul_(1 + 0.2 * noise).add_(0.02 * noise.abs())
-    return Model(Loaded(network=network, name="small", crop=size, resize=resize))
+    return noisy_model(name, size, {**args, **more}, pool=pool, embed_dim=embed_dim, resize=resize)
