@@ -111,6 +111,7 @@ class LossConfig:
         global_weight: Weight of the global loss; unset = 0.5 beside a local loss, 1 alone (as published). Lower it where
             dense features matter most, e.g. for segmentation.
         local_weight: Weight of the local loss.
+        koleo_weight: Weight of KoLeo, which spreads the image features of a batch; DINOv2 has 0.1. Raise it if RankMe stays low.
         hinge: Geometric matching rejects patches farther apart than half the diagonal of the larger one.
         hinge_factor: Multiplies that distance. Raise it if too few patches match (share of matched patches in the metrics).
         local_mean: Mean over 'all' student patches (as published), or over the 'accepted' ones. Take 'accepted' to keep the
@@ -128,6 +129,7 @@ class LossConfig:
 
     global_weight: float | None = None
     local_weight: float = 0.5
+    koleo_weight: float = 0.0
     hinge: bool = True
     hinge_factor: float = 1.0
     local_mean: Literal["all", "accepted"] = "all"
@@ -156,7 +158,8 @@ class OptimConfig:
         warmup_epochs: Epochs of linear learning rate warm-up.
         weight_decay: Weight decay at the start. Lower it for few images or a small network.
         weight_decay_end: Weight decay at the end.
-        teacher_momentum: Momentum of the teacher at the start, rising to 1. Lower it for short runs.
+        teacher_momentum: Momentum of the teacher at the start. Lower it for short runs.
+        teacher_momentum_end: Momentum of the teacher at the end. Below 1 the teacher follows the student to the last step.
         clip_grad: Largest gradient norm; 0 = off. Lower it if the loss jumps (gradient norm in the metrics).
         clip_mode: Clip the norm of each 'parameter' on its own (as published), or the 'global' norm, as most other code does.
         freeze_prototypes_epochs: Epochs in which the heads' last layer does not move.
@@ -175,6 +178,7 @@ class OptimConfig:
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4
     teacher_momentum: float = 0.996
+    teacher_momentum_end: float = 1.0
     clip_grad: float = 3.0
     clip_mode: Literal["parameter", "global"] = "parameter"
     freeze_prototypes_epochs: int = 1

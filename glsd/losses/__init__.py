@@ -14,6 +14,7 @@ _NAMES = {
     "similarity_match": "distill",
     "ema_center": "center",
     "sinkhorn_center": "center",
+    "koleo_loss": "koleo",
     "similarity_target": "obd_sd",
     "diffusion_target": "obd_sd",
     "distillation_kl": "obd_sd",

@@ -13,9 +13,11 @@ from glsd.models.heads import ProjectionHead
 class Views(NamedTuple):
     """What a network says of the crops: bottleneck vectors of length 1, and the prototypes they meet.
 
-    The lists have one entry per resolution, global views first. ``patches`` is empty without a local head.
+    The lists have one entry per resolution, global views first. ``patches`` is empty without a local head. ``image`` has the
+    backbone's image features of the global views.
     """
 
+    image: Float[Tensor, "g b d"]
     cls: Float[Tensor, "v b e"]
     cls_prototypes: Float[Tensor, "k e"]
     patches: list[Float[Tensor, "_ b _ e"]]
@@ -50,10 +52,11 @@ class MultiCrop(nn.Module):
         )
         prototypes = self.global_head.prototypes.weight()
         if self.local_head is None:
-            return Views(vectors, prototypes, [], None, list(features))
+            return Views(cls[0], vectors, prototypes, [], None, list(features))
         rows, shapes = pack(features, "* d")
         patches = unpack(self.local_head(rows), shapes, "* e")
-        return Views(vectors, prototypes, patches, self.local_head.prototypes.weight(), list(features))
+        local_prototypes = self.local_head.prototypes.weight()
+        return Views(cls[0], vectors, prototypes, patches, local_prototypes, list(features))
 
     def _backbone_views(self, crops: Float[Tensor, "v b 3 h w"]) -> tuple[Tensor, Tensor]:
         """Return class features (v b d) and patch features (v b n d) of the crops of one resolution."""

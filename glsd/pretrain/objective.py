@@ -13,6 +13,7 @@ from glsd.config.pretrain import LossConfig
 from glsd.losses.center import sinkhorn_center
 from glsd.losses.cross_entropy import PrototypeCE
 from glsd.losses.distill import LocalLoss, global_loss, local_loss, similarity_match
+from glsd.losses.koleo import koleo_loss
 from glsd.models.multicrop import MultiCrop, Views
 
 
@@ -30,6 +31,7 @@ class Losses(NamedTuple):
     total: Float[Tensor, ""]  # weighted sum
     image: PrototypeCE
     patch: LocalLoss | None  # None without a local loss
+    koleo: Float[Tensor, ""] | None  # None with weight 0
 
 
 class Distillation(nn.Module):
@@ -62,13 +64,17 @@ class Distillation(nn.Module):
 
         prototypes = views.cls_prototypes, teacher.cls_prototypes
         image = global_loss(views.cls, teacher.cls, *prototypes, **softmax("global"))
-        if views.patch_prototypes is None or teacher.patch_prototypes is None:
-            return Losses(self.global_weight * image.loss, image, None)
-        matches = self.weighted_matches(match, views, teacher)
-        prototypes = views.patch_prototypes, teacher.patch_prototypes
-        options = {"matches": matches, "mean": self.loss.local_mean, **softmax("local")}
-        patch = local_loss(views.patches, teacher.patches[0], *prototypes, **options)
-        return Losses(self.global_weight * image.loss + self.loss.local_weight * patch.loss, image, patch)
+        total, patch, koleo = self.global_weight * image.loss, None, None
+        if views.patch_prototypes is not None and teacher.patch_prototypes is not None:
+            matches = self.weighted_matches(match, views, teacher)
+            prototypes = views.patch_prototypes, teacher.patch_prototypes
+            options = {"matches": matches, "mean": self.loss.local_mean, **softmax("local")}
+            patch = local_loss(views.patches, teacher.patches[0], *prototypes, **options)
+            total = total + self.loss.local_weight * patch.loss
+        if self.loss.koleo_weight:
+            koleo = koleo_loss(views.image)
+            total = total + self.loss.koleo_weight * koleo
+        return Losses(total, image, patch, koleo)
 
     def weighted_matches(
         self, match: Match | None, views: Views, teacher: Views
@@ -118,6 +124,8 @@ def step_values(losses: Sequence[Losses], shares: Sequence[float]) -> dict[str, 
         rows = torch.stack([torch.full_like(patch.teacher_entropy, patch.teacher_rows) for patch in patches])
         total = (torch.stack([patch.teacher_entropy for patch in patches]) * rows).sum()
         values["local_teacher_entropy"] = total / dist.all_reduce_mean(rows.sum()).clamp(min=1)
+    if koleo := [each.koleo for each in losses if each.koleo is not None]:
+        values["koleo_loss"] = _mean(koleo, shares)
     return values
 
 

@@ -58,11 +58,16 @@ def make_plan(cfg: PretrainConfig, num_samples: int) -> Plan:
             batch_size=o.batch_size, rank=dist.rank(), world_size=world, micro_batch=o.micro_batch
         )
         steps_per_epoch = epoch_length(num_samples, o.batch_size) // o.batch_size
-    if cfg.loss.local_mean == "accepted" and (len(sizes) > 1 or o.batch_size % world):
-        raise UserError(
-            "loss.local_mean accepted counts patches over one forward pass of all ranks: it needs optim.micro_batch 0 and an "
-            f"optim.batch_size (here {o.batch_size}) that is a multiple of the {world} ranks"
-        )
+    at_once = {
+        "loss.local_mean accepted counts patches": cfg.loss.local_mean == "accepted",
+        "loss.koleo_weight compares images": cfg.loss.koleo_weight > 0,
+    }
+    for what, wanted in at_once.items():
+        if wanted and (len(sizes) > 1 or o.batch_size % world):
+            raise UserError(
+                f"{what} over one forward pass of all ranks: it needs optim.micro_batch 0 and an "
+                f"optim.batch_size (here {o.batch_size}) that is a multiple of the {world} ranks"
+            )
     for key, warmup_epochs in {
         "optim.warmup_epochs": o.warmup_epochs,
         "loss.warmup_teacher_temp_epochs": cfg.loss.warmup_teacher_temp_epochs,
@@ -96,13 +101,13 @@ def check_ranges(cfg: PretrainConfig) -> None:
         "max_steps",
         "freeze_prototypes_epochs",
     )
-    shares = ("center_momentum", "local_weight", "geometric_weight", "similarity_weight")
+    shares = ("center_momentum", "local_weight", "koleo_weight", "geometric_weight", "similarity_weight")
     limits = [
         *((group, key, 1, math.inf) for group, keys in whole.items() for key in keys),
         *(("loss", key, math.ulp(0.0), math.inf) for key in temps),
         *(("optim", key, 0, math.inf) for key in rates),
         *(("loss", key, 0, 1 if key == "center_momentum" else math.inf) for key in shares),
-        ("optim", "teacher_momentum", 0, 1),
+        *(("optim", key, 0, 1) for key in ("teacher_momentum", "teacher_momentum_end")),
         ("watch", "keep_checkpoints", 2, math.inf),
         ("watch", "probe_every", 0, math.inf),
         ("data", "max_bad_fraction", 0, 1),
@@ -135,7 +140,7 @@ def rates_at(cfg: PretrainConfig, plan: Plan, step: int) -> Rates:
     return Rates(
         lr=cosine(step, base=o.lr * scale, final=o.min_lr, total_steps=total, warmup_steps=warmup),
         weight_decay=cosine(step, base=o.weight_decay, final=o.weight_decay_end, total_steps=total),
-        momentum=cosine(step, base=o.teacher_momentum, final=1.0, total_steps=total),
+        momentum=cosine(step, base=o.teacher_momentum, final=o.teacher_momentum_end, total_steps=total),
         teacher_temp=teacher_temp(epoch, warmup_temp=temps[0], temp=temps[1], warmup_epochs=temp_epochs),
         epoch=epoch,
         freeze_prototypes=epoch < o.freeze_prototypes_epochs,

@@ -6,7 +6,7 @@ from typing import Any
 
 # Section -> its metrics by dotted name; * is any part of a name.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Loss": ("loss", "global_loss", "local_loss", "ranking", "sd", "mdr"),
+    "Loss": ("loss", "global_loss", "local_loss", "koleo_loss", "ranking", "sd", "mdr"),
     "Health": (
         *("global_teacher_entropy", "local_teacher_entropy", "matched_share", "grad_norm", "sd_share"),
         *("sd_target_entropy", "sd_target_self", "sd_target_shift", "num_broken"),

@@ -31,12 +31,13 @@ from tests.helpers.warm_python import warm_python
         (2, {"matching": "geometric"}),
         (2, {"matching": "both", "optim__micro_batch": 2, "optim__clip_grad": 0.0}),
         (2, {"matching": "geometric", "loss__local_mean": "accepted", "head__shared": "true"}),
+        (2, {"matching": "none", "loss__koleo_weight": 0.3}),
         (2, {"matching": "similarity", "loss__centering": "sinkhorn", "optim__clip_mode": "global"}),
         # Of 8 images ranks have 3, 3 and 2, here in passes of 2 and 1, 2 and 1, 1 and 1.
         (3, {"matching": "both", "optim__micro_batch": 2, "optim__clip_mode": "global"}),
         (3, {"matching": "geometric", "loss__centering": "sinkhorn"}),
     ],
-    ids=["geometric", "both", "accepted", "sinkhorn", "uneven both", "uneven sinkhorn"],
+    ids=["geometric", "both", "accepted", "koleo", "sinkhorn", "uneven both", "uneven sinkhorn"],
 )
 def test_ranks_are_one_rank_with_the_joined_batch(tiny_run, tmp_path, world, options):
     argv = tiny_run(

@@ -16,7 +16,10 @@ HERE = ROOT / "tests" / "dist"  # bodies of the rank tests
 
 
 def launch_line(page: Path = ROOT / "docs" / "several-gpus.md") -> tuple[dict[str, str], list[str]]:
-    """Environment and command, up to the script, of the line in the documents that starts N ranks on CPUs."""
+    """Environment and command, up to the script, of the line in the documents that starts N ranks on CPUs.
+
+    A port is added, any free one: tests run side by side.
+    """
     found = re.search(
         r"^(ACCELERATE_USE_CPU=true accelerate launch .*?) launch/pretrain.py",
         page.read_text(),
@@ -27,7 +30,7 @@ def launch_line(page: Path = ROOT / "docs" / "several-gpus.md") -> tuple[dict[st
     environment = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
     command = [word for word in words if "=" not in word or word.startswith("-")]
     command[0] = str(Path(sys.executable).parent / command[0])
-    return environment, command
+    return environment, [*command, "--main_process_port", "0"]
 
 
 def warm_launch_line() -> tuple[dict[str, str], list[str]]:

@@ -126,8 +126,9 @@ def test_a_step_does_not_wait_for_the_device(tiny_run, tmp_path, meta_device, ma
         {"optim__micro_batch": 2, "loss__centering": "sinkhorn", "optim__clip_mode": "global"},
         {"model__activation_checkpointing": "true", "head__shared": "true", "head__trainable_gain": "true"},
         {"data__num_local": 0, "loss__local_mean": "accepted", "optim__clip_grad": 0.0},
+        {"matching": "none", "loss__koleo_weight": 0.1},
     ],
-    ids=["accumulated", "checkpointed", "accepted"],
+    ids=["accumulated", "checkpointed", "accepted", "koleo"],
 )
 def test_nor_does_it_with_other_options(tiny_run, tmp_path, meta_device, options):
     waits, _, _ = take_steps(tiny_run(model__drop_path=0.3, **options), tmp_path, count=1)
