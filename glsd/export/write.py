@@ -1,16 +1,18 @@
 """Writing a trained network for other libraries: timm, transformers, ONNX, TorchScript, safetensors."""
 
+import contextlib
 import importlib.util
 import io
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from timm.layers import pos_embed_sincos
 from torch import Tensor, nn
 
 from glsd.data.photometric import MEAN, STD
@@ -135,7 +137,7 @@ def write_onnx(folder: Path, model: Model) -> Written:
         sizes |= {2: down * torch.export.Dim("rows"), 3: across * torch.export.Dim("columns")}
     # Dimensions of 1, and equal ones, would be taken for constants.
     example = torch.zeros(2, 3, *((side + down, side + 2 * across) if any_size else (side, side)))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), sizes_of_positions_stay_open():
         warnings.simplefilter("ignore")  # torch's own deprecations
         try:
             program: Any = torch.onnx.export(
@@ -152,6 +154,20 @@ def write_onnx(folder: Path, model: Model) -> Written:
     program.model.metadata_props["preprocessing"] = json.dumps(preprocessing(model))
     program.save(folder / "model.onnx")
     return Written(any_size, False)
+
+
+@contextlib.contextmanager
+def sizes_of_positions_stay_open() -> Iterator[None]:
+    """Let a graph that is traced in the block keep the size of an image as a variable in DINOv3's rotary positions.
+
+    timm divides their coordinates by ``float(size)``, which would write the size of the example into the graph.
+    """
+    module: Any = pos_embed_sincos
+    module.float = lambda size: size
+    try:
+        yield
+    finally:
+        del module.float
 
 
 FORMS: dict[str, Callable[[Path, Model], Written]] = {

@@ -26,6 +26,7 @@ NETWORKS = (
 )
 SIZE = 224  # pixels
 WIDTH = 128  # of the embedding layer
+SHARPENED = 4.0  # factor of the attention's weights, which are drawn too small to prefer one patch to another
 NO_CLASS_TOKEN = ("swin", "resnet")
 
 
@@ -85,13 +86,18 @@ def noisy_model(
     embed_dim: int | None,
     resize: int | None = None,
 ) -> Model:
-    """Return a model with weights that matter: no bias, scale or statistic keeps its start. embed_dim: None = a backbone."""
+    """Return a model with weights that matter: no bias, scale or statistic keeps its start, and attention is sharp.
+
+    So a wrong position or pooling shows in the features. embed_dim: None = a backbone.
+    """
     backbone = build_backbone(name, image_size=size, timm_args=timm_args, pool=pool, seed=3)
     network: Any = backbone
     if embed_dim is not None:
         network = Embedder(backbone, embed_dim=embed_dim, freeze_batch_norm=False, seed=4)
     generator = torch.Generator().manual_seed(5)
-    for tensor in network.state_dict().values():
+    for key, tensor in network.state_dict().items():
+        if "qkv.weight" in key:
+            tensor.mul_(SHARPENED)
         if tensor.is_floating_point():
             noise = torch.randn(tensor.shape, generator=generator).clamp(-2, 2)
             tensor.mul_(1 + 0.2 * noise).add_(0.02 * noise.abs())

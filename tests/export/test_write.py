@@ -1,5 +1,6 @@
 """Exports are proved: right ones within rounding, wrong ones refused and removed; the card's code does what it says."""
 
+import contextlib
 import json
 import os
 import re
@@ -57,7 +58,10 @@ PROVED = [
     ("torchscript", "registers", "cls", 6), ("torchscript", "dinov3", "mean", None),
     ("torchscript", "swin", "mean", None), ("torchscript", "resnet", "mean+max", 6),
     ("safetensors", "registers", "mean", 6), ("safetensors", "swin", "mean", None),
-    *(pytest.param("onnx", *case, marks=pytest.mark.slow) for case in (("dinov3", "mean", None), ("swin", "mean", 6))),
+    *(
+        pytest.param("onnx", *case, marks=pytest.mark.slow)
+        for case in (("dinov3", "mean", None), ("dinov3", "cls", None), ("swin", "mean", 6))
+    ),
 ]  # fmt: skip
 
 
@@ -74,7 +78,7 @@ def test_every_network_is_proved(form, kind, pool, embed_dim, tmp_path):
     )
     assert (found.other_size is None) == (not any_size)
     assert found.levels <= 2
-    assert found.cosine > 0.9999
+    assert found.cosine > 0.999  # pixels may differ by a rounding
 
 
 @pytest.mark.slow
@@ -87,6 +91,17 @@ def test_a_true_size(form, tmp_path):
     found = proof.prove(form, tmp_path / "out", model, any_size=said.any_size)
     assert found.same_inputs <= found.bound
     assert found.cosine > 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_near")
+def test_positions_of_the_traced_size_fail_the_proof(tmp_path, monkeypatch):
+    """As timm is traced without our help; if this passes one day, the help can go."""
+    monkeypatch.setattr(export, "sizes_of_positions_stay_open", contextlib.nullcontext)
+    model = small_model("dinov3", pool="cls", embed_dim=None)
+    written("onnx", model, tmp_path / "out")
+    with pytest.raises(UserError, match=INPUTS):
+        proof.prove("onnx", tmp_path / "out", model, any_size=True)
 
 
 def edit(folder, change):
