@@ -46,7 +46,7 @@ class Named(NamedTuple):
 class Loaded:
     """A network with its weights, on the CPU, and what is needed to use it."""
 
-    network: Backbone | Embedder
+    network: Backbone | Embedder | Any  # Any: whatever returns features first
     name: str  # 'teacher of runs/x', 'timm:vit_small_patch16_224', ...
     crop: int  # side of the center crop that suits the network, in pixels
     resize: int | None = None  # short side before the crop; None = the run does not say

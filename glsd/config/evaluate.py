@@ -41,7 +41,8 @@ class EvalConfig:
     """Measure a frozen backbone on labeled images.
 
     Args:
-        model: Run folder, checkpoint folder, 'timm:NAME' (timm's pretrained weights) or a weights file.
+        model: Run folder, checkpoint folder, 'timm:NAME' (timm's pretrained weights), a weights file, or 'pixels': the image at
+            16 x 16 pixels, which every network should beat ('pixels:SIDE' for another size).
         backbone: timm name of the network, for a weights file only. A run folder knows its own.
         features: Network of a run: 'teacher', 'student', or 'initial' (before the first step); unset = the teacher of
             pretraining, the student of metric learning.

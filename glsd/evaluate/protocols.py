@@ -9,6 +9,7 @@ from glsd.cluster import dist
 from glsd.config.evaluate import EvalConfig
 from glsd.config.finetune import FinetuneConfig
 from glsd.errors import UserError, config_keys
+from glsd.evaluate.pixels import Pixels, centered
 from glsd.evaluate.sets import Embedded, check_known_classes, open_labeled, open_retrieval
 from glsd.loading import Loaded
 from glsd.metrics.clusters import kmeans_nmi
@@ -64,19 +65,25 @@ def open_searched(cfg: EvalConfig) -> dict[str, ShardSet]:
 def by_neighbors(cfg: EvalConfig, loaded: Loaded, sets: dict[str, Embedded], device: torch.device) -> Result:
     """Classify the val images by a weighted vote of their nearest train images."""
     train, val = sets["train"], sets["val"]
+    features = {"": (train.features, val.features)}
+    if isinstance(loaded.network, Pixels):
+        features[", mean-centered"] = centered(train.features, val.features)
+    result: dict[str, dict[str, Any]] = {}
     with config_keys(KEYS):
-        result = knn_accuracy(
-            train.features.to(device),
-            train.labels,
-            val.features.to(device),
-            val.labels,
-            k_list=cfg.k,
-            temperature=cfg.temperature,
-        )
+        for what, (voting, asked) in features.items():
+            found = knn_accuracy(
+                voting.to(device),
+                train.labels,
+                asked.to(device),
+                val.labels,
+                k_list=cfg.k,
+                temperature=cfg.temperature,
+            )
+            result |= {f"k={k}{what}": shares for k, shares in found.items()}
     text = (
         f"k-NN of L2-normalized features, votes weighted exp(cos / {cfg.temperature:g}){_unknown(train, val)}"
     )
-    return text, {f"k={k}": shares for k, shares in result.items()}
+    return text, result
 
 
 def by_classifier(cfg: EvalConfig, loaded: Loaded, sets: dict[str, Embedded], device: torch.device) -> Result:

@@ -13,10 +13,11 @@ from glsd.cluster.launch import check_world, choose_interface, choose_precision
 from glsd.config.evaluate import EvalConfig
 from glsd.data.transform import Sizes, choose_sizes
 from glsd.errors import config_keys
+from glsd.evaluate.pixels import Pixels, named_pixels
 from glsd.evaluate.protocols import PROTOCOLS, describe_scores
 from glsd.evaluate.record import append_record, cannot_write
 from glsd.evaluate.sets import Embedded, embed_set
-from glsd.loading import Loaded, load_network
+from glsd.loading import NATIVE_SIZE, Loaded, load_network
 from glsd.models.backbone import check_image_size
 from glsd.models.embedder import Embedder
 from glsd.shards.store import ShardSet
@@ -88,8 +89,13 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
 def load_model(cfg: EvalConfig) -> tuple[Loaded, Sizes]:
     """Load the network that ``cfg.model`` names, and choose the size of its images."""
     with config_keys(KEYS):
-        loaded = load_network(
-            cfg.model, role=cfg.features, backbone=cfg.backbone, pool=cfg.pool, image_size=cfg.data.crop
+        pixels = named_pixels(cfg.model)
+        loaded = (
+            load_network(
+                cfg.model, role=cfg.features, backbone=cfg.backbone, pool=cfg.pool, image_size=cfg.data.crop
+            )
+            if pixels is None
+            else Loaded(network=pixels, name=cfg.model, crop=cfg.data.crop or NATIVE_SIZE)
         )
     # The resize of a run belongs to the run's own crop.
     resize = loaded.resize if cfg.data.crop is None and cfg.data.resize is None else cfg.data.resize
@@ -109,7 +115,9 @@ def describe_set(cfg: EvalConfig, name: str, shards: ShardSet, embedded: Embedde
 def describe_features(cfg: EvalConfig, loaded: Loaded, sizes: Sizes) -> str:
     """Return in words how images become features."""
     network = loaded.network
-    if isinstance(network, Embedder):
+    if isinstance(network, Pixels):
+        what = f"pixels of the image at {network.side} x {network.side}"
+    elif isinstance(network, Embedder):
         what = f"{'linear embedding of the ' if network.head else ''}{POOLS[network.backbone.pool]}"
     else:
         what = f"{POOLS[network.pool]} of the last layer"

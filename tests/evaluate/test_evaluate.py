@@ -10,8 +10,10 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -53,6 +55,15 @@ def samples(n, *, seed, broken=()):
         file = io.BytesIO()
         Image.fromarray(image.numpy()).save(file, "png")
         yield (b"no image" if i in broken else file.getvalue()), "png", label
+
+
+def pixels_of(raw):
+    """The means of the 4 x 4 squares of the center crop of 32 x 32 pixels, by hand."""
+    image = torch.from_numpy(np.array(Image.open(io.BytesIO(raw)).convert("RGB"))).permute(2, 0, 1)
+    crop = image[:, 2:34, 4:36].float() / 255  # of 36 x 40
+    return torch.stack(
+        [crop[:, y : y + 4, x : x + 4].mean((1, 2)) for y in range(0, 32, 4) for x in range(0, 32, 4)]
+    )
 
 
 def network(seed):
@@ -117,6 +128,27 @@ def test_knn_of_a_run(cfg, capsys):
     ):
         assert words in printed
     assert json.loads((Path(cfg.out) / "evals.json").read_text()) == [record]
+
+
+def test_pixels_are_measured_plain_and_centered(cfg, capsys):
+    record = evaluate(replace(cfg, model="pixels:8"))
+    assert list(record["result"]) == ["k=1", "k=5", "k=1, mean-centered", "k=5, mean-centered"]
+    assert "pixels of the image at 8 x 8, width 192" in capsys.readouterr().out
+    sets = {
+        name: torch.stack(
+            [pixels_of(raw) for raw, *_ in samples(count, seed=seed, broken=broken) if raw != b"no image"]
+        )
+        for name, count, seed, broken in (("train", 90, 1, ()), ("val", 31, 2, (4,)))
+    }
+    labels = {"train": [n % 3 for n in range(90)], "val": [n % 3 for n in range(31) if n != 4]}
+    for what, mean in (("", 0), (", mean-centered", sets["train"].mean(0))):
+        train, val = (F.normalize((sets[name] - mean).flatten(1), dim=1) for name in ("train", "val"))
+        nearest = (val @ train.T).argmax(1)
+        hits = sum(labels["train"][n] == labels["val"][i] for i, n in enumerate(nearest.tolist()))
+        assert record["result"][f"k=1{what}"]["top1"] == pytest.approx(hits / 30), what
+    for wrong in ("pixels:0", "pixels:x", "pixels:225"):
+        with pytest.raises(UserError, match="pixels:SIDE"):
+            evaluate(replace(cfg, model=wrong))
 
 
 def test_records_are_appended_and_repeatable(cfg):
