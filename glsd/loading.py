@@ -67,16 +67,17 @@ def load_network(
     backbone: str = "",
     pool: Pool | None = None,
     image_size: int | None = None,
+    which: str = "last",
 ) -> Loaded:
     """Build the network that ``path`` names, and fill it with its weights.
 
     role: which network of a run, 'teacher', 'student' or 'initial' (before the first step); None = the teacher of
     pretraining, the student of metric learning. backbone: timm name of the network that a weights file belongs to.
     pool: 'cls', 'mean' or 'mean+max'; None = as the run was trained, 'cls' otherwise. image_size: native resolution
-    of a network that is not a run's, in pixels; None = 224. Raises UserError if the path names no network, the run
-    has no checkpoint or no such role, or the weights do not fit.
+    of a network that is not a run's, in pixels; None = 224. which: 'last' or 'best' checkpoint of a run, by its probes.
+    Raises UserError if the path names no network, the run has no checkpoint or no such role, or the weights do not fit.
     """
-    named = identify(path, backbone=backbone)
+    named = _choose(identify(path, backbone=backbone), path, which)
     if named.config is not None:
         return _load_run(named, named.config, role, pool)
     if role not in (None, "teacher"):
@@ -86,6 +87,22 @@ def load_network(
         named.architecture.backbone, image_size=crop, pool=pool or "cls", init=named.weights
     )
     return Loaded(network=network, name=path, crop=crop)
+
+
+def _choose(named: Named, path: str, which: str) -> Named:
+    """Let ``named`` name the best checkpoint of its run if that is wanted."""
+    if pick({"last": False, "best": True}, which, "which"):
+        if named.run is None or named.checkpoint is not None:
+            raise UserError(
+                f"which 'best' chooses among the checkpoints of a run, and {path!r} is not the folder of one"
+            )
+        best = named.run / "checkpoints" / checkpoint.BEST
+        if not best.exists():
+            raise UserError(
+                f"run {str(named.run)!r} has no best checkpoint: it was not probed since its first one (watch.probe_every)"
+            )
+        return named._replace(checkpoint=best)
+    return named
 
 
 def identify(path: str, *, backbone: str = "") -> Named:

@@ -121,6 +121,10 @@ def test_mistakes_are_named(world, tmp_path):
         ({"path": file, "backbone": NAME, "role": "student"}, "role 'student': .* is not a run"),
         ({"path": "timm:a", "backbone": "b"}, "'timm:a' and backbone 'b' name two networks"),
         ({"path": run, "role": "tutor"}, "unknown .*'tutor'"),
+        ({"path": run, "which": "first"}, "unknown which 'first'"),
+        ({"path": run, "which": "best"}, "has no best checkpoint"),
+        ({"path": f"{run}/checkpoints/latest", "which": "best"}, "is not the folder of one"),
+        ({"path": file, "backbone": NAME, "which": "best"}, "is not the folder of one"),
         ({"path": tuned, "role": "teacher"}, "role 'teacher': .* is a metric-learning run"),
         ({"path": tuned, "pool": "mean"}, "pool 'mean': .* is a metric-learning run"),
     )

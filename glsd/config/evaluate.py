@@ -46,6 +46,7 @@ class EvalConfig:
         backbone: timm name of the network, for a weights file only. A run folder knows its own.
         features: Network of a run: 'teacher', 'student', or 'initial' (before the first step); unset = the teacher of
             pretraining, the student of metric learning.
+        which: Checkpoint of a run: the 'last' one, or the 'best' one by the run's own probes.
         pool: Feature: 'cls' (class token), 'mean' of the patch tokens, or 'mean+max'; unset = as the run was trained, class token
             otherwise. Try 'mean' for networks without a trained class token.
         protocol: 'knn' (weighted nearest neighbors), 'linear' (classifier trained on the cached features) or 'retrieval'
@@ -68,6 +69,7 @@ class EvalConfig:
     model: PathText = ""
     backbone: str = ""
     features: Literal["teacher", "student", "initial"] | None = None
+    which: Literal["last", "best"] = "last"
     pool: Literal["cls", "mean", "mean+max"] | None = None
     protocol: Literal["knn", "linear", "retrieval"] = "knn"
     k: list[int] = field(default_factory=lambda: [10, 20, 100, 200])

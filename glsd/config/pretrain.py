@@ -197,7 +197,8 @@ class WatchConfig:
         sample_log: Write the epoch and key of every sample, step by step, into samples.jsonl.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Checkpoints kept on disk, at least 2, as a damaged one falls back to the one before. Raise it to
-            compare earlier states.
+            compare earlier states. The best one of the probes (checkpoints/best) stays besides.
+        keep_every: Keep also every checkpoint whose step this number divides, to draw a curve; 0 = none.
         probe_every: Steps between probes of teacher and student; unset = an epoch, but at least 500 steps; 0 = never. Without
             labeled shards a probe is RankMe on 2,048 training images.
         probe_train_shards: Labeled shards that vote in a k-NN probe.
@@ -212,6 +213,7 @@ class WatchConfig:
     sample_log: bool = False
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    keep_every: int = 0
     probe_every: int | None = None
     probe_train_shards: list[str] | str = ""
     probe_val_shards: list[str] | str = ""

@@ -92,7 +92,12 @@ def load_model(cfg: EvalConfig) -> tuple[Loaded, Sizes]:
         pixels = named_pixels(cfg.model)
         loaded = (
             load_network(
-                cfg.model, role=cfg.features, backbone=cfg.backbone, pool=cfg.pool, image_size=cfg.data.crop
+                cfg.model,
+                role=cfg.features,
+                backbone=cfg.backbone,
+                pool=cfg.pool,
+                image_size=cfg.data.crop,
+                which=cfg.which,
             )
             if pixels is None
             else Loaded(network=pixels, name=cfg.model, crop=cfg.data.crop or NATIVE_SIZE)

@@ -46,17 +46,18 @@ def export(
     backbone: str = "",
     pool: Any = None,
     image_size: int | None = None,
+    which: str = "last",
 ) -> Proof:
     """Write the network that ``path`` names into the new folder ``out``, with a model card, and prove what was written.
 
-    form: timm, hf, onnx, torchscript or safetensors. role, backbone, pool, image_size: as for ``load_network``. The folder
+    form: timm, hf, onnx, torchscript or safetensors. role, backbone, pool, image_size, which: as for ``load_network``. The folder
     appears when the proof has succeeded. Raises UserError if it has files already or cannot be written, a package is
     missing, the form cannot express the network, or the proof fails; then nothing stays.
     """
     write = pick(FORMS, form, "form")
     _check_packages(form)
     _check_out(out)
-    loaded = load_network(path, role=role, backbone=backbone, pool=pool, image_size=image_size)
+    loaded = load_network(path, role=role, backbone=backbone, pool=pool, image_size=image_size, which=which)
     model = Model(loaded)
     try:
         with new_folder(out.absolute()) as folder:

@@ -169,6 +169,7 @@ def load(
     backbone: str = "",
     pool: str | None = None,
     image_size: int | None = None,
+    which: str = "last",
     device: str | torch.device = "cpu",
 ) -> Model:
     """Return the model that ``path`` names: a run of either stage, a checkpoint, ``timm:NAME`` or a weights file.
@@ -176,10 +177,11 @@ def load(
     role: which network of a run, 'teacher', 'student' or 'initial'; None = the teacher of pretraining, the student of metric
     learning. backbone: timm name of the network that a weights file belongs to. pool: 'cls', 'mean' or 'mean+max'; None = as
     the run was trained, 'cls' otherwise. image_size: side of the center crop in pixels, for a network that is not a run's;
-    None = 224. Raises UserError if the path names no network, or the weights do not fit.
+    None = 224. which: 'last' or 'best' checkpoint of a run, by its probes. Raises UserError if the path names no network, or
+    the weights do not fit.
     """
-    loaded = load_network(str(path), role=role, backbone=backbone, pool=pool, image_size=image_size)  # type: ignore[arg-type]
-    return Model(loaded).to(device)
+    wanted: dict[str, Any] = {"role": role, "backbone": backbone, "pool": pool, "image_size": image_size}
+    return Model(load_network(str(path), which=which, **wanted)).to(device)
 
 
 def list_images(images: Any) -> list[str]:

@@ -73,6 +73,7 @@ def embed_files(
     backbone: str = "",
     pool: str | None = None,
     image_size: int | None = None,
+    which: str = "last",
     precision: str = "no",
     batch_size: int = 64,
     num_workers: int | None = None,
@@ -83,7 +84,7 @@ def embed_files(
 ) -> Summary | None:
     """Write one vector per readable image, with its name, to a file; see glsd.inference.vectors for the four formats.
 
-    model, role, backbone, pool, image_size: as ``glsd.load``. images, path_column, label_column, root: as ``as_images``.
+    model, role, backbone, pool, image_size, which: as ``glsd.load``. images, path_column, label_column, root: as ``as_images``.
     precision: "no" or "bf16". num_workers: loader processes of a rank; None = the cores of its share, at most 8. index: "auto",
     "none", "flat", "ivf" or "hnsw", see glsd.inference.index. Every rank calls; rank 0 returns the summary, the others None.
     A call that was killed is repeated to go on where it stopped: parts of a fixed number of images stand in ``<out>.parts``
@@ -100,7 +101,9 @@ def embed_files(
         lambda: as_images(list(images), path_column=path_column, label_column=label_column, root=root)
     )
     loading: dict[str, Any] = {"role": role, "backbone": backbone, "pool": pool, "image_size": image_size}
-    network = dist.together(lambda: load(model, **loading))
+    network = dist.together(
+        lambda: load(model, which=which, **loading)
+    )  # the plan holds the checkpoint itself
     plan = dist.together(lambda: make_plan(model, network, chosen, loading, precision))
     parts = Parts(beside(out, PARTS_SUFFIX), plan, compared=COMPARED)
     _introduce(out, network, plan)
@@ -121,8 +124,8 @@ def embed_files(
     done = sum(len(parts.numbers(part)) for part in missing or [])
     resumed = parts.total - done if missing is not None else 0
     built, no_index = build_index(out, index, device)
-    num_vectors = read_record(out)["count"]
-    return Summary(out, network.name, num_vectors, seconds, done, resumed, unreadable, built, no_index)
+    counts = read_record(out)["count"], seconds, done, resumed
+    return Summary(out, network.name, *counts, unreadable, built, no_index)
 
 
 def _introduce(out: Path, model: Model, plan: Mapping[str, Any]) -> None:

@@ -109,7 +109,7 @@ def check_ranges(cfg: PretrainConfig) -> None:
         *(("loss", key, 0, 1 if key == "center_momentum" else math.inf) for key in shares),
         *(("optim", key, 0, 1) for key in ("teacher_momentum", "teacher_momentum_end")),
         ("watch", "keep_checkpoints", 2, math.inf),
-        ("watch", "probe_every", 0, math.inf),
+        *(("watch", key, 0, math.inf) for key in ("keep_every", "probe_every")),
         ("data", "max_bad_fraction", 0, 1),
         ("", "seed", 0, 2**31 - 1),
     ]

@@ -1,7 +1,9 @@
 """The probe: what teacher and student are worth by now, by RankMe on images and by k-NN where there are labels."""
 
 import contextlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,6 +93,19 @@ def probe_period(cfg: PretrainConfig, plan: Plan) -> int:
     """Return the steps between two probes, 0 = never. Unset: an epoch, but at least 500 steps."""
     every = cfg.watch.probe_every
     return max(plan.steps_per_epoch, FEWEST_STEPS) if every is None else every
+
+
+def headline_of(cfg: PretrainConfig, sets: ProbeSets | None) -> str:
+    """Return the score by which the best checkpoint is chosen: k-NN where there are labels, RankMe otherwise."""
+    return f"knn{cfg.watch.probe_k}_top1" if sets is not None and sets.train is not None else "rankme"
+
+
+def earlier_scores(metrics: Path, headline: str) -> dict[int, float]:
+    """Return this score of the probes in metrics.jsonl, by step; rank 0 reads, the others get none."""
+    if not dist.is_main() or not metrics.is_file():
+        return {}
+    rows = (json.loads(line) for line in metrics.read_text().splitlines() if '"probe"' in line)
+    return {row["step"]: row["probe"][headline] for row in rows if headline in row.get("probe", {})}
 
 
 class Measured(NamedTuple):

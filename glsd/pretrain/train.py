@@ -21,7 +21,7 @@ from glsd.models.weights import absolute_init
 from glsd.pretrain.networks import State, build
 from glsd.pretrain.pictures import draw_first_batch, draw_probe
 from glsd.pretrain.plan import Plan, crop_spec, make_plan, rates_at
-from glsd.pretrain.probe import open_probe, probe, probe_period
+from glsd.pretrain.probe import earlier_scores, headline_of, open_probe, probe, probe_period
 from glsd.pretrain.report import (
     advise,
     describe,
@@ -63,12 +63,17 @@ def pretrain(cfg: PretrainConfig) -> Path:
         about=describe(cfg, plan, state),
     ) as t:
         probe_every = probe_period(cfg, plan)
+        headline = headline_of(cfg, probe_sets)
+        history = earlier_scores(run.metrics, headline)
+        checkpoint.point_best(run.checkpoints, history)
 
         def look() -> None:
             if probe_sets is None:
                 return
             scores, measured = probe(t, probe_sets)
             advise(t, scores)
+            history[state.step] = scores[headline]
+            checkpoint.point_best(run.checkpoints, history)
             if cfg.watch.pictures:
                 draw_probe(t, probe_sets, measured, last=state.step == plan.last_step)
 
@@ -163,6 +168,7 @@ def save(t: Training[PretrainConfig, Plan, State], shards: ShardSet) -> None:
         },
         optimizer=fsdp.gather_optimizer(state.optimizer, state.student),
         keep=t.cfg.watch.keep_checkpoints,
+        keep_every=t.cfg.watch.keep_every,
     )
 
 

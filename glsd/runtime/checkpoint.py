@@ -1,6 +1,7 @@
 """Atomic checkpoints: written under a temporary name, flushed to disk, renamed, and verified on load.
 
 folder/latest -> step_00000012            for people; loading reads the folder names
+folder/best -> step_00000008              the one that its story's measure prefers, if it measures
 folder/step_00000012/<name>.safetensors   one per named state dict (student, teacher, ...)
                      optimizer.pt         torch state dict, read with weights_only=True
                      state.json           plain values: step, samples consumed, ...
@@ -10,6 +11,7 @@ folder/step_00000012/<name>.safetensors   one per named state dict (student, tea
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -29,6 +31,7 @@ from glsd.files import sync
 from glsd.precision import check_finite
 
 VERSION = 1
+BEST, LATEST = "best", "latest"
 _OPTIMIZER, _STATE, _MANIFEST = "optimizer.pt", "state.json", "manifest.json"
 
 
@@ -55,13 +58,15 @@ def save(
     state: Mapping[str, Any],
     optimizer: Mapping[str, Any],
     keep: int,
+    keep_every: int = 0,
 ) -> Path:
     """Write folder/step_<step> atomically and return it.
 
     Collective: rank 0 writes, and all ranks return when the checkpoint is on disk. tensors: name -> state dict, on any
     device; tensors that share memory are written separately. state: JSON values. optimizer: a torch optimizer's state dict.
-    keep: number of checkpoints that stay. Older ones, and those of a later step (from before the run was rewound), are
-    deleted after the new one is on disk. Raises UserError on every rank if it cannot be written; earlier ones stay intact.
+    keep: number of checkpoints that stay, besides the best one and those of a step that ``keep_every`` divides (0 = none).
+    Older ones, and those of a later step (from before the run was rewound), are deleted after the new one is on disk. Raises
+    UserError on every rank if it cannot be written; earlier ones stay intact.
     """
     final = folder / _name(step)
     error = None
@@ -70,8 +75,8 @@ def save(
             folder.mkdir(parents=True, exist_ok=True)
             _delete_leftovers(folder)
             _write(final, step=step, tensors=tensors, state=state, optimizer=optimizer)
-            _point_latest(folder, final.name)
-            _delete_old(folder, step=step, keep=keep)
+            _point(folder, LATEST, final.name)
+            _delete_old(folder, step=step, keep=keep, keep_every=keep_every)
         except (OSError, SafetensorError) as problem:  # safetensors reports a full disk by its own type
             _delete_leftovers(folder)
             advice = "free space or make it writable; earlier checkpoints are intact"
@@ -83,6 +88,28 @@ def save(
     if error:
         raise UserError(error)
     return final
+
+
+def point_best(folder: Path, scores: Mapping[int, float]) -> None:
+    """Let folder/best be the checkpoint whose step has the largest finite score, of equal ones the earliest.
+
+    Collective: rank 0 decides, by its ``scores``. Steps without a checkpoint do not count; if none has one, there is no link.
+    Raises UserError on every rank if the link cannot be made.
+    """
+    error = None
+    if dist.is_main():
+        try:
+            there = {_step_of(path): path.name for path in _complete(folder)}
+            known = [
+                (score, -step) for step, score in scores.items() if step in there and math.isfinite(score)
+            ]
+            if known:
+                _point(folder, BEST, there[-max(known)[1]])
+            else:
+                (folder / BEST).unlink(missing_ok=True)
+        except OSError as problem:
+            error = UserError(f"cannot write {folder / BEST}: {one_line(problem)}")
+    dist.raise_together(error)
 
 
 def load(path: Path) -> Checkpoint:
@@ -210,18 +237,20 @@ def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _point_latest(folder: Path, name: str) -> None:
-    link = folder / f"latest.tmp-{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, folder / "latest")
+def _point(folder: Path, link: str, name: str) -> None:
+    temporary = folder / f"{link}.tmp-{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    os.replace(temporary, folder / link)
     sync(folder)
 
 
-def _delete_old(folder: Path, *, step: int, keep: int) -> None:
+def _delete_old(folder: Path, *, step: int, keep: int, keep_every: int) -> None:
     complete = _complete(folder)
-    upto = [p for p in complete if _step_of(p) <= step]
-    stale = upto[:-keep] + [p for p in complete if _step_of(p) > step]
+    best = os.readlink(folder / BEST) if (folder / BEST).is_symlink() else ""
+    old = [path for path in complete if _step_of(path) <= step][:-keep]
+    stale = [p for p in old if p.name != best and not (keep_every and _step_of(p) % keep_every == 0)]
+    stale += [path for path in complete if _step_of(path) > step]
     for path in stale:
         shutil.rmtree(path)
 
@@ -230,8 +259,9 @@ def _delete_leftovers(folder: Path) -> None:
     """Remove the files of interrupted saves. Errors are ignored, as it also runs while another error is reported."""
     for path in folder.glob("step_*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for link in folder.glob("latest.tmp-*"):
-        link.unlink(missing_ok=True)
+    for name in (LATEST, BEST):
+        for link in folder.glob(f"{name}.tmp-*"):
+            link.unlink(missing_ok=True)
 
 
 def _verify(path: Path) -> None:

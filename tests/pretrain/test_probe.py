@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+import glsd
 from glsd.config.pretrain import PretrainConfig
 from glsd.errors import UserError
 from glsd.packing.write import pack_samples
@@ -94,6 +95,30 @@ def test_the_probe_of_a_run_without_labels(tiny_run):
     titles = list((run / "tensorboard").rglob("metadata.tsv"))
     assert (len(sprites), len(titles)) == (1, 1)
     assert len(titles[0].read_text().splitlines()) == 48
+
+
+def test_the_best_checkpoint_is_that_of_the_best_probe(tiny_run, digit_shards):
+    """Also after a kill, which resumes before the last probe, and for those who load it."""
+    labeled = {
+        "probe_train_shards": f"{digit_shards}/train-*.tar",
+        "probe_val_shards": f"{digit_shards}/val-*.tar",
+        "probe_every": 1,
+        "probe_k": 3,
+        "keep_every": 4,
+    }
+    flags = {f"watch__{key}": value for key, value in labeled.items()}
+    straight = train(tiny_run("straight", optim__max_steps=6, **flags))
+    train(tiny_run("resumed", optim__max_steps=3, **flags))
+    resumed = train(tiny_run("resumed", optim__max_steps=6, resume="auto", **flags))
+    for run in (straight, resumed):
+        scores = {row["step"]: row["probe"]["knn3_top1"] for row in rows(run) if "probe" in row}
+        assert list(scores) == list(range(7))
+        best = max(range(1, 7), key=lambda step: (scores[step], -step))
+        folders = {path.name for path in (run / "checkpoints").iterdir()}
+        assert folders == {"best", "latest", *(f"step_{step:08}" for step in {best, 4, 5, 6})}
+        assert glsd.load(run, which="best").step == best
+        assert glsd.load(run).step == 6
+    assert (straight / "checkpoints/best").readlink() == (resumed / "checkpoints/best").readlink()
 
 
 def test_pictures_of_a_run_with_labels_name_the_classes(tiny_run, digit_shards, monkeypatch):

@@ -12,6 +12,7 @@ from glsd.runtime import checkpoint
 from glsd.runtime.checkpoint import (
     load,
     load_latest,
+    point_best,
     restore,
     save,
 )
@@ -31,11 +32,12 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def save_step(folder, step, *, keep=2, fill=None):
+def save_step(folder, step, *, keep=2, fill=None, keep_every=0):
     model, optimizer = trained()
     tensors = {"student": model.state_dict(), "centers": {"image": torch.full((5,), float(fill or step))}}
     state = {"samples": step * 8, "loss": 1 / 3}
-    return save(folder, step=step, tensors=tensors, state=state, optimizer=optimizer.state_dict(), keep=keep)
+    more = {"keep": keep, "keep_every": keep_every}
+    return save(folder, step=step, tensors=tensors, state=state, optimizer=optimizer.state_dict(), **more)
 
 
 def newest_step(folder) -> int:
@@ -46,6 +48,29 @@ def newest_step(folder) -> int:
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_best_one_and_every_nth_stay(tmp_path):
+    scores = {0: 9.0, 2: 0.5, 3: 0.7, 4: 0.7, 5: float("nan"), 6: 0.1}
+    for step in range(1, 10):
+        save_step(tmp_path, step, keep=1, keep_every=4)
+        point_best(tmp_path, {at: score for at, score in scores.items() if at <= step})
+    assert names(tmp_path) == [
+        "best",
+        "latest",
+        "step_00000003",
+        "step_00000004",
+        "step_00000008",
+        "step_00000009",
+    ]
+    assert load(tmp_path / "best").step == 3  # 0 has no checkpoint, 4 is as good but later
+    assert newest_step(tmp_path) == 9
+    save_step(tmp_path, 2, keep=1)  # the run went back and comes by again
+    assert names(tmp_path) == ["best", "latest", "step_00000002"]
+    point_best(tmp_path, {0: 9.0})
+    assert names(tmp_path) == ["latest", "step_00000002"]
+    point_best(tmp_path, {2: 0.5})
+    assert load(tmp_path / "best").step == 2
 
 
 def test_round_trip_is_bitwise(tmp_path):

@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add what ``glsd.load`` takes besides the path."""
     parser.add_argument("--role", help="teacher, student or initial network of a run (default: as glsd.load)")
+    parser.add_argument("--which", default="last", help="last or best checkpoint of a run (%(default)s)")
     parser.add_argument(
         "--backbone", default="", help="timm name of the network that a weights file belongs to"
     )

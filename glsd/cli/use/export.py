@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
         choices=("teacher", "student", "initial"),
         help="network of a run; unset = the teacher, after glsd finetune the student",
     )
+    parser.add_argument("--which", default="last", help="last or best checkpoint of a run (%(default)s)")
     parser.add_argument(
         "--backbone", default="", help="timm name of the network that a weights file belongs to"
     )
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> None:
         backbone=args.backbone,
         pool=args.pool,
         image_size=args.image_size,
+        which=args.which,
     )
     for line in proof.lines():
         print(printable(line))
