@@ -95,7 +95,6 @@ def embed_files(
     out = Path(out)
     check_format(out)
     check_kind(index)
-    choose_interface()
     device = _join_ranks()
     chosen = dist.together(
         lambda: as_images(list(images), path_column=path_column, label_column=label_column, root=root)
@@ -141,6 +140,7 @@ def _introduce(out: Path, model: Model, plan: Mapping[str, Any]) -> None:
 
 
 def _join_ranks() -> torch.device:
+    choose_interface()
     processes = PartialState(cpu=not torch.cuda.is_available())
     check_world(processes.num_processes, "-m glsd embed")
     shutdown.watch_others(LOST_AFTER)
