@@ -100,9 +100,8 @@ def embed_files(
         lambda: as_images(list(images), path_column=path_column, label_column=label_column, root=root)
     )
     loading: dict[str, Any] = {"role": role, "backbone": backbone, "pool": pool, "image_size": image_size}
-    network = dist.together(
-        lambda: load(model, which=which, **loading)
-    )  # the plan holds the checkpoint itself
+    # The plan holds the checkpoint itself, not which one it was.
+    network = dist.together(lambda: load(model, which=which, **loading))
     plan = dist.together(lambda: make_plan(model, network, chosen, loading, precision))
     parts = Parts(beside(out, PARTS_SUFFIX), plan, compared=COMPARED)
     _introduce(out, network, plan)
