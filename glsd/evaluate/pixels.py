@@ -1,5 +1,8 @@
 """The pixels themselves as features: what a network has to beat."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -35,6 +38,13 @@ def named_pixels(name: str) -> Pixels | None:
     if not ((side.isascii() and side.isdecimal()) or not side) or (side and not 1 <= int(side) <= 224):
         raise UserError(f"model {name!r}: expected pixels, or pixels:SIDE with a side of 1 to 224")
     return Pixels(int(side or SIDE))
+
+
+def check_unchosen(settings: Mapping[str, Any]) -> None:
+    """Raise UserError for the first setting that chooses a network, of which pixels have none."""
+    for name, value in settings.items():
+        if value:
+            raise UserError(f"{name} chooses a network, and model pixels has none: leave it out")
 
 
 def centered(

@@ -13,7 +13,7 @@ from glsd.cluster.launch import check_world, choose_interface, choose_precision
 from glsd.config.evaluate import EvalConfig
 from glsd.data.transform import Sizes, choose_sizes
 from glsd.errors import config_keys
-from glsd.evaluate.pixels import Pixels, named_pixels
+from glsd.evaluate.pixels import Pixels, check_unchosen, named_pixels
 from glsd.evaluate.protocols import PROTOCOLS, describe_scores
 from glsd.evaluate.record import append_record, cannot_write
 from glsd.evaluate.sets import Embedded, embed_set
@@ -89,19 +89,13 @@ def evaluate(cfg: EvalConfig) -> dict[str, Any]:
 def load_model(cfg: EvalConfig) -> tuple[Loaded, Sizes]:
     """Load the network that ``cfg.model`` names, and choose the size of its images."""
     with config_keys(KEYS):
+        chosen: dict[str, Any] = {"role": cfg.features, "backbone": cfg.backbone, "pool": cfg.pool}
         pixels = named_pixels(cfg.model)
-        loaded = (
-            load_network(
-                cfg.model,
-                role=cfg.features,
-                backbone=cfg.backbone,
-                pool=cfg.pool,
-                image_size=cfg.data.crop,
-                which=cfg.which,
-            )
-            if pixels is None
-            else Loaded(network=pixels, name=cfg.model, crop=cfg.data.crop or NATIVE_SIZE)
-        )
+        if pixels is None:
+            loaded = load_network(cfg.model, image_size=cfg.data.crop, which=cfg.which, **chosen)
+        else:
+            check_unchosen(chosen | {"which": cfg.which != "last"})
+            loaded = Loaded(network=pixels, name=cfg.model, crop=cfg.data.crop or NATIVE_SIZE)
     # The resize of a run belongs to the run's own crop.
     resize = loaded.resize if cfg.data.crop is None and cfg.data.resize is None else cfg.data.resize
     sizes = choose_sizes(loaded.crop, crop=cfg.data.crop, resize=resize)

@@ -146,6 +146,9 @@ def test_pixels_are_measured_plain_and_centered(cfg, capsys):
         nearest = (val @ train.T).argmax(1)
         hits = sum(labels["train"][n] == labels["val"][i] for i, n in enumerate(nearest.tolist()))
         assert record["result"][f"k=1{what}"]["top1"] == pytest.approx(hits / 30), what
+    for key, value in (("which", "best"), ("features", "student"), ("pool", "mean")):
+        with pytest.raises(UserError, match=f"^{key} chooses a network"):
+            evaluate(replace(cfg, model="pixels", **{key: value}))
     for wrong in ("pixels:0", "pixels:x", "pixels:225"):
         with pytest.raises(UserError, match="pixels:SIDE"):
             evaluate(replace(cfg, model=wrong))
