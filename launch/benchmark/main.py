@@ -12,12 +12,13 @@ python launch/benchmark embed --images 20000
 python launch/benchmark search --vectors 60000 --dim 512
 python launch/benchmark rerank runs/mine --query 'roles/query-*.tar' --gallery 'roles/gallery-*.tar'
 python launch/benchmark export --networks vit_tiny_patch16_224
+python launch/benchmark learn --shards 'train-*.tar' --val 'val-*.tar' --out learn --arms published hybrid
 python launch/benchmark table runs/grid-*
 """
 
 import argparse
 
-from launch.benchmark import data, dml, embed, export, loss, rerank, road, scale, search, step, table
+from launch.benchmark import data, dml, embed, export, learn, loss, rerank, road, scale, search, step, table
 from launch.benchmark import eval as evaluation
 
 # Subcommand -> module with add_arguments(parser) and benchmark(args).
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "embed": embed,
     "search": search,
     "export": export,
+    "learn": learn,
     "rerank": rerank,
     "table": table,
 }
