@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from glsd.show.matches import save_figure
@@ -66,7 +67,9 @@ def draw_found(
     An image that is None is drawn as an empty square that says so. Raises UserError if the file cannot be written.
     """
     columns = max(map(len, images)) + 1
-    figure = Figure(figsize=(1.5 * columns, 1.75 * len(images)), layout="constrained", dpi=110)
+    lines = max((title.count("\n") + 1 for of_query in titles for title in of_query), default=1)
+    size = (1.5 * columns, (1.7 + 0.15 * lines) * len(images))
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1), dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(images), columns, squeeze=False)
     for row, found in enumerate(images):
