@@ -210,7 +210,7 @@ def test_the_picture_shows_what_was_found_where_it_was(root, tmp_path):
     queries = [photos / "b" / "im 004.png", photos / "c" / "im 005.png"]
     answer = search(tmp_path / "x.npy", queries, k=3, picture=tmp_path / "found.png")
     assert answer.lost == 0
-    assert Image.open(tmp_path / "found.png").size == (660, 385)
+    assert Image.open(tmp_path / "found.png").size == (660, 440)
     first = answer.found[0].neighbors
     (photos / first[1].name).unlink()
     assert search(tmp_path / "x.npy", queries[0], k=3, picture=tmp_path / "again.png").lost == 1
