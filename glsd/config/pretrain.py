@@ -30,6 +30,8 @@ class DataConfig:
         jitter: Strengths of brightness, contrast, saturation and hue jitter.
         grayscale_prob: Share of crops turned gray.
         blur_prob: Share of blurred crops: first global, second global, local.
+        blur_sigma: Smallest and largest blur in pixels of the crop. 2 is published for global crops of 224 pixels: lower it in
+            proportion for smaller ones.
         solarize_prob: Share of solarized crops: first global, second global, local.
         flip_prob: Share of crops mirrored left to right. Set 0 where a mirror image means something else, such as text.
         window_shards: Samples are shuffled within this many (shuffled) shards.
@@ -49,6 +51,7 @@ class DataConfig:
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     grayscale_prob: float = 0.2
     blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
     flip_prob: float = 0.5
     window_shards: int = 16

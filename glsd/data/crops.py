@@ -26,7 +26,6 @@ from glsd.rng import Stream, uniforms
 NUM_TRIES = 10  # draws of a box before the centered fallback
 ASPECT = (3 / 4, 4 / 3)  # width / height of a box
 LOG_ASPECT = (math.log(ASPECT[0]), math.log(ASPECT[1]))
-BLUR_SIGMA = (0.1, 2.0)  # pixels of the resized crop
 
 # Images below this size are decoded at full size: a reduced decode would save little.
 LARGE = 2_000_000  # pixels
@@ -59,6 +58,7 @@ class CropSpec:
     jitter: tuple[float, float, float, float]
     grayscale_prob: float
     blur_prob: tuple[float, float, float]  # first global crop, second global crop, every local crop
+    blur_sigma: tuple[float, float]  # pixels of the resized crop, smallest and largest
     solarize_prob: tuple[float, float, float]
     flip_prob: float
 
@@ -81,6 +81,8 @@ class CropSpec:
             rates = getattr(self, name)
             ok = all(0 <= rate <= 1 for rate in rates)
             require(ok, name, rates, "three probabilities: first global, second global, local crops")
+        ok = 0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf
+        require(ok, "blur_sigma", self.blur_sigma, "two numbers of pixels with 0 < smallest <= largest")
         ok = all(0 <= v < math.inf for v in self.jitter) and self.jitter[3] <= 0.5
         require(ok, "jitter", self.jitter, "four strengths >= 0 (hue: at most 0.5)")
 
@@ -226,7 +228,7 @@ def _photometric_parameters(spec: CropSpec, u: np.ndarray) -> np.ndarray:
     columns["jitter_order"][:] = np.floor(24 * u[:, DRAWS["jitter_order"]])
     columns["hue"][unjittered] = columns["jitter_order"][unjittered] = 0.0
     columns["grayscale"][:] = u[:, DRAWS["grayscale"]] < spec.grayscale_prob
-    low, high = BLUR_SIGMA
+    low, high = spec.blur_sigma
     columns["blur_sigma"][:] = low + (high - low) * u[:, DRAWS["blur_sigma"]]
     columns["blur_sigma"][u[:, DRAWS["blur"]] >= np.take(spec.blur_prob, kinds)] = 0.0
     columns["solarize"][:] = u[:, DRAWS["solarize"]] < np.take(spec.solarize_prob, kinds)

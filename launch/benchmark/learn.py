@@ -54,6 +54,7 @@ ARMS = {
     "hybrid geometric": f"{HYBRID} --matching geometric",
     "hybrid similarity": f"{HYBRID} --matching similarity",
     "hybrid koleo": f"{HYBRID} --loss.koleo_weight 0.1",
+    "hybrid blur": f"{HYBRID} --data.blur_sigma 0.1 0.57",
     "hybrid following": f"{HYBRID} --optim.teacher_momentum_end 0.98",
 }
 

@@ -2,6 +2,7 @@
 
 import io
 import random
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from glsd.batches import NUM_GLOBAL
-from glsd.data.crops import BLUR_SIGMA, CropSpec
+from glsd.data.crops import CropSpec
 from glsd.data.photometric import MEAN, STD
 from glsd.shards.store import ShardSet
 
@@ -27,8 +28,8 @@ class Sometimes:
         return self.change(image) if random.random() < self.share else image
 
 
-def blur(image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*BLUR_SIGMA)))
+def blur(image: Image.Image, sigma: tuple[float, float]) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*sigma)))
 
 
 def crop_transform(spec: CropSpec, number: int) -> transforms.Compose:
@@ -44,7 +45,7 @@ def crop_transform(spec: CropSpec, number: int) -> transforms.Compose:
             transforms.RandomHorizontalFlip(spec.flip_prob),
             Sometimes(spec.jitter_prob, transforms.ColorJitter(*spec.jitter)),
             transforms.RandomGrayscale(spec.grayscale_prob),
-            Sometimes(spec.blur_prob[kind], blur),
+            Sometimes(spec.blur_prob[kind], partial(blur, sigma=spec.blur_sigma)),
             Sometimes(spec.solarize_prob[kind], ImageOps.solarize),
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),

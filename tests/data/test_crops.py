@@ -217,6 +217,10 @@ def test_settings_do_not_move_each_others_numbers():
     fewer = draw(usual_spec(num_local=2), **key)
     assert torch.equal(base.boxes[:4], fewer.boxes)
     assert torch.equal(base.photometric[:4], fewer.photometric)
+    sharper = draw(usual_spec(blur_sigma=(0.1, 0.57)), **key).photometric
+    changed = (sharper != base.photometric).any(0)
+    assert changed.nonzero().flatten().tolist() == [COLUMN["blur_sigma"]]
+    assert 0 < sharper[:, COLUMN["blur_sigma"]].max() <= 0.57
     gray = draw(usual_spec(grayscale_prob=1.0, blur_prob=(0.0, 0.0, 0.0)), **key)
     assert torch.equal(base.boxes, gray.boxes)
     assert torch.equal(base.photometric[:, :5], gray.photometric[:, :5])
@@ -235,6 +239,8 @@ def test_settings_do_not_move_each_others_numbers():
         ("grayscale_prob", float("nan")),
         ("flip_prob", -0.1),
         ("blur_prob", (1.0, 0.1, -0.5)),
+        ("blur_sigma", (0.0, 2.0)),
+        ("blur_sigma", (2.0, 0.1)),
         ("solarize_prob", (0.0, 2.0, 0.0)),
         ("jitter", (0.4, 0.4, 0.2, 0.6)),
         ("jitter", (0.4, -0.4, 0.2, 0.1)),
