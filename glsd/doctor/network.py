@@ -19,6 +19,7 @@ SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes of one message
 FIRST = 1 << 20  # bytes of the first sum, whose time sets the size of the next
 REPEATS = 20
 SLOW = 1 / 3  # of the usual speed of a link
+ALIKE = 5.0  # links within this factor of the slowest have its cause
 FEW_HOSTS = 4
 POOR = 100e6  # bytes per second: the gradients of a ViT-S take about a second
 
@@ -149,7 +150,8 @@ def judge_links(
         return Line("ok", "links", f"{said}: {both}")
     shown = ", ".join(f"{name(pair)} {speeds[pair] / 1e6:,.1f} MB/s" for pair in slow[:4])
     more = f" and {len(slow) - 4} more" if len(slow) > 4 else ""
-    common = set(slow[0]).intersection(*slow)
+    # What slows a link tenfold is not what slows another to a third: only links as slow as the slowest are of one cause.
+    common = set(slow[0]).intersection(*(pair for pair in slow if speeds[pair] < ALIKE * speeds[slow[0]]))
     where = " and ".join(hosts[rank] for rank in sorted(common)) or "the switch between them"
     fix = f"look at the card, cable or other traffic of {where} (ethtool INTERFACE), or leave it out (SLURM: --exclude)"
     return Line(

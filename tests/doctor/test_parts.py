@@ -276,6 +276,13 @@ def test_a_slow_host_is_named_whatever_the_number_of_hosts(number):
     line = network.judge_links(slow, hosts, 1, 1)
     assert line.verdict == "FIX"
     assert "of h2 (ethtool" in line.fix
+    # A link that other work slowed a little does not hide which host all the slow ones share.
+    bad = {pair: speed / (100 if 2 in pair else 1) for pair, speed in speeds.items()} | {
+        (0, 1): speeds[0, 1] / 4
+    }
+    line = network.judge_links(bad, hosts, 1, 1)
+    assert "h0 to h1" in line.found
+    assert "of h2 (ethtool" in line.fix
     one = network.judge_links(speeds | {(0, 1): 1e8}, hosts, 1, 2)
     assert "h0 to h1 100.0 MB/s" in one.found
     assert "1 of 2 rounds" in one.found
