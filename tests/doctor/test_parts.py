@@ -281,7 +281,6 @@ def test_a_slow_host_is_named_whatever_the_number_of_hosts(number):
         (0, 1): speeds[0, 1] / 4
     }
     line = network.judge_links(bad, hosts, 1, 1)
-    assert "h0 to h1" in line.found
     assert "of h2 (ethtool" in line.fix
     one = network.judge_links(speeds | {(0, 1): 1e8}, hosts, 1, 2)
     assert "h0 to h1 100.0 MB/s" in one.found
