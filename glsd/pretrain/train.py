@@ -65,7 +65,8 @@ def pretrain(cfg: PretrainConfig) -> Path:
         probe_every = probe_period(cfg, plan)
         headline = headline_of(cfg, probe_sets)
         history = earlier_scores(run.metrics, headline)
-        checkpoint.point_best(run.checkpoints, history)
+        if probe_sets is not None:  # without probes the best one stays what earlier probes chose
+            checkpoint.point_best(run.checkpoints, history)
 
         def look() -> None:
             if probe_sets is None:

@@ -191,8 +191,14 @@ def probes_of(folder: Path, cost: float) -> list[Point]:
         if "probe" in row:
             scores: dict[str, Any] = row["probe"]
             key = f"knn{K}_top1"
-            student = max(value[key] for name, value in scores.items() if name.startswith("student_"))
-            points.append(Point(row["step"] * cost, scores[key], student, scores["rankme"]))
+            # The headline is the teacher pooled as the run is; the student's score is that of the same pooling.
+            own = (
+                name
+                for name in scores
+                if name.startswith("teacher_") and scores[name]["rankme"] == scores["rankme"]
+            )
+            student = scores[next(own).replace("teacher_", "student_")]
+            points.append(Point(row["step"] * cost, scores[key], student[key], scores["rankme"]))
     return points
 
 

@@ -17,7 +17,7 @@ from tests.helpers.small_shards import scene
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-# Page -> does it begin with what the quickstart has made? -> what must be there afterwards.
+# Page -> files that must be there afterwards. The later ones begin with what the quickstart has made.
 FRESH = {
     "README.md": ["runs/mine/report.html", "photos.parquet", "found.png"],
     "docs/quickstart.md": ["shards/val-000000.tar", "runs/mine/pictures/pca.png", "photos.parquet"],

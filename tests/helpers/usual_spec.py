@@ -9,5 +9,4 @@ from glsd.data.crops import CropSpec
 
 def usual_spec(**changes: Any) -> CropSpec:
     """Return the default crops with some settings changed."""
-    data = DataConfig()
-    return CropSpec(**{f.name: getattr(data, f.name) for f in dataclasses.fields(CropSpec)} | changes)
+    return dataclasses.replace(CropSpec.of(DataConfig()), **changes)

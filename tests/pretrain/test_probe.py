@@ -118,7 +118,10 @@ def test_the_best_checkpoint_is_that_of_the_best_probe(tiny_run, digit_shards):
         assert folders == {"best", "latest", *(f"step_{step:08}" for step in {best, 4, 5, 6})}
         assert glsd.load(run, which="best").step == best
         assert glsd.load(run).step == 6
-    assert (straight / "checkpoints/best").readlink() == (resumed / "checkpoints/best").readlink()
+    chosen = (straight / "checkpoints/best").readlink()
+    train(tiny_run("straight", optim__max_steps=7, resume="auto", **flags | {"watch__probe_every": 0}))
+    assert (straight / "checkpoints/best").readlink() == chosen
+    assert chosen == (resumed / "checkpoints/best").readlink()
 
 
 def test_pictures_of_a_run_with_labels_name_the_classes(tiny_run, digit_shards, monkeypatch):
